@@ -1,0 +1,73 @@
+"""The space-aware memory op: contract, checks and choice of backend."""
+
+from torch import Tensor
+
+from simsid.kernels.backend import choose_backend
+from simsid.kernels.checks import check_choice, check_tensor
+from simsid.kernels.space_aware_memory.reference import space_aware_memory_reference
+
+THRESHOLDS = ("inclusive", "exclusive")
+
+
+def space_aware_memory(
+    query: Tensor,
+    memory: Tensor,
+    topk: int = 5,
+    *,
+    threshold: str = "inclusive",
+    noise: Tensor | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Replace each query by the few items of its own location that it resembles most.
+
+        s[b,l,n]   = (sum_d query[b,l,d] memory[l,n,d] + noise[b,l,n]) / temperature
+        p          = softmax_n(s)
+        w          = top-k of p, the rest zero, divided by its sum
+        out[b,l,:] = sum_n w[b,l,n] memory[l,n,:]
+
+    Source: SimSID (arXiv 2403.08689), section 3.2, space-aware memory and Gumbel shrinkage; SQUID (arXiv 2111.13495),
+    section 3.3. With a memory shared by all locations and no shrinkage this is the look-up of MemAE.
+
+    Differences: the papers' shrinkage keeps the k most probable items; the released code keeps only those strictly
+    above the k-th, `k - 1` of them (`threshold="exclusive"`).
+
+    The gradient is straight-through: the gradient of `w` is applied to `p`, so that items outside the top-k learn too.
+    Nothing is differentiated through the selection, the division or the noise.
+
+    Args:
+        query: `[B, L, D]`, float16 to float64.
+        memory: `[L, N, D]`, one set of items a location, or `[1, N, D]`, shared by all; on the query's device.
+        topk: items kept, 1 or more; `topk >= N` keeps all (`"inclusive"`). Ties at the k-th place go to the lowest
+            index.
+        threshold: `"inclusive"` keeps the k largest; `"exclusive"` keeps those strictly above the `min(k, N)`-th
+            largest and drops every item tied there; where nothing stays the output is 0.
+        noise: `[B, L, N]` added to the similarity (Gumbel noise makes the selection a sample), or None.
+        temperature: divides the similarity, greater than 0.
+        backend: `"auto"` (fused kernels on CUDA where they exist, PyTorch elsewhere), `"triton"` or `"torch"`.
+
+    Returns:
+        `[B, L, D]` in the query's dtype. Similarities and probabilities are computed in float32 (float64 for float64).
+
+    Raises:
+        TypeError: a dtype or type that is not listed above.
+        ValueError: a shape, device, `topk`, `threshold`, `temperature` or `backend` outside these ranges.
+    """
+    check_tensor("query", query, ("B", "L", "D"))
+    _, locations, features = query.shape
+    check_tensor("memory", memory, ("L or 1", "N", features), like=query)
+    if memory.shape[0] not in (1, locations):
+        raise ValueError(f"memory must hold the items of {locations} locations, or 1 shared set, got {memory.shape[0]}")
+    if 0 in (*memory.shape, *query.shape[1:]):
+        raise ValueError(
+            f"query and memory must not be empty, got {list(query.shape)} and {list(memory.shape)}; only B may be 0"
+        )
+    if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
+        raise ValueError(f"topk must be an integer of at least 1, got {topk!r}")
+    check_choice("threshold", threshold, THRESHOLDS)
+    if noise is not None:
+        check_tensor("noise", noise, (query.shape[0], locations, memory.shape[1]), like=query)
+    if not 0.0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be a positive number, got {temperature!r}")
+    choose_backend(backend)
+    return space_aware_memory_reference(query, memory, topk, threshold, noise, temperature)
