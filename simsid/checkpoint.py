@@ -1,0 +1,123 @@
+"""Folders of tensors that are whole at every moment: a JSON document that names a safetensors file.
+
+The tensors go to a new file named by their hash, which is synced; then the document is replaced in one step. Whoever
+opens the folder, whenever, finds either the old pair or the new one. Nothing that is read is ever executed.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A folder that holds no readable checkpoint; the message names the file and what is wrong with it."""
+
+
+def write_file(path: pathlib.Path, content: bytes) -> None:
+    """Write a file whole: to a temporary name beside it, synced, then renamed over it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a checkpoint gets the permissions of any other file.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_json(path: pathlib.Path, document: dict[str, object]) -> None:
+    """Write a JSON document whole."""
+    write_file(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: pathlib.Path) -> dict[str, object]:
+    """Read a JSON document; a missing or broken file is a `CheckpointError`."""
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(document).__name__}")
+    return document
+
+
+def write(folder: str | os.PathLike, name: str, tensors: dict[str, Tensor], document: dict[str, object]) -> None:
+    """Write `tensors` and `document` as the pair `name` of `folder`, replacing an older pair in one step."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = save_safetensors({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+    digest = hashlib.sha256(content).hexdigest()
+    file = f"{name}-{digest[:16]}.safetensors"
+    write_file(folder / file, content)
+    write_json(folder / f"{name}.json", {"format": FORMAT, **document, "tensors": {"file": file, "sha256": digest}})
+    for old in folder.glob(f"{name}-*.safetensors"):
+        if old.name != file:
+            old.unlink(missing_ok=True)
+
+
+def read(folder: str | os.PathLike, name: str) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Read the pair `name` of `folder`; a missing, damaged or foreign file is a `CheckpointError`."""
+    folder = pathlib.Path(folder)
+    document = read_json(folder / f"{name}.json")
+    if document.get("format") != FORMAT:
+        raise CheckpointError(f"{folder / name}.json must be of format {FORMAT}, got {document.get('format')!r}")
+    entry = document.get("tensors")
+    file = entry.get("file") if isinstance(entry, dict) else None
+    if not isinstance(file, str) or pathlib.Path(file).name != file:
+        raise CheckpointError(f"{folder / name}.json must name a tensor file beside it, got {file!r}")
+    try:
+        content = (folder / file).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{folder / file} cannot be read: {error.strerror}") from None
+    if hashlib.sha256(content).hexdigest() != entry.get("sha256"):
+        raise CheckpointError(f"{folder / file} is damaged: its content does not match the hash in {name}.json")
+    try:
+        return load_safetensors(content), document
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / file} is no safetensors file: {error}") from None
+
+
+def load_state(module: torch.nn.Module, tensors: dict[str, Tensor], source: object) -> None:
+    """Load a state dictionary whose names and shapes must fit the module exactly."""
+    own = module.state_dict()
+    for kind, names in (("lacks", own.keys() - tensors.keys()), ("has the unknown", tensors.keys() - own.keys())):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"{source} {kind} tensor {min(names)}{more}")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise CheckpointError(
+                f"{source}: tensor {name} must have shape {list(own[name].shape)}, got {list(tensor.shape)}"
+            )
+    module.load_state_dict(tensors)
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    # A rename is durable only once its folder is; Windows cannot open folders and needs no such step.
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,254 @@
+"""The choices that make a model: SPEC of the networks, memories and in-painting, and the published presets."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+WIDEST = 16
+"""The deepest feature map has at most this many times `width` channels."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be built; the message names the field, what was expected and what came."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that determines a model's shape, its look-ups and how films are prepared for it.
+
+    Source: SimSID (arXiv 2403.08689), section 3 and table II; SQUID (arXiv 2111.13495), section 3 and table 2.
+    """
+
+    image_size: int = 128
+    """Height and width of the square image the model sees, pixels."""
+    patches: int = 4
+    """Patches along one side, P; the image has P * P locations."""
+    width: int = 32
+    """Channels of the first feature map; the deepest has 16 times as many."""
+    levels: int = 4
+    """Encoder blocks of stride 2, and up blocks of each generator."""
+    skip_levels: int = 2
+    """Deepest up blocks that see a skip connection; more would let the image past the memories."""
+    merge_levels: int = 2
+    """Last up blocks that work on the whole map, after the patches are put together."""
+    items: int = 100
+    """Items a location has in the in-painting block's memory, N."""
+    decoder_items: int = 100
+    """Items a location has in each decoder memory."""
+    decoder_memories: int = 2
+    """Up blocks of the student that are followed by a memory, counted from the deepest."""
+    topk: int = 5
+    """Items the shrinkage keeps, k."""
+    threshold: Literal["inclusive", "exclusive"] = "inclusive"
+    """Keep the k most probable items (the papers), or those strictly above the k-th (the released code)."""
+    shrinkage: Literal["topk", "hard", "none"] = "topk"
+    """Gumbel top-k; a fixed threshold on the probability (MemAE); or every item by its probability."""
+    hard_threshold: float = 0.01
+    """Probability below which `shrinkage="hard"` drops an item; useful between 1 / items and 3 / items."""
+    gumbel_noise: bool = False
+    """Add Gumbel noise to the similarities in training, which makes the selection a sample."""
+    temperature: float = 1.0
+    """Divides the similarities."""
+    space_aware: bool = True
+    """One set of items for each location; else one set that every location queries."""
+    memory: Literal["matrix", "queue"] = "matrix"
+    """The in-painting block's memory: learned items (SimSID) or the latest real features (SQUID)."""
+    decoder_memory: Literal["patch", "subpatch"] = "patch"
+    """Decoder memories by patch location (the papers) or by quarter of each patch (the released code)."""
+    inpainting: Literal["attention", "convolution", "memory", "none"] = "attention"
+    """How neighbours restore a patch: attention, a 3x3 convolution, not at all (memory only), or no block."""
+    pixel_inpainting: float = 0.0
+    """Share of the input patches zeroed in training."""
+    border: Literal["zero", "mask"] = "zero"
+    """A neighbour outside the grid takes part as a zero feature (the released code), or not at all."""
+    heads: int = 8
+    """Heads of the neighbour attention."""
+    dropout: float = 0.0
+    """Dropout rate of the in-painting block's feed-forward part."""
+    rho: float = 1.0
+    """Probability that a feature position keeps the in-painting block's output in training; SQUID: 0.95."""
+    distillation: bool = True
+    """Train a teacher generator and hold the student's features to it."""
+    stop_gradient: bool = True
+    """Keep the teacher's gradient out of the encoder."""
+    score_statistics: Literal["per_image", "running"] = "per_image"
+    """What the discriminator normalises with when it scores: each image's own statistics, or the running ones."""
+    signal: Literal["discriminator", "residual", "local_residual", "memory_distance"] = "discriminator"
+    """The anomaly signal that `score` and thresholds use."""
+    aspect: Literal["stretch", "pad", "crop"] = "stretch"
+    """How a film that is not square becomes square; the papers stretch it."""
+    intensity: Literal["auto", "range", "minmax"] = "auto"
+    """How stored pixel values become -1..1; see `simsid.data.load_images`."""
+
+    def __post_init__(self) -> None:
+        """Refuse a configuration that cannot be built, naming the field."""
+        for field in dataclasses.fields(self):
+            _check_type(field, getattr(self, field.name))
+        at_least = {"image_size": 33, "patches": 1, "width": 1, "levels": 1, "skip_levels": 0, "merge_levels": 0}
+        at_least |= {"items": 1, "decoder_items": 1, "decoder_memories": 0, "topk": 1, "heads": 1}
+        for name, low in at_least.items():
+            _require(getattr(self, name) >= low, name, f"at least {low}", getattr(self, name))
+        for name in ("skip_levels", "merge_levels", "decoder_memories"):
+            _require(getattr(self, name) <= self.levels, name, f"at most levels = {self.levels}", getattr(self, name))
+        _require(0 < self.temperature < math.inf, "temperature", "a positive number", self.temperature)
+        for name in ("rho", "pixel_inpainting", "hard_threshold"):
+            _require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
+        _require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1", self.dropout)
+        step = self.patches * 2**self.levels
+        _require(
+            self.image_size % step == 0,
+            "image_size",
+            f"a multiple of patches * 2**levels = {step}, so that every patch can be halved {self.levels} times",
+            self.image_size,
+        )
+        if self.inpainting != "none":
+            _require(
+                self.deepest_channels % 4 == 0,
+                "width",
+                f"such that the deepest channels ({self.deepest_channels}) divide by 4",
+                self.width,
+            )
+        if self.inpainting == "attention":
+            _require(
+                self.bottleneck_features % self.heads == 0,
+                "heads",
+                f"a divisor of the {self.bottleneck_features} bottleneck features",
+                self.heads,
+            )
+        if self.decoder_memory == "subpatch" and self.decoder_memories:
+            deepest = self.patch_size // 2 ** (self.levels - 1)
+            _require(deepest % 2 == 0, "decoder_memory", f"'patch' for decoder maps of {deepest} pixels", "subpatch")
+        if self.signal == "memory_distance":
+            _require(self.inpainting != "none", "signal", "one that needs no in-painting block", self.signal)
+
+    @property
+    def locations(self) -> int:
+        """L, patches of an image."""
+        return self.patches**2
+
+    @property
+    def patch_size(self) -> int:
+        """S, pixels along a patch's side."""
+        return self.image_size // self.patches
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of skip 0, 1, …, levels - 1 and of the deepest feature map."""
+        return tuple(self.width * min(2**level, WIDEST) for level in range(self.levels + 1))
+
+    @property
+    def deepest_channels(self) -> int:
+        """C, channels of the deepest feature map."""
+        return self.channels[-1]
+
+    @property
+    def bottleneck_features(self) -> int:
+        """D of the in-painting block: C/4 channels times the positions of a patch's deepest map."""
+        return self.deepest_channels // 4 * (self.patch_size // 2**self.levels) ** 2
+
+    def replace(self, **changes: object) -> "Config":
+        """Return a copy with `changes`; an unknown field is an error that lists the known ones."""
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                raise ConfigError(f"{name!r} is not a configuration field; the fields are {', '.join(known)}")
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the fields as plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, object]) -> "Config":
+        """Rebuild a configuration from `to_dict`; absent fields keep their defaults, unknown ones are an error."""
+        return cls().replace(**values)
+
+    @classmethod
+    def simsid(cls, **changes: object) -> "Config":
+        """SimSID: 4 x 4 patches, learned items, attention, two decoder memories."""
+        return cls().replace(**changes)
+
+    @classmethod
+    def squid(cls, **changes: object) -> "Config":
+        """SQUID: 2 x 2 patches, 200 items a region, memory queue, masked shortcut with rho = 0.95."""
+        return cls(patches=2, items=200, decoder_items=200, memory="queue", rho=0.95).replace(**changes)
+
+    @classmethod
+    def digit_anatomy(cls, **changes: object) -> "Config":
+        """DigitAnatomy at a laptop's size: 96 pixels, 3 x 3 patches, 3 levels, width 8, scored by local residual."""
+        return cls(image_size=96, patches=3, levels=3, width=8, signal="local_residual").replace(**changes)
+
+    @classmethod
+    def memae(cls, **changes: object) -> "Config":
+        """MemAE (arXiv 1904.02639) in this network: one shared memory with hard shrinkage, no skips, no teacher."""
+        base = cls(
+            space_aware=False,
+            shrinkage="hard",
+            inpainting="memory",
+            decoder_memories=0,
+            skip_levels=0,
+            distillation=False,
+            signal="residual",
+        )
+        return base.replace(**changes)
+
+    @classmethod
+    def autoencoder(cls, **changes: object) -> "Config":
+        """The plain autoencoder with the same encoder and decoder: no memory, no in-painting, no skips, no teacher."""
+        base = cls(inpainting="none", decoder_memories=0, skip_levels=0, distillation=False, signal="residual")
+        return base.replace(**changes)
+
+    @classmethod
+    def ablation(cls, name: str, **changes: object) -> "Config":
+        """Return the component study's configuration `name`: one part of SimSID (or SQUID) taken away or exchanged.
+
+        Source: SimSID, table II; SQUID, table 2. The names are `no_space_aware`, `no_skip`, `no_inpainting`,
+        `no_hierarchical_memory`, `no_distillation`, `no_stop_gradient`, `no_shrinkage`, `memory_queue`,
+        `conv_inpainting`, `pixel_inpainting` and `no_masked_shortcut`.
+        """
+        if name not in ABLATIONS:
+            raise ConfigError(f"ablation must be one of {', '.join(ABLATIONS)}, got {name!r}")
+        preset, taken = ABLATIONS[name]
+        return preset(**taken).replace(**changes)
+
+
+ABLATIONS: dict[str, tuple[Callable[..., Config], dict[str, object]]] = {
+    "no_space_aware": (Config.simsid, {"space_aware": False}),
+    "no_skip": (Config.simsid, {"skip_levels": 0}),
+    "no_inpainting": (Config.simsid, {"inpainting": "none"}),
+    "no_hierarchical_memory": (Config.simsid, {"decoder_memories": 0}),
+    "no_distillation": (Config.simsid, {"distillation": False}),
+    "no_stop_gradient": (Config.simsid, {"stop_gradient": False}),
+    "no_shrinkage": (Config.simsid, {"shrinkage": "none"}),
+    "memory_queue": (Config.simsid, {"memory": "queue"}),
+    "conv_inpainting": (Config.simsid, {"inpainting": "convolution"}),
+    "pixel_inpainting": (Config.simsid, {"inpainting": "none", "pixel_inpainting": 0.25}),
+    "no_masked_shortcut": (Config.squid, {"rho": 1.0}),
+}
+
+PRESETS: dict[str, Callable[..., Config]] = {
+    "simsid": Config.simsid,
+    "squid": Config.squid,
+    "digit_anatomy": Config.digit_anatomy,
+    "memae": Config.memae,
+    "autoencoder": Config.autoencoder,
+}
+
+
+def _require(holds: bool, name: str, expected: str, value: object) -> None:
+    if not holds:
+        raise ConfigError(f"{name} must be {expected}, got {value!r}")
+
+
+def _check_type(field: dataclasses.Field, value: object) -> None:
+    choices = getattr(field.type, "__args__", None)
+    if choices:
+        _require(value in choices, field.name, f"one of {', '.join(map(repr, choices))}", value)
+    elif field.type is float:
+        _require(isinstance(value, (int, float)) and not isinstance(value, bool), field.name, "a number", value)
+    else:
+        is_bool = isinstance(value, bool)
+        fits = is_bool if field.type is bool else isinstance(value, int) and not is_bool
+        _require(fits, field.name, "true or false" if field.type is bool else "a whole number", value)

@@ -1,0 +1,111 @@
+"""The in-painting block: a patch is rebuilt from what the memories of its neighbours return."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from simsid.config import Config
+from simsid.kernels import neighbor_attention
+from simsid.memory import SpaceAwareMemory
+
+
+class Inpainted(NamedTuple):
+    """What the block returns: the features `[B * L, C, h, w]`, and its queries and their look-up, `[B, L, D]` each."""
+
+    features: Tensor
+    query: Tensor
+    retrieved: Tensor
+
+
+class NeighborAttention(nn.Module):
+    """Multi-head attention of each location to its eight neighbours, projections included.
+
+    Query, key and value are projected once a location, never once a window; a neighbour outside the grid is a zero
+    feature (`border="zero"`: key = key bias, value = value bias) or takes no part (`"mask"`).
+    Source: SimSID, section 3.3; SQUID, section 3.4.
+    """
+
+    def __init__(self, features: int, grid: tuple[int, int], heads: int, border: str, backend: str) -> None:
+        super().__init__()
+        self.grid, self.heads, self.border, self.backend = grid, heads, border, backend
+        self.query = nn.Linear(features, features)
+        self.key_value = nn.Linear(features, 2 * features)
+        self.output = nn.Linear(features, features)
+        for layer in (self.query, self.key_value, self.output):
+            nn.init.zeros_(layer.bias)
+        # Each of the three square blocks is drawn as one of PyTorch's packed projection: Xavier over [3 D, D].
+        bound = math.sqrt(6 / (4 * features))
+        for layer in (self.query, self.key_value):
+            nn.init.uniform_(layer.weight, -bound, bound)
+
+    def forward(self, query: Tensor, memory: Tensor) -> Tensor:
+        """Attend from `query` to `memory`, both `[B, L, D]`; returns `[B, L, D]`."""
+        q = self.query(query)
+        k, v = self.key_value(memory).chunk(2, dim=-1)
+        pad_key, pad_value = self.key_value.bias.chunk(2) if self.border == "zero" else (None, None)
+        attended = neighbor_attention(
+            q, k, v, self.grid, self.heads, pad_key=pad_key, pad_value=pad_value, backend=self.backend
+        )
+        return self.output(attended)
+
+
+class InpaintingBlock(nn.Module):
+    """Replace the deepest features of every patch by what its memory and its neighbours make of them.
+
+        f = ReLU(BN(conv1x1(x)));   n = memory(f)
+        n = ReLU(LN(attention(f, neighbours of n)) + n);   n = ReLU(LN(FF(n)) + n)
+        y = ReLU(BN(conv1x1([n, binary index planes])))
+
+    Source: SimSID, section 3.3; SQUID, section 3.4, and its masked shortcut (`rho < 1`). With
+    `inpainting="convolution"` a 3x3 convolution over the grid of patch features stands in for the attention; with
+    `"memory"` the look-up alone remains.
+    """
+
+    def __init__(self, config: Config, backend: str = "auto") -> None:
+        super().__init__()
+        C, D, L, P = config.deepest_channels, config.bottleneck_features, config.locations, config.patches
+        self.locations, self.patches, self.rho, self.kind = L, P, config.rho, config.inpainting
+        self.entry = nn.Sequential(nn.Conv2d(C, C // 4, 1, bias=False), nn.BatchNorm2d(C // 4))
+        self.memory = SpaceAwareMemory(config, L, config.items, D, queue=config.memory == "queue", backend=backend)
+        if self.kind == "attention":
+            self.mixing = NeighborAttention(D, (P, P), config.heads, config.border, backend)
+        elif self.kind == "convolution":
+            self.mixing = nn.Conv2d(D, D, 3, padding=1)
+        if self.kind != "memory":
+            self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+            self.feed_forward = nn.Sequential(
+                nn.Linear(D, max(D // 4, 1)),
+                nn.Dropout(config.dropout),
+                nn.ReLU(),
+                nn.Linear(max(D // 4, 1), D),
+                nn.Dropout(config.dropout),
+            )
+        bits = int(math.log2(L)) + 1
+        index = torch.arange(L)[:, None] >> torch.arange(bits - 1, -1, -1)
+        self.register_buffer("index_planes", (index & 1).float(), persistent=False)
+        self.exit = nn.Sequential(nn.Conv2d(C // 4 + bits, C, 1), nn.BatchNorm2d(C))
+
+    def forward(self, x: Tensor) -> Inpainted:
+        """Rebuild `[B * L, C, h, w]`; in training with `rho < 1` some positions keep their input."""
+        BL, _, h, w = x.shape
+        B = BL // self.locations
+        f = F.relu(self.entry(x)).reshape(B, self.locations, -1)
+        n = retrieved = self.memory(f)
+        if self.kind != "memory":
+            n = F.relu(self.norm1(self._mix(f, n)) + n)
+            n = F.relu(self.norm2(self.feed_forward(n)) + n)
+        planes = self.index_planes.to(n.dtype).repeat(B, 1)[:, :, None, None].expand(-1, -1, h, w)
+        y = F.relu(self.exit(torch.cat([n.reshape(BL, -1, h, w), planes], dim=1)))
+        if self.training and self.rho < 1:
+            keep = torch.rand(BL, 1, h, w, device=x.device) < self.rho
+            y = torch.where(keep, y, x)
+        return Inpainted(y, f, retrieved)
+
+    def _mix(self, f: Tensor, n: Tensor) -> Tensor:
+        if self.kind == "attention":
+            return self.mixing(f, n)
+        grid = n.transpose(1, 2).unflatten(2, (self.patches, self.patches))
+        return self.mixing(grid).flatten(2).transpose(1, 2)

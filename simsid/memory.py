@@ -1,0 +1,123 @@
+"""Memories: learned items or a queue of real features, looked up by location."""
+
+import torch
+from torch import Tensor, nn
+
+from simsid import patches
+from simsid.config import Config
+from simsid.kernels import space_aware_memory
+
+
+class SpaceAwareMemory(nn.Module):
+    """Items that belong to one location each, returned in place of what resembles them.
+
+        out = w M,   w = shrink(softmax(z M^T))
+
+    Source: SimSID, section 3.2 (equations 1-3); the queue: SQUID, section 3.3. `items` is a parameter `[L, N, D]`
+    (`[1, N, D]` when `config.space_aware` is off), or with `queue=True` a buffer of the latest real features that gets
+    no gradient and is renewed by `push`.
+    """
+
+    def __init__(
+        self, config: Config, locations: int, items: int, features: int, *, queue: bool = False, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.topk = items if config.shrinkage == "none" else config.topk
+        self.threshold = "inclusive" if config.shrinkage == "none" else config.threshold
+        self.hard_threshold = config.hard_threshold if config.shrinkage == "hard" else None
+        self.temperature = config.temperature
+        self.gumbel_noise = config.gumbel_noise
+        self.backend = backend
+        content = torch.empty(locations if config.space_aware else 1, items, features)
+        content.uniform_(-(features**-0.5), features**-0.5)
+        self.is_queue = queue
+        if queue:
+            self.register_buffer("items", content)
+            self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+        else:
+            self.items = nn.Parameter(content)
+
+    def forward(self, query: Tensor) -> Tensor:
+        """Look `[B, L, D]` up; returns `[B, L, D]`."""
+        noise = None
+        if self.gumbel_noise and self.training:
+            uniform = torch.rand(*query.shape[:2], self.items.shape[1], device=query.device)
+            noise = -torch.log(-torch.log(uniform.clamp_min(torch.finfo(uniform.dtype).tiny)))
+        if self.hard_threshold is not None:
+            return hard_shrinkage_memory(query, self.items, self.hard_threshold, noise, self.temperature)
+        return space_aware_memory(
+            query,
+            self.items,
+            self.topk,
+            threshold=self.threshold,
+            noise=noise,
+            temperature=self.temperature,
+            backend=self.backend,
+        )
+
+    @torch.no_grad()
+    def push(self, query: Tensor) -> None:
+        """Put a step's queries `[B, L, D]` into the queue, in batch order; the oldest items give way."""
+        if self.items.shape[0] == 1:
+            query = query.flatten(0, 1)[:, None]
+        N = self.items.shape[1]
+        new = query.detach().transpose(0, 1)[:, -N:].to(self.items.dtype)
+        # Queries beyond N would be overwritten at once, yet they move the pointer on like the others.
+        first = self.pointer + max(query.shape[0] - N, 0)
+        slots = (first + torch.arange(new.shape[1], device=self.items.device)) % N
+        self.items[:, slots] = new
+        self.pointer.copy_((self.pointer + query.shape[0]) % N)
+
+    def extra_repr(self) -> str:
+        """Return the sizes for `print(model)`."""
+        L, N, D = self.items.shape
+        return f"locations={L}, items={N}, features={D}, topk={self.topk}, queue={self.is_queue}"
+
+
+def hard_shrinkage_memory(
+    query: Tensor, items: Tensor, threshold: float, noise: Tensor | None, temperature: float
+) -> Tensor:
+    """Look `[B, L, D]` up with hard shrinkage at a fixed threshold, through which the gradient flows.
+
+        w = max(p - t, 0) p / (|p - t| + 1e-12),  divided by its sum
+
+    Source: MemAE (arXiv 1904.02639), equations 6 and 7.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        z = query.to(torch.promote_types(query.dtype, torch.float32))
+        M = items.to(z.dtype).expand(query.shape[1], -1, -1)
+        s = torch.einsum("bld,lnd->bln", z, M)
+        p = torch.softmax((s if noise is None else s + noise) / temperature, dim=-1)
+        w = torch.relu(p - threshold) * p / ((p - threshold).abs() + 1e-12)
+        w = w / w.sum(-1, keepdim=True).clamp_min(1e-12)
+        return torch.einsum("bln,lnd->bld", w, M).to(query.dtype)
+
+
+class DecoderMemory(nn.Module):
+    """The memory after a decoder block: a feature map goes in, one of the same shape comes out.
+
+    `"patch"` (the papers): one location a patch, `D` = channels x height x width of the patch's map. `"subpatch"` (the
+    released code): each patch's map is cut into 2 x 2 sub-windows; they are the locations, shared by all patches.
+    Items are flattened channel-major. A map of the whole image is cut into its patches first (`merged=True`).
+    """
+
+    def __init__(self, config: Config, channels: int, size: int, *, merged: bool, backend: str = "auto") -> None:
+        super().__init__()
+        self.patches = config.patches
+        self.merged = merged
+        self.subpatch = config.decoder_memory == "subpatch"
+        self.locations = 4 if self.subpatch else config.locations
+        positions = (size // 2) ** 2 if self.subpatch else size**2
+        self.memory = SpaceAwareMemory(
+            config, self.locations, config.decoder_items, channels * positions, backend=backend
+        )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Look up `[B * L, C, h, w]`, or `[B, C, H, W]` when merged; the shape stays."""
+        if self.merged:
+            maps = patches.split(maps, self.patches)
+        windows = patches.split(maps, 2) if self.subpatch else maps
+        found = self.memory(windows.reshape(-1, self.locations, windows[0].numel())).reshape(windows.shape)
+        if self.subpatch:
+            found = patches.merge(found, 2)
+        return patches.merge(found, self.patches) if self.merged else found

@@ -1,0 +1,247 @@
+"""The model: everything that is trained, saved and scored with."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from simsid import checkpoint, patches, signals
+from simsid.config import Config, ConfigError
+from simsid.discriminator import Discriminator
+from simsid.generator import Encoder, Generator
+from simsid.losses import distillation_loss
+from simsid.signals import SIGNALS, Calibration, CalibrationError
+
+BATCH = 16
+"""Images that pass through the network at a time when a method takes any number of them."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What `Model.forward` returns in every mode.
+
+    `student` `[B, 1, H, W]` in -1..1; `teacher` likewise and `distillation` (a scalar), or None where the teacher was
+    not computed; `query` and `retrieved` `[B, L, D]`: the in-painting block's queries and what its memory returned, or
+    None in a model without the block.
+    """
+
+    student: Tensor
+    teacher: Tensor | None = None
+    distillation: Tensor | None = None
+    query: Tensor | None = None
+    retrieved: Tensor | None = None
+
+
+class Model(nn.Module):
+    """Encoder, student and teacher generator, and discriminator of SimSID or SQUID, with their calibration.
+
+        A = 1 - sigmoid((D(student(I)) - mu) / sigma)          1 is anomalous
+
+    Source: SimSID (arXiv 2403.08689), figure 2 and section 3; SQUID (arXiv 2111.13495), figure 2 and section 3.
+
+    Args:
+        config: a `Config`; None is `Config()`, SimSID as published.
+        fused: True or `"auto"`: fused kernels where the tensors are on CUDA and PyTorch elsewhere; False: PyTorch
+            everywhere.
+        **overrides: single fields of the configuration, as in `Model(width=8)`.
+
+    Raises:
+        ConfigError: a configuration that cannot be built; the message names the field.
+    """
+
+    def __init__(self, config: Config | None = None, *, fused: bool | str = "auto", **overrides: object) -> None:
+        super().__init__()
+        if fused not in (True, False, "auto"):
+            raise ConfigError(f"fused must be True, False or 'auto', got {fused!r}")
+        self.config = config = (config or Config()).replace(**overrides)
+        self.fused = fused
+        backend = "auto" if fused else "torch"
+        self.encoder = Encoder(config)
+        self.student = Generator(config, student=True, backend=backend)
+        self.teacher = Generator(config, student=False) if config.distillation else None
+        self.discriminator = Discriminator(config.image_size)
+        self.calibration: Calibration | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.parameters()).device
+
+    @property
+    def queue(self) -> nn.Module | None:
+        """The in-painting block's memory where it is a queue that training must feed, else None."""
+        block = self.student.inpainting
+        return block.memory if block is not None and block.memory.is_queue else None
+
+    @property
+    def signal(self) -> str:
+        """The full name of the signal that `score` uses, one of `simsid.signals.SIGNALS`."""
+        name = self.config.signal
+        return f"{name}_{self.config.score_statistics}" if name == "discriminator" else name
+
+    @property
+    def signal_names(self) -> tuple[str, ...]:
+        """The signals this model has; without an in-painting block there is no memory distance."""
+        return SIGNALS if self.student.inpainting is not None else SIGNALS[:-1]
+
+    def forward(self, images: Tensor, teacher: bool | None = None) -> Reconstruction:
+        """Reconstruct `[B, 1, H, W]` in -1..1; `teacher=None` computes the teacher in training mode only."""
+        self._check(images)
+        P = self.config.patches
+        shown = images
+        if self.training and self.config.pixel_inpainting:
+            shown = self._blank(images)
+        encoded = self.encoder(patches.split(shown, P))
+        student = self.student(encoded.deepest, encoded.skips)
+        found = {"student": student.images, "query": student.query, "retrieved": student.retrieved}
+        if self.teacher is not None and (self.training if teacher is None else teacher):
+            deepest, skips = encoded
+            if self.config.stop_gradient:
+                deepest, skips = deepest.detach(), [skip.detach() for skip in skips]
+            taught = self.teacher(deepest, skips)
+            found["teacher"] = taught.images
+            found["distillation"] = distillation_loss(student.features, taught.features)
+        return Reconstruction(**found)
+
+    @torch.inference_mode()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Return the student's reconstruction of `[B, 1, H, W]` in inference mode, on the images' device."""
+        with self._inference():
+            parts = [self(batch).student[:count] for batch, count in self._batches(images)]
+        return torch.cat(parts).to(images.device)
+
+    @torch.inference_mode()
+    def signals(self, images: Tensor, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+        """Return the raw signals of `[B, 1, H, W]`: name to `[B]`, float64, higher is more anomalous.
+
+        An image's values depend neither on its neighbours nor on its place: batches are filled up to a fixed size, and
+        nothing is normalised across images.
+        """
+        names = tuple(self.signal_names if names is None else names)
+        for name in names:
+            if name not in self.signal_names:
+                raise ValueError(f"signal must be one of {', '.join(self.signal_names)}, got {name!r}")
+        columns: dict[str, list[Tensor]] = {name: [] for name in names}
+        with self._inference():
+            for batch, count in self._batches(images):
+                for name, values in self._signals(batch, names).items():
+                    columns[name].append(values[:count].double().cpu())
+        return {name: torch.cat(values).numpy() for name, values in columns.items()}
+
+    def score(self, images: Tensor) -> Tensor:
+        """Return the anomaly score of `[B, 1, H, W]`: `[B]` float64 in 0..1, 1 is anomalous.
+
+        The score is the configured signal, standardised on normal films. Rank and threshold on `signals` instead: the
+        sigmoid ties scores far from the mean.
+
+        Raises:
+            CalibrationError: the model has not been calibrated.
+        """
+        raw = self.signals(images, [self.signal])[self.signal]
+        return torch.from_numpy(self.calibrated().probability(self.signal, raw)).to(images.device)
+
+    def calibrated(self) -> Calibration:
+        """Return the calibration, or say what is missing."""
+        if self.calibration is None:
+            raise CalibrationError(
+                "the model is not calibrated: call calibrate(images) with normal images, or finish its training"
+            )
+        return self.calibration
+
+    def calibrate(self, images: Tensor | Iterable[Tensor], holdout: Tensor | Iterable[Tensor] | None = None) -> None:
+        """Measure mean and deviation of every signal on normal training images, un-augmented.
+
+        Args:
+            images: `[n, 1, H, W]` in -1..1, or an iterable of such batches (a loader; the first entry of a tuple).
+            holdout: normal images that were not trained on, for thresholds at a chosen false-alarm rate.
+        """
+        kept = self._collect(holdout) if holdout is not None else None
+        self.calibration = Calibration.fit(self._collect(images), kept)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write weights, configuration and calibration to `folder`, whole or not at all."""
+        document = {
+            "kind": "simsid model",
+            "config": self.config.to_dict(),
+            "calibration": self.calibration.to_dict() if self.calibration else None,
+        }
+        checkpoint.write(folder, "model", self.state_dict(), document)
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike, *, fused: bool | str = "auto", device: str | torch.device = "cpu"
+    ) -> "Model":
+        """Read a model that `save` or a training run wrote, in inference mode; nothing in the files is executed.
+
+        Raises:
+            CheckpointError: the folder holds no model, a damaged one, or one of other shapes.
+        """
+        tensors, document = checkpoint.read(folder, "model")
+        try:
+            config = Config.from_dict(document["config"])
+            calibration = Calibration(**document["calibration"]) if document.get("calibration") else None
+        except (KeyError, TypeError, ValueError) as error:
+            raise checkpoint.CheckpointError(f"{os.fspath(folder)}/model.json is not a model: {error}") from None
+        with torch.random.fork_rng(devices=[]):
+            model = cls(config, fused=fused)
+        checkpoint.load_state(model, tensors, f"{os.fspath(folder)}/model.json")
+        model.calibration = calibration
+        return model.to(device).eval()
+
+    def _signals(self, images: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        found = self(images)
+        student, discriminator = found.student, self.discriminator
+        compute = {
+            "discriminator_per_image": lambda: -discriminator(student, "per_image"),
+            "discriminator_running": lambda: -discriminator(student),
+            "residual": lambda: signals.residual(images, student),
+            "local_residual": lambda: signals.local_residual(images, student),
+            "memory_distance": lambda: signals.memory_distance(found.query, found.retrieved),
+        }
+        return {name: compute[name]() for name in names}
+
+    def _collect(self, images: Tensor | Iterable[Tensor]) -> dict[str, np.ndarray]:
+        batches = [images] if isinstance(images, Tensor) else images
+        parts = [self.signals(batch[0] if isinstance(batch, (tuple, list)) else batch) for batch in batches]
+        return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else {})}
+
+    def _batches(self, images: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Yield batches on the model's device; beyond one batch the last is filled up, so that all have one size."""
+        self._check(images)
+        for start in range(0, len(images), BATCH):
+            batch = images[start : start + BATCH].to(self.device, torch.float32)
+            count = len(batch)
+            if len(images) > BATCH and count < BATCH:
+                batch = torch.cat([batch, batch[-1:].expand(BATCH - count, -1, -1, -1)])
+            yield batch, count
+
+    def _blank(self, images: Tensor) -> Tensor:
+        """Zero the configured share of each image's patches."""
+        P, L = self.config.patches, self.config.locations
+        order = torch.rand(len(images), L, device=images.device).argsort(1)
+        blank = (order < round(self.config.pixel_inpainting * L)).view(-1, 1, P, P)
+        S = self.config.patch_size
+        return images.masked_fill(blank.repeat_interleave(S, 2).repeat_interleave(S, 3), 0.0)
+
+    def _check(self, images: Tensor) -> None:
+        size = self.config.image_size
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images must be a floating-point tensor with values in -1..1, got {got}")
+        if images.dim() != 4 or images.shape[1:] != (1, size, size) or not len(images):
+            raise ValueError(f"images must have shape [B, 1, {size}, {size}], B at least 1, got {list(images.shape)}")
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Switch to inference mode for a moment."""
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True

@@ -1,0 +1,19 @@
+"""Cutting images into patches and putting them together again; patch index fastest in the batch."""
+
+from torch import Tensor
+
+
+def split(images: Tensor, patches: int) -> Tensor:
+    """Cut `[B, C, H, W]` into `[B * P*P, C, H/P, W/P]`, locations row-major and fastest."""
+    B, C, H, W = images.shape
+    h, w = H // patches, W // patches
+    cut = images.view(B, C, patches, h, patches, w).permute(0, 2, 4, 1, 3, 5)
+    return cut.reshape(B * patches * patches, C, h, w)
+
+
+def merge(maps: Tensor, patches: int) -> Tensor:
+    """Put `[B * P*P, C, h, w]` together to `[B, C, P*h, P*w]`; the inverse of `split`."""
+    BL, C, h, w = maps.shape
+    B = BL // (patches * patches)
+    grid = maps.view(B, patches, patches, C, h, w).permute(0, 3, 1, 4, 2, 5)
+    return grid.reshape(B, C, patches * h, patches * w)

@@ -1,0 +1,187 @@
+"""Reading the checkpoints of the released SimSID code: `model.pth` and `discriminator.pth`."""
+
+import os
+import pickle
+import re
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from simsid.config import Config, ConfigError
+from simsid.model import Model
+
+BLOCK = {"conv1.0": "entry.0", "conv1.1": "entry.1", "conv2.0": "inner.0", "conv2.1": "inner.1"} | {
+    "conv2.3": "outer.0",
+    "conv2.4": "outer.1",
+}
+"""Names inside a convolution block, theirs to ours."""
+
+RULES: list[tuple[str, str]] = [
+    (r"generator\.in_conv\.conv\.(conv\d\.\d)\.(\w+)", "encoder.entry.{0}.{1}"),
+    (r"generator\.down_blocks\.(\d+)\.mpconv\.(conv\d\.\d)\.(\w+)", "encoder.down.{0}.{1}.{2}"),
+    (r"generator\.up_blocks\.(\d+)\.conv\.(conv\d\.\d)\.(\w+)", "student.up.{0}.{1}.{2}"),
+    (r"generator\.teacher_ups\.(\d+)\.conv\.(conv\d\.\d)\.(\w+)", "teacher.up.{0}.{1}.{2}"),
+    (r"generator\.out_conv\.conv\.(\w+)", "student.output.{0}"),
+    (r"generator\.teacher_out\.conv\.(\w+)", "teacher.output.{0}"),
+    (r"generator\.inpaint_block\.bottleneck_conv1\.(\d)\.(\w+)", "student.inpainting.entry.{0}.{1}"),
+    (r"generator\.inpaint_block\.bottleneck_conv2\.(\d)\.(\w+)", "student.inpainting.exit.{0}.{1}"),
+    (r"generator\.inpaint_block\.attention\.out_proj\.(\w+)", "student.inpainting.mixing.output.{0}"),
+    (r"generator\.inpaint_block\.attn_norm([12])\.(\w+)", "student.inpainting.norm{0}.{1}"),
+    (r"generator\.inpaint_block\.ff\.(\d)\.(\w+)", "student.inpainting.feed_forward.{0}.{1}"),
+    (r"discriminator\.regressor\.(\w+)", "discriminator.output.{0}"),
+]
+"""Names that keep their tensor, theirs to ours."""
+
+UNUSED = r"generator\.inpaint_block\.conv\.\w+"
+"""Tensors that the released code holds and never uses."""
+
+DISCRIMINATOR = re.compile(r"discriminator\.conv_model\.(\d+)\.(\w+)")
+PACKED = re.compile(r"generator\.inpaint_block\.attention\.in_proj_(weight|bias)")
+ITEMS = re.compile(r"generator\.(inpaint_block|memory_blocks\.(\d+))\.memory\.(\d+)\.memMatrix")
+
+
+class ConversionError(ValueError):
+    """A file that is no checkpoint of the released code; the message names the file or tensor."""
+
+
+def read_released(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Read one `.pth` with `weights_only=True`: tensors by name, a `module.` prefix or outer `state_dict` taken off."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConversionError(f"{os.fspath(path)} does not exist") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConversionError(f"{os.fspath(path)} cannot be read as a PyTorch state dictionary: {reason}") from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ConversionError(f"{os.fspath(path)} must hold a dictionary of tensors, got {type(content).__name__}")
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def convert(
+    generator: dict[str, Tensor],
+    discriminator: dict[str, Tensor],
+    *,
+    topk: int = 5,
+    threshold: Literal["inclusive", "exclusive"] = "exclusive",
+    memory: Literal["matrix", "queue"] = "matrix",
+    decoder_memory: Literal["patch", "subpatch"] = "subpatch",
+    merge_levels: int = 2,
+    **overrides: object,
+) -> Model:
+    """Build a model from the released generator's and discriminator's tensors.
+
+    Sizes are read off the shapes. What shapes cannot tell is an argument: `topk` is their `shrink_thres`, `"subpatch"`
+    and `"patch"` their `'V1'` and `'V3'`; whether the in-painting memory is a queue; at P = 2 also `decoder_memory`. A
+    queue's write pointer is not in the files; it starts at 0.
+
+    Raises:
+        ConversionError: a tensor is missing, unknown or of a shape that does not fit.
+    """
+    tensors = {f"generator.{name}": value for name, value in generator.items()}
+    tensors |= {f"discriminator.{name}": value for name, value in discriminator.items()}
+    renamed = _rename(tensors)
+    try:
+        config = Config(
+            **_sizes(renamed),
+            topk=topk,
+            threshold=threshold,
+            memory=memory,
+            decoder_memory=decoder_memory,
+            merge_levels=merge_levels,
+        ).replace(**overrides)
+    except KeyError as error:
+        raise ConversionError(f"the checkpoint lacks {error.args[0]} (in simsid's naming)") from None
+    except ConfigError as error:
+        raise ConversionError(f"the checkpoint's shapes fit no configuration: {error}") from None
+    with torch.random.fork_rng(devices=[]):
+        model = Model(config)
+    own = model.state_dict()
+    if memory == "queue":
+        renamed["student.inpainting.memory.pointer"] = torch.zeros((), dtype=torch.int64)
+    for name in own:
+        if name not in renamed:
+            raise ConversionError(f"the checkpoint lacks {name} (in simsid's naming)")
+    for name, tensor in renamed.items():
+        if name not in own:
+            raise ConversionError(f"the checkpoint's {name} (in simsid's naming) has no place in this configuration")
+        if tensor.shape != own[name].shape:
+            raise ConversionError(
+                f"the checkpoint's {name} (in simsid's naming) must have shape {list(own[name].shape)}, "
+                f"got {list(tensor.shape)}"
+            )
+    model.load_state_dict(renamed)
+    return model.eval()
+
+
+def renamed_names(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Return theirs to ours for every tensor (prefixes included) that moves as a whole."""
+    found = {}
+    for name in tensors:
+        if match := DISCRIMINATOR.fullmatch(name):
+            found[name] = _discriminator_name(int(match[1]), match[2])
+        for pattern, target in RULES:
+            if match := re.fullmatch(pattern, name):
+                found[name] = target.format(*(BLOCK.get(part, part) for part in match.groups()))
+    return found
+
+
+def _discriminator_name(position: int, what: str) -> str:
+    # The sequence is conv, activation, then conv, norm, activation four times.
+    if position == 0:
+        return f"discriminator.convolutions.0.{what}"
+    block, part = divmod(position - 2, 3)
+    return f"discriminator.convolutions.{block + 1}.{what}" if part == 0 else f"discriminator.norms.{block}.{what}"
+
+
+def _rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    whole = renamed_names(tensors)
+    renamed: dict[str, Tensor] = {}
+    items: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name in whole:
+            renamed[whole[name]] = tensor
+        elif match := PACKED.fullmatch(name):
+            query, key_value = tensor.split([len(tensor) // 3, len(tensor) - len(tensor) // 3])
+            renamed[f"student.inpainting.mixing.query.{match[1]}"] = query
+            renamed[f"student.inpainting.mixing.key_value.{match[1]}"] = key_value
+        elif match := ITEMS.fullmatch(name):
+            block = "student.inpainting" if match[2] is None else f"student.memories.{match[2]}"
+            items.setdefault(f"{block}.memory.items", {})[int(match[3])] = tensor
+        elif not re.fullmatch(UNUSED, name):
+            raise ConversionError(f"{name} is no tensor of the released code")
+    for name, by_location in items.items():
+        parts = [by_location[location] for location in sorted(by_location)]
+        if max(by_location) >= len(parts) or len({part.shape for part in parts}) != 1:
+            raise ConversionError(f"the memories of {name} (in simsid's naming) must be numbered from 0 and equal")
+        renamed[name] = torch.stack(parts)
+    return renamed
+
+
+def _sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Read the configuration's sizes off the shapes."""
+    levels = len({name.split(".")[2] for name in tensors if name.startswith("encoder.down.")})
+    decoders = len({name.split(".")[2] for name in tensors if name.startswith("student.memories.")})
+    L, items, D = tensors["student.inpainting.memory.items"].shape
+    patches = round(L**0.5)
+    channels = tensors["student.inpainting.entry.0.weight"].shape[0]
+    side = round((D // channels) ** 0.5)
+    skips = 0
+    for level in range(levels):
+        weight = tensors[f"student.up.{level}.entry.0.weight"]
+        narrow = weight.shape[0]
+        deeper = tensors[f"student.up.{level - 1}.entry.0.weight"].shape[0] if level else 4 * channels
+        skips += weight.shape[1] == narrow + deeper
+    return {
+        "image_size": patches * side * 2**levels,
+        "patches": patches,
+        "width": tensors["encoder.entry.entry.0.weight"].shape[0],
+        "levels": levels,
+        "skip_levels": skips,
+        "items": items,
+        "decoder_items": tensors["student.memories.0.memory.items"].shape[1] if decoders else items,
+        "decoder_memories": decoders,
+    }
