@@ -115,11 +115,14 @@ class Model(nn.Module):
         return torch.cat(parts).to(images.device)
 
     @torch.inference_mode()
-    def signals(self, images: Tensor, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    def signals(
+        self, images: Tensor, names: Iterable[str] | None = None, *, batch_size: int | None = None
+    ) -> dict[str, np.ndarray]:
         """Return the raw signals of `[B, 1, H, W]`: name to `[B]`, float64, higher is more anomalous.
 
-        An image's values depend neither on its neighbours nor on its place: batches are filled up to a fixed size, and
-        nothing is normalised across images.
+        Nothing is normalised across images, so an image's values do not depend on its neighbours. Libraries sum in
+        another order for another batch size, which moves the last digits; every batch here has one size (the last is
+        filled up): `batch_size`, or without it at most 16.
         """
         names = tuple(self.signal_names if names is None else names)
         for name in names:
@@ -127,7 +130,7 @@ class Model(nn.Module):
                 raise ValueError(f"signal must be one of {', '.join(self.signal_names)}, got {name!r}")
         columns: dict[str, list[Tensor]] = {name: [] for name in names}
         with self._inference():
-            for batch, count in self._batches(images):
+            for batch, count in self._batches(images, batch_size):
                 for name, values in self._signals(batch, names).items():
                     columns[name].append(values[:count].double().cpu())
         return {name: torch.cat(values).numpy() for name, values in columns.items()}
@@ -206,17 +209,20 @@ class Model(nn.Module):
 
     def _collect(self, images: Tensor | Iterable[Tensor]) -> dict[str, np.ndarray]:
         batches = [images] if isinstance(images, Tensor) else images
-        parts = [self.signals(batch[0] if isinstance(batch, (tuple, list)) else batch) for batch in batches]
+        parts = [
+            self.signals(batch[0] if isinstance(batch, (tuple, list)) else batch, batch_size=BATCH) for batch in batches
+        ]
         return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else {})}
 
-    def _batches(self, images: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Yield batches on the model's device; beyond one batch the last is filled up, so that all have one size."""
+    def _batches(self, images: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, int]]:
+        """Yield batches of one size on the model's device, and how many images of each are not filling."""
         self._check(images)
-        for start in range(0, len(images), BATCH):
-            batch = images[start : start + BATCH].to(self.device, torch.float32)
+        size = size or min(len(images), BATCH)
+        for start in range(0, len(images), size):
+            batch = images[start : start + size].to(self.device, torch.float32)
             count = len(batch)
-            if len(images) > BATCH and count < BATCH:
-                batch = torch.cat([batch, batch[-1:].expand(BATCH - count, -1, -1, -1)])
+            if count < size:
+                batch = torch.cat([batch, batch[-1:].expand(size - count, -1, -1, -1)])
             yield batch, count
 
     def _blank(self, images: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import base64
 import io
 import os
 import pathlib
+import textwrap
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -74,9 +75,9 @@ th, td { padding: 5px 9px; text-align: right; border-bottom: 1px solid var(--lin
 th { font-weight: 600; }
 thead th { color: var(--soft); vertical-align: bottom; }
 thead .group { text-align: center; border-bottom: 2px solid var(--line); }
-th.left, td.left { text-align: left; }
-td.left { overflow-wrap: anywhere; }
-tr.start > * { border-top: 2px solid var(--line); }
+th.left { text-align: left; overflow-wrap: break-word; }
+th.light { font-weight: 400; padding-left: 20px; min-width: 9em; }
+tr.start > * { border-top: 2px solid var(--line); padding-top: 9px; }
 .part { border-left: 1px solid var(--line); }
 .default-column { background: var(--tint); }
 .nowrap { white-space: nowrap; }
@@ -175,8 +176,10 @@ def write_report(
         if notes:
             body.append('<ul class="card notes">' + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>")
         if evaluation is not None:
-            body += [_curve_section(evaluation, rows), _area_section(evaluation, rows)]
-            body += [_histogram_section(evaluation, rows), _figure_section(evaluation, rows)]
+            # With a single kind of finding its rows repeat those over all abnormal images.
+            listed = rows if len(evaluation.kinds) > 1 else [row for row in rows if row.finding != "all"]
+            body += [_curve_section(evaluation, rows), _area_section(evaluation, listed)]
+            body += [_histogram_section(evaluation, rows), _figure_section(evaluation, listed)]
         if examples:
             body.append(_example_section(examples))
         body.append(_settings_section(configuration, versions))
@@ -216,15 +219,16 @@ def write_picture(
     with _style():
         from matplotlib.figure import Figure
 
-        lines = -(-len(examples) // 2)
-        height = max(1.62 * lines + 0.3, 0.0 if evaluation is None else 5.1)
-        figure = Figure(figsize=(12.0, height), dpi=100)
-        left = 0.01
-        if evaluation is not None:
-            axes = figure.add_axes((0.05, 1.55 / height, 0.29, 1.0 - 1.95 / height))
-            _draw_roc(axes, evaluation, [row for row in evaluation.rows() if row.finding == "all"])
-            left = 0.375
-        _draw_examples(figure, examples, left, lines)
+        left = 0.1 if evaluation is None else 4.6
+        side = (12.0 - left - 0.3) / 6  # six pictures a line
+        grid = 0.3 + -(-len(examples) // 2) * (side + 0.3)
+        if evaluation is None:
+            figure = Figure(figsize=(12.0, grid), dpi=100)
+        else:
+            totals = [row for row in evaluation.rows() if row.finding == "all"]
+            figure = Figure(figsize=(12.0, max(grid, 3.9 + _legend_height(totals))), dpi=100)
+            _draw_roc(_square_axes(figure, 0.6, 3.5), evaluation, totals)
+        _draw_examples(figure, examples, left, side)
         _write_whole(path, _png(figure))
 
 
@@ -289,9 +293,8 @@ def _curve_section(evaluation: Evaluation, rows: list[Row]) -> str:
         (_draw_roc, "ROC curves", [f"{row.signal} AUC {_interval(row)}" for row in totals]),
         (_draw_precision, "Precision-recall curves", [f"{row.signal} {row.average_precision:.3f}" for row in totals]),
     ):
-        height = 4.9 + 0.19 * len(totals)
-        figure = Figure(figsize=(5.4, height))
-        draw(figure.add_axes((0.12, 1.0 - 4.3 / height, 0.84, 4.0 / height)), evaluation, totals)
+        figure = Figure(figsize=(5.4, 4.6 + _legend_height(totals)))
+        draw(_square_axes(figure, 0.68, 4.2), evaluation, totals)
         plots.append(f"<figure>{_image(_png(figure), name + ', default signal first: ' + '; '.join(figures))}</figure>")
     known = "".join(
         f"<dt><code>{escape(name)}</code></dt><dd>{SIGNALS[name]}</dd>"
@@ -354,42 +357,41 @@ def _figure_section(evaluation: Evaluation, rows: list[Row]) -> str:
     """Every figure of every row, the optimistic ones last and labelled so."""
     lines, previous = [], None
     for row in rows:
-        start = row.signal != previous
-        previous = row.signal
-        badge = ' <span class="badge">default</span>' if row.signal == evaluation.default else ""
-        signal = f'<th class="left" scope="row"><code>{escape(row.signal)}</code>{badge}</th>' if start else "<td></td>"
+        if row.signal != previous:
+            previous = row.signal
+            badge = '<span class="badge">default</span> ' if row.signal == evaluation.default else ""
+            threshold = "no held-out normal images" if row.threshold is None else f"threshold {row.threshold:.5g}"
+            lines.append(
+                f'<tr class="start"><th class="left" colspan="13" scope="rowgroup"><code>{escape(row.signal)}</code> '
+                f'{badge}<span class="small">{threshold}</span></th></tr>'
+            )
         cells = [
-            _finding(row.finding),
             str(row.abnormal),
             f"{row.auc:.3f}",
-            f'<span class="nowrap">{row.low:.3f} to {row.high:.3f}</span>',
+            f"{row.low:.3f} to {row.high:.3f}",
             f"{row.average_precision:.3f}",
-            _number(row.threshold, "{:.4g}"),
-            *(_number(x) for x in (row.sensitivity, row.specificity, row.false_alarm_rate, row.accuracy, row.f1)),
-            f"{row.best_threshold:.4g}",
-            _number(row.best_accuracy),
-            _number(row.best_f1),
         ]
-        classes = {0: ' class="left"', 5: ' class="part"', 11: ' class="part"'}
-        data = "".join(f"<td{classes.get(place, '')}>{cell}</td>" for place, cell in enumerate(cells))
-        opening = '<tr class="start">' if start else "<tr>"
-        lines.append(f"{opening}{signal}{data}</tr>")
-    names = ["Abnormal", "AUC", "95 % interval", "Average precision"]
-    names += ["Threshold", "Sensi&shy;tivity", "Speci&shy;ficity", "False alarms", "Accuracy", "F1"]
-    names += ["Threshold", "Accuracy", "F1"]
+        cells += [_number(x) for x in (row.sensitivity, row.specificity, row.false_alarm_rate, row.accuracy, row.f1)]
+        cells += [f"{row.best_threshold:.4g}", _number(row.best_accuracy), _number(row.best_f1)]
+        data = "".join(
+            f'<td class="nowrap{" part" if place in (4, 9) else ""}">{cell}</td>' for place, cell in enumerate(cells)
+        )
+        lines.append(f'<tr><th class="left light" scope="row">{_finding(row.finding)}</th>{data}</tr>')
+    names = ["Images", "AUC", "95 % interval", "Average precision"]
+    names += ["Sensi&shy;tivity", "Speci&shy;ficity", "False alarms", "Accuracy", "F1", "Threshold", "Accuracy", "F1"]
     head = "".join(
-        f'<th scope="col"{" class=part" if place in (4, 10) else ""}>{name}</th>' for place, name in enumerate(names)
+        f'<th scope="col"{" class=part" if place in (4, 9) else ""}>{name}</th>' for place, name in enumerate(names)
     )
     return (
         "<h2>All figures</h2><p>An image raises an alarm when its raw score lies above the threshold. The threshold "
         f"from held-out normal images is set for at most {evaluation.false_alarm_rate:.0%} false alarms and needs no "
         "abnormal image, so it is what can be used in practice. The last three columns are <b>optimistic</b>: they "
         "stand at the threshold of highest accuracy on these very images, as the papers report them, which nobody "
-        f'knows beforehand.</p><div class="card wide"><table><caption>{rows[0].normal} normal images in every row.'
-        '</caption><thead><tr><td colspan="2"></td><th class="group" colspan="4" scope="colgroup">Ranking</th>'
-        '<th class="group part" colspan="6" scope="colgroup">At the held-out-normal threshold</th>'
+        f'knows beforehand.</p><div class="card wide"><table><caption>Abnormal images against {rows[0].normal} normal '
+        'ones in every row.</caption><thead><tr><td></td><th class="group" colspan="4" scope="colgroup">Ranking</th>'
+        '<th class="group part" colspan="5" scope="colgroup">At the held-out-normal threshold</th>'
         '<th class="group part" colspan="3" scope="colgroup">Optimistic: best on these images</th></tr>'
-        f'<tr><th class="left" scope="col">Signal</th><th class="left" scope="col">Finding</th>{head}</tr></thead>'
+        f'<tr><th class="left" scope="col">Finding</th>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
@@ -463,9 +465,21 @@ def _line(place: int) -> dict[str, object]:
     return {"color": colour, "linewidth": 1.4, "dashes": DASHES[(place - 1) % len(DASHES)], "zorder": 4}
 
 
-def _square(axes: "Axes", title: str, x: str, y: str) -> None:
+def _legend_height(totals: list[Row]) -> float:
+    """Inches below square axes for their labels and a legend of one line a signal and one more."""
+    return 0.55 + 0.185 * (len(totals) + 1)
+
+
+def _square_axes(figure: "Figure", left: float, side: float) -> "Axes":
+    """Add square axes at the top of a figure, `left` and `side` in inches."""
+    width, height = figure.get_size_inches()
+    return figure.add_axes((left / width, 1.0 - (0.3 + side) / height, side / width, side / height))
+
+
+def _label_square(axes: "Axes", title: str, x: str, y: str) -> None:
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel=x, ylabel=y, title=title)
-    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.13), handlelength=3.4, borderaxespad=0.0)
+    below = -0.52 / (axes.get_position().height * axes.figure.get_figheight())
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, below), handlelength=3.4, borderaxespad=0.0)
 
 
 def _draw_roc(axes: "Axes", evaluation: Evaluation, totals: list[Row]) -> None:
@@ -486,7 +500,7 @@ def _draw_roc(axes: "Axes", evaluation: Evaluation, totals: list[Row]) -> None:
             zorder=6,
             label="default at its held-out-normal threshold",
         )
-    _square(axes, "ROC", "false alarms (share of normal images)", "sensitivity (share of abnormal images)")
+    _label_square(axes, "ROC", "false alarms (share of normal images)", "sensitivity (share of abnormal images)")
 
 
 def _draw_precision(axes: "Axes", evaluation: Evaluation, totals: list[Row]) -> None:
@@ -496,7 +510,7 @@ def _draw_precision(axes: "Axes", evaluation: Evaluation, totals: list[Row]) -> 
         axes.step(points.recall, points.precision, where="pre", label=label, **_line(place))
     share = float(np.mean(evaluation.labels))
     axes.axhline(share, color=FAINT, linewidth=0.9, label=f"chance {share:.3f} (share of abnormal images)")
-    _square(
+    _label_square(
         axes, "Precision and recall", "recall (share of abnormal images found)", "precision (share of alarms right)"
     )
 
@@ -517,10 +531,10 @@ def _draw_histograms(evaluation: Evaluation, signal: str, threshold: float | Non
 
     normal = share(scores[evaluation.labels == 0])
     shares = [share(scores[(evaluation.labels == 1) & evaluation.subset(kind)]) for kind in kinds]
-    height = 0.75 + max(0.72 * len(kinds), 1.3)
+    height = 0.65 + max(0.7 * len(kinds), 1.6)
     figure = Figure(figsize=(5.4, height))
     panels = figure.subplots(len(kinds), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    figure.subplots_adjust(left=0.03, right=0.97, top=1.0 - 0.33 / height, bottom=0.42 / height, hspace=0.12)
+    figure.subplots_adjust(left=0.24, right=0.97, top=1.0 - 0.33 / height, bottom=0.3 / height, hspace=0.12)
     for axes, kind, values in zip(panels, kinds, shares):
         axes.stairs(normal, edges, fill=True, color=NORMAL_COLOUR, alpha=0.55)
         axes.stairs(normal, edges, color="#2b7fb0", linewidth=0.8)
@@ -532,33 +546,31 @@ def _draw_histograms(evaluation: Evaluation, signal: str, threshold: float | Non
         axes.spines["left"].set_visible(False)
         axes.grid(visible=False)
         axes.tick_params(axis="x", length=3 if axes is panels[-1] else 0)
-        axes.text(0.995, 0.9, _plain(kind), transform=axes.transAxes, ha="right", va="top", color="#a84900")
+        name = textwrap.fill(_plain(kind), 17)
+        axes.text(-0.03, 0.12, name, transform=axes.transAxes, ha="right", va="bottom", color="#a84900")
         if threshold is not None:
             axes.axvline(threshold, color=INK, linewidth=1.0, dashes=(4, 2))
-    panels[0].set_title(_plain(signal))
+    figure.text(0.02, 1.0 - 0.2 / height, _plain(signal), fontsize=10.5, fontweight="bold")
     return figure
 
 
-def _draw_examples(figure: "Figure", examples: Sequence[Example], left: float, lines: int) -> None:
-    """Two examples a row in the part of a figure right of `left`, three pictures each."""
+def _draw_examples(figure: "Figure", examples: Sequence[Example], left: float, side: float) -> None:
+    """Two examples a line from `left` on, three pictures each, `side` inches wide and high."""
     top = _heat_top(examples)
     width, height = figure.get_size_inches()
-    gap, cell = 0.02, (0.99 - left - 0.02) / 6
-    side = min(cell * width, (height - 0.3) / lines - 0.34)
     for place, example in enumerate(examples):
         line, column = divmod(place, 2)
-        bottom = 1.0 - (0.3 + (line + 1) * (height - 0.3) / lines - 0.06) / height
+        bottom = height - 0.3 - (line + 1) * (side + 0.3) + 0.06
         for part, (name, pixels) in enumerate(zip(("input", "reconstruction", "heat map"), _pictures(example, top))):
-            corner = left + (3 * column + part) * cell + gap * column
-            axes = figure.add_axes((corner, bottom, 0.97 * cell, side / height))
+            corner = left + (3 * column + part) * side + 0.2 * column
+            axes = figure.add_axes((corner / width, bottom / height, 0.97 * side / width, 0.97 * side / height))
             axes.imshow(pixels, cmap="gray", vmin=0, vmax=255)
             axes.set_axis_off()
             if line == 0:
-                heading = 1.0 - 0.2 / height
-                figure.text(corner + 0.485 * cell, heading, name, ha="center", color=INK, fontsize=9)
+                figure.text((corner + 0.485 * side) / width, 1.0 - 0.22 / height, name, ha="center")
             if part == 0:
-                text = f"{_plain(example.finding)}   score {example.score:.3g}"
-                axes.set_title(text, fontsize=9, fontweight="normal", pad=3)
+                heading = f"{_plain(example.finding)}   score {example.score:.3g}"
+                figure.text(corner / width, (bottom + 0.97 * side + 0.05) / height, heading)
 
 
 def _heat_top(examples: Sequence[Example]) -> float:
