@@ -1,0 +1,46 @@
+"""Batched augmentation on the images' own device."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DARKEST = -1.0
+
+
+def augment(
+    images: Tensor, *, translate: float = 0.05, scale: float = 0.05, generator: torch.Generator | None = None
+) -> Tensor:
+    """Shift and scale each image at random, bilinearly, filling with the darkest value.
+
+    Output pixel ``x`` is read at ``(x - t) / s``, in coordinates centred on the image: ``t`` is uniform within
+    ``±translate`` of the image's size for each axis, ``s`` uniform within ``1 ± scale``.
+
+    Source: SPEC section 4.
+
+    Arguments:
+        images: ``[B, 1, H, W]``, floating point, in [-1, 1], on any device.
+        translate: largest shift as a share of height and of width, >= 0.
+        scale: largest change of size as a share, in [0, 1).
+        generator: where the 3 B numbers are drawn, on its own device, so that a CPU generator gives the same ones
+            whatever the images' device; ``None`` is PyTorch's default generator on the CPU.
+    Returns: ``[B, 1, H, W]``, same dtype and device.
+    Raises: ValueError for a parameter outside its range or another shape.
+    """
+    if images.dim() != 4:
+        raise ValueError(f"images must be [B, 1, H, W], got shape {list(images.shape)}")
+    if translate < 0:
+        raise ValueError(f"translate must not be negative, got {translate}")
+    if not 0 <= scale < 1:
+        raise ValueError(f"scale must lie in [0, 1), got {scale}")
+    source = generator.device if generator is not None else "cpu"
+    draws = torch.rand(images.shape[0], 3, generator=generator, device=source) * 2 - 1
+    size = 1 + scale * draws[:, 2]
+    # The sampling grid spans [-1, 1], two units for one image: a shift by a share t of the image is 2 t.
+    shift = -2 * translate * draws[:, :2] / size[:, None]
+    theta = torch.zeros(images.shape[0], 2, 3, device=source)
+    theta[:, 0, 0] = theta[:, 1, 1] = 1 / size
+    theta[:, :, 2] = shift
+    theta = theta.to(images.device, images.dtype)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    # grid_sample fills with zero; moving the darkest value there makes that the fill, edges blended towards it.
+    return F.grid_sample(images - DARKEST, grid, padding_mode="zeros", align_corners=False) + DARKEST

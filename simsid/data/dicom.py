@@ -1,0 +1,261 @@
+"""Reads one DICOM file: modality LUT, then VOI LUT or window, then MONOCHROME1 inversion."""
+
+from typing import BinaryIO
+
+import numpy as np
+import pydicom
+from pydicom.dataset import Dataset
+from pydicom.pixels import get_decoder, pixel_array
+from pydicom.uid import (
+    UID,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGLossless,
+    JPEGLosslessSV1,
+)
+
+from simsid.data.reading import DecodedImage, ReadError, check_size, one_sentence
+
+_JPEG_LOSSLESS = (JPEGLossless, JPEGLosslessSV1)
+
+
+def read_dicom(file: BinaryIO, max_pixels: int) -> DecodedImage:
+    """Read a greyscale, single-frame DICOM image.
+
+    ``pixels`` is what a viewer shows by default: stored values through the modality LUT (or rescale), then through the
+    first VOI LUT, else the first window (LINEAR, LINEAR_EXACT, SIGMOID), then inverted for MONOCHROME1. With a VOI LUT or
+    a window, ``declared`` is the range that maps to and ``for_display`` holds. Without (an empty or zero-width window
+    counts as none), ``declared`` is the range of the stored bits after the rescale, for display at 8 bits only.
+
+    Source: DICOM PS3.3 C.11.1, C.11.2, C.7.6.3.1.2 and C.7.5.1.1.2.
+
+    Raises: ReadError; its text quotes no header value that could name a patient.
+    """
+    header = _parse(file, stop_before_pixels=True)
+    _check_header(header, max_pixels)
+    file.seek(0)
+    dataset = _parse(file, stop_before_pixels=False)
+    stored = _stored_values(dataset)
+    try:
+        return _display(dataset, stored)
+    except ReadError:
+        raise
+    except Exception as error:  # values of the wrong type or count, in any of the elements read there
+        raise ReadError("the DICOM rescale, look-up table or window elements are damaged") from error
+
+
+def _parse(file: BinaryIO, *, stop_before_pixels: bool) -> Dataset:
+    try:
+        return pydicom.dcmread(file, force=True, stop_before_pixels=stop_before_pixels)
+    except MemoryError:
+        raise
+    except Exception as error:  # pydicom raises a dozen classes for damaged headers, and may quote their values
+        raise ReadError(f"the DICOM header is damaged ({type(error).__name__})") from error
+
+
+def _check_header(header: Dataset, max_pixels: int) -> None:
+    if "Rows" not in header or "Columns" not in header:
+        kind = _sop_class(header)
+        raise ReadError(f"the DICOM file holds no image{kind}: Rows (0028,0010) or Columns (0028,0011) is missing")
+    samples = _integer(header, "SamplesPerPixel", 1)
+    if samples != 1:
+        raise ReadError(f"the DICOM image is in colour: Samples per Pixel (0028,0002) is {samples}")
+    photometric = str(header.get("PhotometricInterpretation", "")).strip().upper()
+    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise ReadError(
+            "the DICOM image is not greyscale: Photometric Interpretation (0028,0004) is "
+            + (repr(photometric) if photometric else "missing")
+        )
+    frames = _integer(header, "NumberOfFrames", 1)
+    if frames > 1:
+        raise ReadError(f"the DICOM image is multi-frame: Number of Frames (0028,0008) is {frames}")
+    check_size(_integer(header, "Rows", 0), _integer(header, "Columns", 0), max_pixels)
+
+
+def _integer(dataset: Dataset, keyword: str, default: int) -> int:
+    try:
+        value = dataset.get(keyword)
+        return default if value is None or value == "" else int(value)
+    except Exception as error:
+        raise ReadError(f"the DICOM element {keyword} is no whole number") from error
+
+
+def _sop_class(header: Dataset) -> str:
+    uid = header.get("SOPClassUID") or getattr(header, "file_meta", Dataset()).get("MediaStorageSOPClassUID")
+    name = UID(str(uid)).name if uid else ""
+    # An unknown UID has itself for a name.
+    return f" ({name})" if name and name != uid else ""
+
+
+def _stored_values(dataset: Dataset) -> np.ndarray:
+    """Decode the pixel data: ``[H, W]``, integers, or floats for float pixel data."""
+    if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+        raise ReadError("the DICOM file holds no Pixel Data (7FE0,0010)")
+    syntax = _transfer_syntax(dataset)
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError as error:
+        raise ReadError(f"the DICOM transfer syntax is not supported: {syntax.name}") from error
+    if not decoder.is_available:
+        raise ReadError(_missing_decoder(syntax))
+    try:
+        values = pixel_array(dataset, raw=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of six packages, each with its own classes
+        raise ReadError(f"the DICOM pixel data ({syntax.name}) cannot be decoded: {one_sentence(error)}") from error
+    if values.ndim != 2:
+        raise ReadError(f"the DICOM pixel data has shape {list(values.shape)}, not rows and columns")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ReadError("the image has NaN or infinite values")
+    return values
+
+
+def _transfer_syntax(dataset: Dataset) -> UID:
+    """Return the transfer syntax; files without meta information have the one they were parsed with."""
+    meta = getattr(dataset, "file_meta", None)
+    if meta is not None and meta.get("TransferSyntaxUID"):
+        return UID(meta.TransferSyntaxUID)
+    implicit, little = dataset.original_encoding
+    if implicit:
+        syntax = ImplicitVRLittleEndian
+    else:
+        syntax = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+    if meta is None:
+        dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = syntax
+    return syntax
+
+
+def _missing_decoder(syntax: UID) -> str:
+    if syntax in _JPEG_LOSSLESS:
+        return f"no decoder for {syntax.name} is installed: pip install python-gdcm, or decompress the file"
+    return f"no decoder for {syntax.name} is installed: pip install 'simsid[dicom]'"
+
+
+def _display(dataset: Dataset, stored: np.ndarray) -> DecodedImage:
+    bits = 32 if stored.dtype.kind == "f" else _integer(dataset, "BitsStored", dataset.get("BitsAllocated", 16))
+    padding = _padding(dataset, stored)
+    values, limits = _modality(dataset, stored, bits)
+    viewed = _voi(dataset, values, limits)
+    if viewed is not None:
+        values, limits = viewed
+    if dataset.PhotometricInterpretation.strip().upper() == "MONOCHROME1":
+        low, high = limits if limits is not None else (float(values.min()), float(values.max()))
+        values = (low + high) - values
+    return DecodedImage(
+        pixels=np.ascontiguousarray(values, dtype=np.float32),
+        declared=limits,
+        for_display=viewed is not None or bits <= 8,
+        bits=bits,
+        format="DICOM",
+        padding=padding,
+    )
+
+
+def _padding(dataset: Dataset, stored: np.ndarray) -> np.ndarray | None:
+    """Mark the stored values that Pixel Padding Value, or the range up to its limit, declares to be no image."""
+    value = dataset.get("PixelPaddingValue")
+    if value is None or stored.dtype.kind == "f":
+        return None
+    limit = dataset.get("PixelPaddingRangeLimit")
+    low, high = sorted((int(value), int(value if limit is None else limit)))
+    mask = (stored >= low) & (stored <= high)
+    return mask if mask.any() and not mask.all() else None
+
+
+def _modality(dataset: Dataset, stored: np.ndarray, bits: int) -> tuple[np.ndarray, tuple[float, float] | None]:
+    """Apply the modality LUT or the rescale; return the values and the range they can take."""
+    if dataset.get("ModalityLUTSequence"):
+        values, depth = _look_up(dataset, dataset.ModalityLUTSequence[0], stored, signed=_is_signed(dataset))
+        return values, (0.0, 2.0**depth - 1)
+    if stored.dtype.kind == "f":
+        limits = None
+    elif _is_signed(dataset):
+        limits = (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
+    else:
+        limits = (0.0, 2.0**bits - 1)
+    slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept")
+    if slope is None or intercept is None:
+        return stored, limits
+    slope, intercept = float(slope), float(intercept)
+    if not np.isfinite([slope, intercept]).all() or slope == 0:
+        raise ReadError(f"the DICOM Rescale Slope (0028,1053) is {slope:g}, the Rescale Intercept {intercept:g}")
+    if limits is not None:
+        low, high = sorted(limit * slope + intercept for limit in limits)
+        limits = (low, high)
+    return stored.astype(np.float64) * slope + intercept, limits
+
+
+def _is_signed(dataset: Dataset) -> bool:
+    return _integer(dataset, "PixelRepresentation", 0) == 1
+
+
+def _voi(
+    dataset: Dataset, values: np.ndarray, limits: tuple[float, float] | None
+) -> tuple[np.ndarray, tuple[float, float]] | None:
+    """Apply the first VOI LUT, else the first usable window; return values and range, ``None`` where there is neither."""
+    sequence = dataset.get("VOILUTSequence")
+    if sequence and "LUTDescriptor" in sequence[0] and "LUTData" in sequence[0]:
+        signed = limits is not None and limits[0] < 0
+        viewed, depth = _look_up(dataset, sequence[0], np.rint(values), signed=signed)
+        return viewed, (0.0, 2.0**depth - 1)
+    center, width = _first(dataset, "WindowCenter"), _first(dataset, "WindowWidth")
+    if center is None or width is None:
+        return None
+    function = str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper()
+    values = values.astype(np.float64)
+    if function == "LINEAR" and width >= 1:
+        # A width of 1 is a threshold: the ramp between has no width left.
+        ramp = (values - (center - 0.5)) / max(width - 1, 1e-9) + 0.5
+    elif function == "LINEAR_EXACT" and width > 0:
+        ramp = (values - center) / width + 0.5
+    elif function == "SIGMOID" and width > 0:
+        # Far outside the window exp overflows to infinity, and the value to the right limit 0.
+        with np.errstate(over="ignore"):
+            ramp = 1 / (1 + np.exp(-4 * (values - center) / width))
+    elif function in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        return None
+    else:
+        raise ReadError(f"the DICOM VOI LUT Function (0028,1056) {function!r} is not known")
+    return np.clip(ramp, 0, 1), (0.0, 1.0)
+
+
+def _first(dataset: Dataset, keyword: str) -> float | None:
+    """Return the first value of a decimal string, ``None`` for an absent, empty or non-finite one."""
+    value = dataset.get(keyword)
+    if isinstance(value, pydicom.multival.MultiValue):
+        value = value[0] if len(value) else None
+    if value is None or value == "":
+        return None
+    return float(value) if np.isfinite(float(value)) else None
+
+
+def _look_up(dataset: Dataset, item: Dataset, values: np.ndarray, *, signed: bool) -> tuple[np.ndarray, int]:
+    """Map values through a LUT; entries beyond either end repeat the end's. Returns the result and its bits."""
+    entries, first, depth = (int(value) for value in item.LUTDescriptor)
+    entries = entries or 2**16
+    # The first value mapped shares the sign of the values, but not always its encoding.
+    if signed and first >= 2**15:
+        first -= 2**16
+    if not signed and first < 0:
+        first += 2**16
+    table = _table(dataset, item.LUTData, entries)
+    index = np.clip(values.astype(np.int64) - first, 0, len(table) - 1)
+    return table[index], depth
+
+
+def _table(dataset: Dataset, data: object, entries: int) -> np.ndarray:
+    if isinstance(data, bytes):
+        _, little = dataset.original_encoding
+        # 8-bit entries come packed as bytes, or one to a word.
+        if len(data) < 2 * entries:
+            table = np.frombuffer(data, np.uint8)
+        else:
+            table = np.frombuffer(data[: 2 * entries], "<u2" if little else ">u2")
+    else:
+        table = np.atleast_1d(np.asarray(data)).astype(np.int64)
+    if len(table) < entries:
+        raise ReadError(f"a DICOM look-up table has {len(table)} of the {entries} entries that its descriptor says")
+    return table[:entries].astype(np.int64)

@@ -1,0 +1,220 @@
+"""DigitAnatomy: digits in a fixed arrangement stand for anatomy, departures from it for disease."""
+
+import gzip
+import os
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from simsid.data.datasets import Dataset, Path
+from simsid.data.images import ImageSet, ImageSize, quantised
+from simsid.data.reading import DecodedImage
+from simsid.data.records import Record
+
+KINDS = ("missing", "misordered", "flipped", "zero")
+CELL = 32
+GRID = 3
+SCALES = (0.6, 1.3)
+
+_RIGHT_ORDER = np.arange(1, GRID * GRID + 1)
+_BLANK = -1
+# Width of a digit at scale 1. scikit-learn's fill their 8 x 8 image, so 24 keeps the largest (31) inside its cell;
+# MNIST's leave a margin of 4 in 28.
+_WIDTH_OF_SMALL, _WIDTH_OF_MNIST = 24.0, 28.0
+# Mirrored (left and right) or upside down, these still look like themselves or like a careless hand's.
+_SAME_MIRRORED, _SAME_UPSIDE_DOWN = (1, 8), (1, 3, 8)
+_SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
+
+
+class DigitAnatomy(Dataset):
+    """Grids of 3 x 3 handwritten digits, 96 x 96, light on black.
+
+    A normal image has one to nine in order. An anomalous one departs from it in one to three cells: ``"missing"`` blanks
+    them, ``"misordered"`` exchanges two or three, ``"flipped"`` mirrors them or turns them upside down (only digits that
+    this changes), ``"zero"`` puts a zero there. Every cell holds another random sample of its digit, scaled by a
+    random 0.6 to 1.3. ``train``, ``val`` and ``test`` draw from disjoint digit images.
+
+    Source: SQUID (arXiv 2111.13495), section 4; SPEC section 6. The paper uses MNIST; this uses the 1797 digits that come
+    with scikit-learn, so that nothing is downloaded, or MNIST where `mnist` says where it lies.
+
+    Arguments:
+        seed: the same seed gives the same images.
+        train: normal training images.
+        val: normal validation images, and as many anomalous ones.
+        test_normal, test_anomalous: test images; anomalous ones are shared out evenly among the four kinds.
+        mnist: a folder with MNIST's four idx files, gzipped or not; its test digits make ``test``.
+    Raises: ValueError for a negative number, or where MNIST's files are missing or damaged.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        train: int = 2000,
+        val: int = 100,
+        test_normal: int = 200,
+        test_anomalous: int = 400,
+        mnist: Path | None = None,
+    ) -> None:
+        counts = {"train": (train, 0), "val": (val, val), "test": (test_normal, test_anomalous)}
+        for name, (normal, anomalous) in counts.items():
+            if normal < 0 or anomalous < 0:
+                raise ValueError(f"the number of {name} images must not be negative, got {normal} and {anomalous}")
+        rng = np.random.default_rng(seed)
+        digits = _bundled_digits(rng) if mnist is None else _mnist_digits(os.fspath(mnist), rng)
+        width = _WIDTH_OF_SMALL if mnist is None else _WIDTH_OF_MNIST
+        records: list[Record] = []
+        parts: list[np.ndarray] = []
+        for split, (normal, anomalous) in counts.items():
+            findings = ["NORMAL"] * normal + [KINDS[i % len(KINDS)] for i in range(anomalous)]
+            parts.append(_draw(findings, *digits[split], width, rng))
+            records += [
+                Record(f"digits/{split}/{i:05d}", split, int(finding != "NORMAL"), finding)
+                for i, finding in enumerate(findings)
+            ]
+        super().__init__(records, "DigitAnatomy")
+        self._pixels = np.concatenate(parts)
+
+    def load(self, split: str | None = None, image_size: ImageSize = GRID * CELL, **options: Any) -> ImageSet:
+        """Return the images of one split, or all.
+
+        Arguments:
+            image_size: 96 is the size they are made in.
+            options: `aspect` and `intensity` as in `load_images`; its `workers`, `progress` and `max_pixels` are taken
+                and make no difference, since nothing is read.
+        """
+        records = self.select(split)
+        shaping = {name: options[name] for name in ("aspect", "intensity") if name in options}
+        unknown = options.keys() - shaping.keys() - {"workers", "progress", "max_pixels"}
+        if unknown:
+            raise TypeError(f"load() got an unexpected option {sorted(unknown)[0]!r}")
+        place = {record.path: i for i, record in enumerate(self.records)}
+        images = [self._pixels[place[record.path]] for record in records]
+        pixels = np.stack([quantised(_as_decoded(image), image_size, **shaping) for image in images])
+        return ImageSet(torch.from_numpy(pixels)[:, None], tuple(records))
+
+
+def _as_decoded(image: np.ndarray) -> DecodedImage:
+    return DecodedImage(image, declared=(0.0, 255.0), for_display=True, bits=8, format="")
+
+
+def _bundled_digits(rng: np.random.Generator) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return ``{split: (images [n, 8, 8] in [0, 1], digits [n])}``, disjoint, each digit shared out alike."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    return _share_out(bunch.images.astype(np.float32) / 16, bunch.target, _SHARES, rng)
+
+
+def _mnist_digits(folder: str, rng: np.random.Generator) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    shares = {name: _SHARES[name] for name in ("train", "val")}
+    digits = _share_out(*_read_mnist(folder, "train"), shares, rng)
+    return {**digits, "test": _read_mnist(folder, "t10k")}
+
+
+def _share_out(
+    images: np.ndarray, digits: np.ndarray, shares: dict[str, float], rng: np.random.Generator
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Divide the images of every digit among the splits by their shares."""
+    places: dict[str, list[np.ndarray]] = {name: [] for name in shares}
+    edges = np.cumsum(list(shares.values())) / sum(shares.values())
+    for digit in range(10):
+        mine = rng.permutation(np.flatnonzero(digits == digit))
+        cuts = np.round(edges[:-1] * len(mine)).astype(int)
+        for name, part in zip(shares, np.split(mine, cuts)):
+            places[name].append(part)
+    joined = {name: np.concatenate(parts) for name, parts in places.items()}
+    return {name: (images[index], digits[index]) for name, index in joined.items()}
+
+
+def _read_mnist(folder: str, part: str) -> tuple[np.ndarray, np.ndarray]:
+    images = _read_idx(folder, f"{part}-images-idx3-ubyte", 3)
+    digits = _read_idx(folder, f"{part}-labels-idx1-ubyte", 1)
+    if len(images) != len(digits) or set(np.unique(digits)) != set(range(10)):
+        raise ValueError(f"{folder}: MNIST's {part} files do not hold one label of 0 to 9 for each image")
+    return images.astype(np.float32) / 255, digits.astype(np.int64)
+
+
+def _read_idx(folder: str, name: str, axes: int) -> np.ndarray:
+    """Read an idx file of bytes: two zeros, type 8, the number of axes, their sizes as big-endian int32, the values."""
+    for path, opener in ((name, open), (name + ".gz", gzip.open)):
+        path = os.path.join(folder, path)
+        if os.path.isfile(path):
+            return _parse_idx(path, opener, axes)
+    raise ValueError(f"{folder} has no MNIST file {name} or {name}.gz")
+
+
+def _parse_idx(path: str, opener: Callable[..., Any], axes: int) -> np.ndarray:
+    try:
+        with opener(path, "rb") as file:
+            data = file.read()
+        sizes = struct.unpack_from(f">{axes}i", data, 4)
+        if data[:4] != bytes((0, 0, 8, axes)):
+            raise ValueError("wrong magic number")
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(sizes)
+    except (OSError, EOFError, ValueError, struct.error) as error:
+        raise ValueError(f"{path} is no idx file of {axes} axes of bytes: {error}") from error
+
+
+def _draw(
+    findings: list[str], images: np.ndarray, digits: np.ndarray, width: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Draw one grid for each finding: ``[n, 96, 96]`` uint8."""
+    cells = GRID * GRID
+    shown = np.tile(_RIGHT_ORDER, (len(findings), 1))
+    mirrored = np.zeros((len(findings), cells), bool)
+    upside_down = np.zeros((len(findings), cells), bool)
+    for i, finding in enumerate(findings):
+        if finding != "NORMAL":
+            _depart(finding, shown[i], mirrored[i], upside_down[i], rng)
+    sample = np.zeros((len(findings), cells), int)
+    for digit in range(10):
+        here = shown == digit
+        sample[here] = rng.choice(np.flatnonzero(digits == digit), here.sum())
+    scale = rng.uniform(*SCALES, shown.shape)
+
+    glyphs = images[sample]
+    glyphs = np.where(mirrored[..., None, None], glyphs[..., :, ::-1], glyphs)
+    glyphs = np.where(upside_down[..., None, None], glyphs[..., ::-1, :], glyphs)
+    glyphs[shown == _BLANK] = 0
+    filters = _resampling(images.shape[-1], width * scale)
+    drawn = filters @ glyphs @ filters.swapaxes(-1, -2)
+    grid = drawn.reshape(-1, GRID, GRID, CELL, CELL).transpose(0, 1, 3, 2, 4).reshape(-1, GRID * CELL, GRID * CELL)
+    return np.rint(np.clip(grid, 0, 1) * 255).astype(np.uint8)
+
+
+def _depart(
+    finding: str, shown: np.ndarray, mirrored: np.ndarray, upside_down: np.ndarray, rng: np.random.Generator
+) -> None:
+    """Change one grid, in place, into an anomaly of this kind."""
+    cells = np.arange(len(shown))
+    if finding == "missing":
+        shown[rng.choice(cells, rng.integers(1, 4), replace=False)] = _BLANK
+    elif finding == "zero":
+        shown[rng.choice(cells, rng.integers(1, 4), replace=False)] = 0
+    elif finding == "misordered":
+        # A cyclic exchange leaves none of them in its place.
+        chosen = rng.choice(cells, rng.integers(2, 4), replace=False)
+        shown[chosen] = shown[np.roll(chosen, 1)]
+    else:
+        changeable = cells[~np.isin(shown, _SAME_MIRRORED)]
+        for cell in rng.choice(changeable, rng.integers(1, 4), replace=False):
+            upside = shown[cell] not in _SAME_UPSIDE_DOWN and rng.random() < 0.5
+            upside_down[cell], mirrored[cell] = upside, not upside
+
+
+def _resampling(size: int, width: np.ndarray) -> np.ndarray:
+    """Return matrices ``[..., 32, size]`` that draw `size` samples `width` pixels wide, centred in a cell.
+
+    Keys' cubic kernel (a = -1/2), widened where the digit shrinks, so that it neither shows steps nor aliases. What lies
+    outside the digit's image is black.
+    """
+    step = size / width[..., None, None]
+    at = (np.arange(CELL)[:, None] - (CELL - 1) / 2) * step + (size - 1) / 2
+    spread = np.maximum(step, 1)
+    x = np.abs(at - np.arange(size)) / spread
+    near = 1 - 2.5 * x**2 + 1.5 * x**3
+    far = 2 - 4 * x + 2.5 * x**2 - 0.5 * x**3
+    return (np.where(x < 1, near, np.where(x < 2, far, 0)) / spread).astype(np.float32)

@@ -1,0 +1,40 @@
+"""Finds the images below a folder."""
+
+import os
+from collections.abc import Iterator
+
+from simsid.data.reading import identify_file
+
+IMAGE_EXTENSIONS = frozenset((".png", ".jpg", ".jpeg", ".jpe", ".tif", ".tiff", ".bmp", ".dcm", ".dicom"))
+# Names that hold no image of their own: what macOS packs beside every file, and the index of a DICOM medium.
+_SKIPPED_FOLDERS = frozenset(("__MACOSX",))
+_SKIPPED_FILES = frozenset(("DICOMDIR",))
+
+
+def walk(folder: str) -> Iterator[str]:
+    """Yield every file below a folder, sorted, without hidden ones; links are followed, each folder once."""
+    seen: set[tuple[int, int]] = set()
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _SKIPPED_FOLDERS)
+        for name in sorted(files):
+            if not name.startswith(".") and name not in _SKIPPED_FILES:
+                yield os.path.join(here, name)
+
+
+def is_image(path: str) -> bool:
+    """Whether a file is to be read: by an image's extension, else by its first bytes (DICOM often has no extension)."""
+    return os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS or bool(identify_file(path))
+
+
+def list_images(folder: str) -> list[str]:
+    """Return the images below a folder, sorted."""
+    return [path for path in walk(folder) if is_image(path)]
+
+
+def _raise(error: OSError) -> None:
+    raise error
