@@ -128,8 +128,8 @@ class CheXpert(Dataset):
     """CheXpert as published: ``train.csv`` and ``valid.csv`` beside the folders ``train`` and ``valid``.
 
     Frontal PA films alone. Normal is ``No Finding`` marked 1, abnormal any of the 12 findings marked 1 (not Support
-    Devices), whatever ``No Finding`` says; films that are neither (uncertain or unmentioned) are left out. ``finding`` is
-    ``"No Finding"``, the finding's name where it is the only one, or ``"several"``. ``valid`` becomes ``"val"``.
+    Devices), whatever ``No Finding`` says; films that are neither (uncertain or unmentioned) are left out. ``finding``
+    is ``"No Finding"``, the finding's name where it is the only one, or ``"several"``. ``valid`` becomes ``"val"``.
 
     Source: SPEC section 6. Raises: ValueError where files, columns or values are not as published.
     """

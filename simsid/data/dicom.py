@@ -24,9 +24,9 @@ def read_dicom(file: BinaryIO, max_pixels: int) -> DecodedImage:
     """Read a greyscale, single-frame DICOM image.
 
     ``pixels`` is what a viewer shows by default: stored values through the modality LUT (or rescale), then through the
-    first VOI LUT, else the first window (LINEAR, LINEAR_EXACT, SIGMOID), then inverted for MONOCHROME1. With a VOI LUT or
-    a window, ``declared`` is the range that maps to and ``for_display`` holds. Without (an empty or zero-width window
-    counts as none), ``declared`` is the range of the stored bits after the rescale, for display at 8 bits only.
+    first VOI LUT, else the first window (LINEAR, LINEAR_EXACT, SIGMOID), then inverted for MONOCHROME1. With a VOI LUT
+    or a window, ``declared`` is the range that maps to and ``for_display`` holds. Without (an empty or zero-width
+    window counts as none), ``declared`` is the range of the stored bits after the rescale, for display at 8 bits only.
 
     Source: DICOM PS3.3 C.11.1, C.11.2, C.7.6.3.1.2 and C.7.5.1.1.2.
 
@@ -195,7 +195,7 @@ def _is_signed(dataset: Dataset) -> bool:
 def _voi(
     dataset: Dataset, values: np.ndarray, limits: tuple[float, float] | None
 ) -> tuple[np.ndarray, tuple[float, float]] | None:
-    """Apply the first VOI LUT, else the first usable window; return values and range, ``None`` where there is neither."""
+    """Apply the first VOI LUT, else the first usable window; return values and range, ``None`` for neither."""
     sequence = dataset.get("VOILUTSequence")
     if sequence and "LUTDescriptor" in sequence[0] and "LUTData" in sequence[0]:
         signed = limits is not None and limits[0] < 0

@@ -32,13 +32,13 @@ _SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
 class DigitAnatomy(Dataset):
     """Grids of 3 x 3 handwritten digits, 96 x 96, light on black.
 
-    A normal image has one to nine in order. An anomalous one departs from it in one to three cells: ``"missing"`` blanks
-    them, ``"misordered"`` exchanges two or three, ``"flipped"`` mirrors them or turns them upside down (only digits that
-    this changes), ``"zero"`` puts a zero there. Every cell holds another random sample of its digit, scaled by a
-    random 0.6 to 1.3. ``train``, ``val`` and ``test`` draw from disjoint digit images.
+    A normal image has one to nine in order. An anomalous one departs from it in one to three cells: ``"missing"``
+    blanks them, ``"misordered"`` exchanges two or three, ``"flipped"`` mirrors them or turns them upside down (only
+    digits that this changes), ``"zero"`` puts a zero there. Every cell holds another random sample of its digit, scaled
+    by a random 0.6 to 1.3. ``train``, ``val`` and ``test`` draw from disjoint digit images.
 
-    Source: SQUID (arXiv 2111.13495), section 4; SPEC section 6. The paper uses MNIST; this uses the 1797 digits that come
-    with scikit-learn, so that nothing is downloaded, or MNIST where `mnist` says where it lies.
+    Source: SQUID (arXiv 2111.13495), section 4; SPEC section 6. The paper uses MNIST; this uses the 1797 digits that
+    come with scikit-learn, so that nothing is downloaded, or MNIST where `mnist` says where it lies.
 
     Arguments:
         seed: the same seed gives the same images.
@@ -208,8 +208,8 @@ def _depart(
 def _resampling(size: int, width: np.ndarray) -> np.ndarray:
     """Return matrices ``[..., 32, size]`` that draw `size` samples `width` pixels wide, centred in a cell.
 
-    Keys' cubic kernel (a = -1/2), widened where the digit shrinks, so that it neither shows steps nor aliases. What lies
-    outside the digit's image is black.
+    Keys' cubic kernel (a = -1/2), widened where the digit shrinks, so that it neither shows steps nor aliases. What
+    lies outside the digit's image is black.
     """
     step = size / width[..., None, None]
     at = (np.arange(CELL)[:, None] - (CELL - 1) / 2) * step + (size - 1) / 2

@@ -13,7 +13,8 @@ Result = TypeVar("Result")
 def thread_count(workers: int | None) -> int:
     """Return the number of threads, ``None`` for the cores this process may use.
 
-    Threads, not processes: Pillow and NumPy release the interpreter while they decode and resize, and nothing is pickled.
+    Threads, not processes: Pillow and NumPy release the interpreter while they decode and resize, and nothing is
+    pickled.
 
     Raises: ValueError below 1.
     """

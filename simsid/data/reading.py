@@ -69,8 +69,8 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
     """Read a PNG, JPEG, TIFF, BMP or DICOM file, known by its content and not by its name.
 
     16-bit greyscale keeps its depth. EXIF orientation is applied. Colour becomes luma (ITU-R 601), which leaves grey
-    stored as colour unchanged; transparent pixels are laid on black. Refused, each with its reason: TIFF and PNG files of
-    several pages, colour of 16 bits a channel (Pillow would drop the lower 8), CIELAB, colour and multi-frame DICOM.
+    stored as colour unchanged; transparent pixels are laid on black. Refused, each with its reason: TIFF and PNG files
+    of several pages, colour of 16 bits a channel (Pillow would drop the lower 8), CIELAB, colour and multi-frame DICOM.
 
     Arguments:
         max_pixels: rows times columns that are accepted, checked from the header before anything is decoded.
@@ -199,7 +199,7 @@ def _stored_bits(image: Image.Image, kind: str) -> int:
 
 
 def _grey(image: Image.Image, kind: str, bits: int, wide: bool) -> tuple[np.ndarray, tuple[float, float] | None, int]:
-    """Return grey pixels, the declared range and the bits of a sample; `wide` says that samples are stored in 16 bits."""
+    """Return grey pixels, the declared range and the bits of a sample; `wide`: its samples have 16 bits."""
     if image.mode.startswith("I;16"):
         pixels = np.asarray(image).astype(np.uint16)
         # Pillow inverts WhiteIsZero for 8 bits, not for 16.

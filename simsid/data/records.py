@@ -58,9 +58,9 @@ def split_from_name(name: str) -> str:
 def read_csv(path: str | os.PathLike[str]) -> list[Record]:
     """Read a list of images from a CSV file with the columns path, label, split, patient and finding.
 
-    Only ``path`` is required; a relative one starts at the CSV file's folder. ``label`` is 0 or 1, normal or abnormal, or
-    empty; ``split`` is train, val (valid, validation), test, or empty. Other columns are ignored, unless their name looks
-    like a misspelt one of these.
+    Only ``path`` is required; a relative one starts at the CSV file's folder. ``label`` is 0 or 1, normal or abnormal,
+    or empty; ``split`` is train, val (valid, validation), test, or empty. Other columns are ignored, unless their name
+    looks like a misspelt one of these.
 
     Returns: the records in the order of the file, with absolute paths.
     Raises: ValueError naming line and column; OSError where the file cannot be opened.
@@ -159,10 +159,10 @@ def write_csv(
 def split_by_patient(records: Iterable[Record], val_share: float = 0.1, seed: int = 0) -> list[Record]:
     """Divide records that name no split into ``"train"`` and ``"val"``, a patient's images on one side.
 
-    The draw depends on the patients' names (the path below the records' common folder where the patient is unknown), the
-    labels and `seed`; not on the order of the records nor on where the folder lies. Each class gives `val_share` of its
-    images to ``"val"``, rounded to whole patients, at least one on each side where there are two. Records that say a
-    split keep it, and a patient who is in one already stays in it.
+    The draw depends on the patients' names (the path below the records' common folder where the patient is unknown),
+    the labels and `seed`; not on the order of the records nor on where the folder lies. Each class gives `val_share` of
+    its images to ``"val"``, rounded to whole patients, at least one on each side where there are two. Records that say
+    a split keep it, and a patient who is in one already stays in it.
 
     Arguments:
         val_share: share of the images that goes to ``"val"``, strictly between 0 and 1.
