@@ -105,11 +105,13 @@ footer { margin-top: 32px; color: var(--soft); font-size: 13px; }
   :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --page: #fff; --card: #fff; --accent: #0072b2;
     --tint: #eef4f8; --warn: #5c2f00; --warn-tint: #fff; }
   @page { margin: 13mm; }
-  body { font-size: 10.5pt; } main { max-width: none; padding: 0; }
+  body { font-size: 9.5pt; } main { max-width: none; padding: 0; } h1 { font-size: 19pt; } h2 { margin-top: 22px; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  .card, figure, tr { break-inside: avoid; } .wide { overflow: visible; break-inside: auto; } h2 { break-after: avoid; }
+  .card, figure, tr { break-inside: avoid; } .wide { overflow: visible; break-inside: auto; }
+  .keep { break-inside: avoid; } .tiles { grid-template-columns: repeat(4, 1fr); } h2 { break-after: avoid; }
   .plots { grid-template-columns: 1fr 1fr; } .examples { grid-template-columns: 1fr 1fr; }
-  table { font-size: 7.6pt; } th, td { padding: 2px 3px; } thead { display: table-header-group; }
+  table { font-size: 7.6pt; } .small { font-size: 6.8pt; } th, td { padding: 2px 3px; }
+  thead { display: table-header-group; }
 }
 """
 
@@ -223,13 +225,13 @@ def write_picture(
         side = (12.0 - left - 0.3) / 6  # six pictures a line
         grid = 0.3 + -(-len(examples) // 2) * (side + 0.3)
         if evaluation is None:
-            figure = Figure(figsize=(12.0, grid), dpi=100)
+            figure = Figure(figsize=(12.0, grid))
         else:
             totals = [row for row in evaluation.rows() if row.finding == "all"]
-            figure = Figure(figsize=(12.0, max(grid, 3.9 + _legend_height(totals))), dpi=100)
+            figure = Figure(figsize=(12.0, max(grid, 3.9 + _legend_height(totals))))
             _draw_roc(_square_axes(figure, 0.6, 3.5), evaluation, totals)
         _draw_examples(figure, examples, left, side)
-        _write_whole(path, _png(figure))
+        _write_whole(path, _png(figure, dpi=100))
 
 
 def _style() -> AbstractContextManager[None]:
@@ -273,9 +275,11 @@ def _tiles(evaluation: Evaluation, rows: list[Row]) -> str:
     ]
     if row.threshold is not None:
         held_out = len(evaluation.holdout[evaluation.default])
-        asked = f"asked for: {evaluation.false_alarm_rate:.0%} at most, set on {held_out} held-out normal images"
-        tiles.append(("Sensitivity", f"{row.sensitivity:.0%}", "of abnormal images above that threshold"))
-        tiles.append(("False alarms", f"{row.false_alarm_rate:.1%}", f"of normal images ({asked})"))
+        rate = evaluation.false_alarm_rate
+        short = ", too few to promise that" if (held_out + 1) * rate < 1.0 else ""
+        asked = f"of normal images; set for {_percent(rate)} at most on {held_out} held-out normal images{short}"
+        tiles.append(("Sensitivity", _percent(row.sensitivity), "of abnormal images lie above the held-out threshold"))
+        tiles.append(("False alarms", _percent(row.false_alarm_rate), asked))
     cards = [
         f'<div class="card"><div class="name">{title}</div><div class="value">{value}</div>'
         f'<div class="more">{more}</div></div>'
@@ -328,7 +332,7 @@ def _area_section(evaluation: Evaluation, rows: list[Row]) -> str:
         count = area[finding, signals[0]].abnormal
         lines.append(f'<tr><th class="left" scope="row">{_finding(finding)}</th><td>{count}</td>{"".join(cells)}</tr>')
     return (
-        '<h2>AUC by finding</h2><div class="card wide"><table><caption>Each kind of finding against the same '
+        '<h2>AUC by finding</h2><div class="card wide keep"><table><caption>Each kind of finding against the same '
         f"{rows[0].normal} normal images, with the 95 % confidence interval. 0.5 is chance; &#8595; marks a signal "
         "that ranks backwards, its whole interval below 0.5. The default signal is tinted.</caption>"
         f'<thead><tr><th class="left" scope="col">Finding</th><th scope="col">Images</th>{head}</tr></thead>'
@@ -384,8 +388,8 @@ def _figure_section(evaluation: Evaluation, rows: list[Row]) -> str:
     )
     return (
         "<h2>All figures</h2><p>An image raises an alarm when its raw score lies above the threshold. The threshold "
-        f"from held-out normal images is set for at most {evaluation.false_alarm_rate:.0%} false alarms and needs no "
-        "abnormal image, so it is what can be used in practice. The last three columns are <b>optimistic</b>: they "
+        f"from held-out normal images is set for at most {_percent(evaluation.false_alarm_rate)} false alarms and needs "
+        "no abnormal image, so it is what can be used in practice. The last three columns are <b>optimistic</b>: they "
         "stand at the threshold of highest accuracy on these very images, as the papers report them, which nobody "
         f'knows beforehand.</p><div class="card wide"><table><caption>Abnormal images against {rows[0].normal} normal '
         'ones in every row.</caption><thead><tr><td></td><th class="group" colspan="4" scope="colgroup">Ranking</th>'
@@ -402,12 +406,13 @@ def _example_section(examples: Sequence[Example]) -> str:
     for example in examples:
         file = pathlib.PurePath(example.path).name
         label = {0: "normal", 1: "abnormal", None: "unlabelled"}[example.label]
+        finding = example.finding or label
         images = []
         for name, pixels in zip(("input", "reconstruction", "heat map"), _pictures(example, top)):
-            alt = f"{name} of {file}, {example.finding} ({label}), score {example.score:.4g}"
+            alt = f"{name} of {file}, {finding} ({label}), score {example.score:.4g}"
             images.append(f"<span>{_image(_encode(pixels), alt)}{name}</span>")
         cards.append(
-            f'<div class="card"><div class="top"><b>{escape(example.finding)}</b>'
+            f'<div class="card"><div class="top"><b>{escape(finding)}</b>'
             f'<span class="nowrap">score <b>{example.score:.4g}</b></span></div>'
             f'<div class="images">{"".join(images)}</div>'
             f'<div class="file" title="{escape(example.path)}">{escape(file)} &middot; {label}</div></div>'
@@ -445,6 +450,10 @@ def _finding(finding: str) -> str:
 
 def _number(value: float | None, form: str = "{:.3f}") -> str:
     return "&ndash;" if value is None else form.format(value)
+
+
+def _percent(share: float) -> str:
+    return f"{100.0 * share:.3g} %"
 
 
 def _interval(row: Row) -> str:
@@ -611,12 +620,11 @@ def _encode(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _png(figure: "Figure") -> bytes:
+def _png(figure: "Figure", dpi: int = 200) -> bytes:
+    """Draw a figure; the default resolution is about twice that of the page, for print."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = io.BytesIO()
-    # Twice the page's resolution for print; a picture for a README keeps its own.
-    dpi = figure.dpi if figure.get_figwidth() > 8 else 200
     FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
 
