@@ -15,7 +15,7 @@ _EXPORTS = {
     "Model": "simsid.model",
     "Reconstruction": "simsid.model",
     "Trainer": "simsid.training",
-    "TrainingConfig": "simsid.training",
+    "TrainingConfig": "simsid.config",
     "History": "simsid.training",
 }
 _MODULES = ("data", "kernels")

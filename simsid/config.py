@@ -1,9 +1,9 @@
-"""The choices that make a model: SPEC of the networks, memories and in-painting, and the published presets."""
+"""The choices that make a model and its training, and the published presets."""
 
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 WIDEST = 16
@@ -84,8 +84,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse a configuration that cannot be built, naming the field."""
-        for field in dataclasses.fields(self):
-            _check_type(field, getattr(self, field.name))
+        for entry in dataclasses.fields(self):
+            _check_type(entry, getattr(self, entry.name))
         at_least = {"image_size": 33, "patches": 1, "width": 1, "levels": 1, "skip_levels": 0, "merge_levels": 0}
         at_least |= {"items": 1, "decoder_items": 1, "decoder_memories": 0, "topk": 1, "heads": 1}
         for name, low in at_least.items():
@@ -150,7 +150,7 @@ class Config:
 
     def replace(self, **changes: object) -> "Config":
         """Return a copy with `changes`; an unknown field is an error that lists the known ones."""
-        known = [field.name for field in dataclasses.fields(self)]
+        known = [entry.name for entry in dataclasses.fields(self)]
         for name in changes:
             if name not in known:
                 raise ConfigError(f"{name!r} is not a configuration field; the fields are {', '.join(known)}")
@@ -237,18 +237,91 @@ PRESETS: dict[str, Callable[..., Config]] = {
 }
 
 
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the terms in the generator's and the discriminator's loss."""
+
+    teacher: float = 0.01
+    student: float = 10.0
+    distillation: float = 0.001
+    generator: float = 0.005
+    discriminator: float = 0.005
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained. Source: SimSID, section 4.2; SQUID, section 4 (implementation details)."""
+
+    epochs: int = 200
+    """Passes over the training images; also the length of the cosine schedule."""
+    batch_size: int = 16
+    """Images of an iteration; what does not fill a batch waits for another epoch's order."""
+    learning_rate: float = 1e-4
+    """Adam's learning rate in the first epoch, both sides."""
+    final_learning_rate: float = 2e-5
+    """Where the cosine schedule ends."""
+    generator_every: int = 2
+    """The generator is updated at iterations 0, n, 2n, …; the discriminator at every one."""
+    losses: LossWeights = field(default_factory=LossWeights)
+    """Weights of the loss terms."""
+    generator_weight_decay: float = 1e-5
+    """Coupled weight decay of encoder, student and teacher."""
+    translate: float = 0.05
+    """Augmentation: largest translation, share of the side."""
+    scale: float = 0.05
+    """Augmentation: largest relative change of scale."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the convolutions; `"bfloat16"` is autocast."""
+    criterion: Literal["auto", "auc", "reconstruction", "last"] = "auto"
+    """What chooses the epoch that is kept: validation AUC of the model's signal (the papers; needs labelled
+    anomalies), reconstruction error of held-out normal images (needs none), or the last. `"auto"`: AUC where validation
+    has both."""
+    patience: int = 0
+    """Stop after this many epochs without a better criterion; 0 never."""
+    seed: int = 0
+    """Seed of everything drawn in training."""
+    checkpoint_seconds: float = 30.0
+    """Write the training state at the end of an epoch if the last one is at least this old; the work lost to a kill."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run folder (needs the extra `tensorboard`)."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be trained with."""
+        for entry in dataclasses.fields(self):
+            if entry.name != "losses":
+                _check_type(entry, getattr(self, entry.name))
+        for name, low in {"epochs": 1, "batch_size": 1, "generator_every": 1, "patience": 0, "seed": 0}.items():
+            _require(getattr(self, name) >= low, name, f"at least {low}", getattr(self, name))
+        for name in ("learning_rate", "final_learning_rate", "generator_weight_decay", "checkpoint_seconds"):
+            _require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0", getattr(self, name))
+        for name in ("translate", "scale"):
+            _require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, object]) -> "TrainingConfig":
+        """Rebuild a configuration from `to_dict`."""
+        values = dict(values)
+        if "losses" in values:
+            values["losses"] = LossWeights(**values["losses"])
+        return cls(**values)
+
+
 def _require(holds: bool, name: str, expected: str, value: object) -> None:
     if not holds:
         raise ConfigError(f"{name} must be {expected}, got {value!r}")
 
 
-def _check_type(field: dataclasses.Field, value: object) -> None:
-    choices = getattr(field.type, "__args__", None)
+def _check_type(entry: dataclasses.Field, value: object) -> None:
+    choices = getattr(entry.type, "__args__", None)
     if choices:
-        _require(value in choices, field.name, f"one of {', '.join(map(repr, choices))}", value)
-    elif field.type is float:
-        _require(isinstance(value, (int, float)) and not isinstance(value, bool), field.name, "a number", value)
+        _require(value in choices, entry.name, f"one of {', '.join(map(repr, choices))}", value)
+    elif entry.type is float:
+        _require(isinstance(value, (int, float)) and not isinstance(value, bool), entry.name, "a number", value)
     else:
         is_bool = isinstance(value, bool)
-        fits = is_bool if field.type is bool else isinstance(value, int) and not is_bool
-        _require(fits, field.name, "true or false" if field.type is bool else "a whole number", value)
+        fits = is_bool if entry.type is bool else isinstance(value, int) and not is_bool
+        _require(fits, entry.name, "true or false" if entry.type is bool else "a whole number", value)

@@ -1,21 +1,8 @@
 """The losses of generator and discriminator. Source: SimSID, section 3.5 (equations 4-8); SQUID, section 3.6."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """Weights of the terms in the generator's and the discriminator's loss."""
-
-    teacher: float = 0.01
-    student: float = 10.0
-    distillation: float = 0.001
-    generator: float = 0.005
-    discriminator: float = 0.005
 
 
 def distillation_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,84 +18,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from simsid import checkpoint, metrics
+from simsid.config import TrainingConfig
 from simsid.data.augmentation import augment
 from simsid.data.images import ImageSet
-from simsid.losses import LossWeights, adversarial_loss, reconstruction_loss
+from simsid.losses import adversarial_loss, reconstruction_loss
 from simsid.model import BATCH, Model
 from simsid.runs import RunError, RunFolder
 
 
 class NonFiniteError(FloatingPointError):
     """A loss or gradient became NaN or infinite; nothing was updated with it, the last checkpoint is whole."""
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How a model is trained. Source: SimSID, section 4.2; SQUID, section 4 (implementation details)."""
-
-    epochs: int = 200
-    """Passes over the training images; also the length of the cosine schedule."""
-    batch_size: int = 16
-    """Images of an iteration; what does not fill a batch waits for another epoch's order."""
-    learning_rate: float = 1e-4
-    """Adam's learning rate in the first epoch, both sides."""
-    final_learning_rate: float = 2e-5
-    """Where the cosine schedule ends."""
-    generator_every: int = 2
-    """The generator is updated at iterations 0, n, 2n, …; the discriminator at every one."""
-    losses: LossWeights = field(default_factory=LossWeights)
-    """Weights of the loss terms."""
-    generator_weight_decay: float = 1e-5
-    """Coupled weight decay of encoder, student and teacher."""
-    translate: float = 0.05
-    """Augmentation: largest translation, share of the side."""
-    scale: float = 0.05
-    """Augmentation: largest relative change of scale."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the convolutions; `"bfloat16"` is autocast."""
-    criterion: Literal["auto", "auc", "reconstruction", "last"] = "auto"
-    """What chooses the epoch that is kept: validation AUC of the model's signal (the papers; needs labelled
-    anomalies), reconstruction error of held-out normal images (needs none), or the last. `"auto"`: AUC where validation
-    has both."""
-    patience: int = 0
-    """Stop after this many epochs without a better criterion; 0 never."""
-    seed: int = 0
-    """Seed of everything drawn in training."""
-    checkpoint_seconds: float = 30.0
-    """Write the training state at the end of an epoch if the last one is at least this old; the work lost to a kill."""
-    tensorboard: bool = False
-    """Write TensorBoard events into the run folder (needs the extra `tensorboard`)."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be trained with."""
-        for name, low in {"epochs": 1, "batch_size": 1, "generator_every": 1, "patience": 0, "seed": 0}.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
-        for name in ("learning_rate", "final_learning_rate", "generator_weight_decay", "checkpoint_seconds"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)!r}")
-        for name in ("translate", "scale"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)!r}")
-        for name, choices in {
-            "precision": ("float32", "bfloat16"),
-            "criterion": ("auto", "auc", "reconstruction", "last"),
-        }.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
-
-    def to_dict(self) -> dict[str, object]:
-        """Return plain values for JSON."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, object]) -> "TrainingConfig":
-        """Rebuild a configuration from `to_dict`."""
-        values = dict(values)
-        if "losses" in values:
-            values["losses"] = LossWeights(**values["losses"])
-        return cls(**values)
 
 
 @dataclass

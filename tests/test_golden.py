@@ -8,6 +8,7 @@ import torch
 from shared import GOLDEN, needs_golden
 
 from simsid import losses
+from simsid.config import LossWeights
 from simsid.model import Model
 from simsid.released import ITEMS, PACKED, convert, renamed_names
 
@@ -36,7 +37,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def generator_loss(model: Model, images: torch.Tensor):
-    found, weights = model(images), losses.LossWeights()
+    found, weights = model(images), LossWeights()
     loss = (
         weights.teacher * losses.reconstruction_loss(images, found.teacher)
         + weights.student * losses.reconstruction_loss(images, found.student)
