@@ -1,13 +1,18 @@
 """Reads one DICOM file: modality LUT, then VOI LUT or window, then MONOCHROME1 inversion."""
 
+import struct
+import zlib
 from typing import BinaryIO
 
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
+from pydicom.encaps import get_frame
 from pydicom.pixels import get_decoder, pixel_array
+from pydicom.tag import Tag
 from pydicom.uid import (
     UID,
+    DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -15,9 +20,14 @@ from pydicom.uid import (
     JPEGLosslessSV1,
 )
 
-from simsid.data.reading import DecodedImage, ReadError, check_size, one_sentence
+from simsid.data.reading import DecodedImage, ReadError, check_size, one_sentence, silence_loggers
 
 _JPEG_LOSSLESS = (JPEGLossless, JPEGLosslessSV1)
+# Beside the pixels (at most 8 bytes each): headers, overlays, an icon.
+_DEFLATED_HEADER = 64 * 2**20
+
+# pydicom's log quotes header values, a patient's among them.
+silence_loggers("pydicom")
 
 
 def read_dicom(file: BinaryIO, max_pixels: int) -> DecodedImage:
@@ -32,6 +42,8 @@ def read_dicom(file: BinaryIO, max_pixels: int) -> DecodedImage:
 
     Raises: ReadError; its text quotes no header value that could name a patient.
     """
+    _check_inflated_size(file, 8 * max_pixels + _DEFLATED_HEADER)
+    file.seek(0)
     header = _parse(file, stop_before_pixels=True)
     _check_header(header, max_pixels)
     file.seek(0)
@@ -43,6 +55,23 @@ def read_dicom(file: BinaryIO, max_pixels: int) -> DecodedImage:
         raise
     except Exception as error:  # values of the wrong type or count, in any of the elements read there
         raise ReadError("the DICOM rescale, look-up table or window elements are damaged") from error
+
+
+def _check_inflated_size(file: BinaryIO, limit: int) -> None:
+    """Raise ReadError where a deflated data set is larger than an image can be; pydicom would inflate it whole."""
+    head = file.read(1024)
+    if DeflatedExplicitVRLittleEndian.encode() not in head or head[132:140] != b"\2\0\0\0UL\4\0":
+        return
+    file.seek(144 + int.from_bytes(head[140:144], "little"))
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    size = 0
+    try:
+        while chunk := inflater.unconsumed_tail or file.read(2**16):
+            size += len(inflater.decompress(chunk, 2**20))
+            if size > limit:
+                raise ReadError(f"the deflated DICOM data set is larger than the {limit / 1e6:.0f} MB allowed")
+    except zlib.error as error:
+        raise ReadError("the deflated DICOM data set is damaged") from error
 
 
 def _parse(file: BinaryIO, *, stop_before_pixels: bool) -> Dataset:
@@ -78,7 +107,7 @@ def _integer(dataset: Dataset, keyword: str, default: int) -> int:
         value = dataset.get(keyword)
         return default if value is None or value == "" else int(value)
     except Exception as error:
-        raise ReadError(f"the DICOM element {keyword} is no whole number") from error
+        raise ReadError(f"the DICOM element {keyword} {Tag(keyword)} is no whole number") from error
 
 
 def _sop_class(header: Dataset) -> str:
@@ -99,6 +128,8 @@ def _stored_values(dataset: Dataset) -> np.ndarray:
         raise ReadError(f"the DICOM transfer syntax is not supported: {syntax.name}") from error
     if not decoder.is_available:
         raise ReadError(_missing_decoder(syntax))
+    if syntax.is_encapsulated:
+        _check_codestream(dataset, syntax)
     try:
         values = pixel_array(dataset, raw=True)
     except MemoryError:
@@ -110,6 +141,39 @@ def _stored_values(dataset: Dataset) -> np.ndarray:
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ReadError("the image has NaN or infinite values")
     return values
+
+
+def _check_codestream(dataset: Dataset, syntax: UID) -> None:
+    """Raise ReadError where compressed data says another size than the header; decoders would believe the data."""
+    try:
+        size = _codestream_size(get_frame(dataset.PixelData, 0, number_of_frames=1))
+    except Exception as error:  # not encapsulated, or cut off
+        raise ReadError(f"the DICOM pixel data ({syntax.name}) is damaged") from error
+    if size is not None and size != (dataset.Rows, dataset.Columns):
+        raise ReadError(
+            f"the compressed DICOM pixel data says {size[1]} x {size[0]} pixels, the header "
+            f"{dataset.Columns} x {dataset.Rows}"
+        )
+
+
+def _codestream_size(data: bytes) -> tuple[int, int] | None:
+    """Return (rows, columns) of JPEG, JPEG-LS or JPEG 2000 data, ``None`` where it does not start as these do."""
+    # JPEG 2000: SOC, then SIZ with the far corner and the offset of the image.
+    start = data.find(b"\xff\x4f\xff\x51")
+    if start == 0 or data[4:8] == b"jP  ":
+        right, bottom, left, top = struct.unpack_from(">4I", data, start + 8)
+        return bottom - top, right - left
+    if data[:2] != b"\xff\xd8":
+        return None
+    place = 2
+    while place + 9 <= len(data):
+        marker = data[place + 1]
+        # Start of frame: C0 to CF without the tables' C4, C8 and CC; F7 in JPEG-LS.
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            return struct.unpack_from(">2H", data, place + 5)
+        # A fill byte stands alone, a segment has its length.
+        place += 1 if marker == 0xFF else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return None
 
 
 def _transfer_syntax(dataset: Dataset) -> UID:
@@ -170,7 +234,7 @@ def _modality(dataset: Dataset, stored: np.ndarray, bits: int) -> tuple[np.ndarr
     if dataset.get("ModalityLUTSequence"):
         values, depth = _look_up(dataset, dataset.ModalityLUTSequence[0], stored, signed=_is_signed(dataset))
         return values, (0.0, 2.0**depth - 1)
-    if stored.dtype.kind == "f":
+    if stored.dtype.kind == "f" or bits > 16:
         limits = None
     elif _is_signed(dataset):
         limits = (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)

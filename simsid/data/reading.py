@@ -109,10 +109,17 @@ def identify(head: bytes) -> str:
     # Bytes 6 to 9 of a bitmap are reserved and zero in practice; two letters alone would take text for one.
     if head.startswith(b"BM") and head[6:10] == b"\0\0\0\0":
         return "BMP"
-    # DICOM without its preamble starts with a tag of group 2 or 8, in either byte order.
-    if len(head) >= 8 and head[:2] in (b"\2\0", b"\x08\0", b"\0\2", b"\0\x08"):
-        return "DICOM"
-    return ""
+    return "DICOM" if _starts_like_dicom(head) else ""
+
+
+def _starts_like_dicom(head: bytes) -> bool:
+    """Whether a file without DICOM's preamble begins with an element of group 2 or 8, in either byte order."""
+    if len(head) < 8 or head[:2] not in (b"\2\0", b"\x08\0", b"\0\2", b"\0\x08"):
+        return False
+    order = "little" if head[1] == 0 else "big"
+    explicit = head[4:6].isalpha() and head[4:6].isupper()
+    # The first elements are short: group lengths, character sets, UIDs.
+    return explicit or int.from_bytes(head[4:8], order) <= 256
 
 
 def identify_file(path: str | os.PathLike[str]) -> str:
@@ -280,13 +287,12 @@ class _ThreadMark(logging.Filter):
         return not self.match("")
 
     def install(self) -> None:
-        """Be the first filter of both; `catch_warnings` elsewhere drops entries, so look each time."""
+        """Be the first warnings filter; `catch_warnings` elsewhere drops entries, so look each time."""
         with self._lock:
             if not warnings.filters or warnings.filters[0] is not self._entry:
                 with contextlib.suppress(ValueError):
                     warnings.filters.remove(self._entry)
                 warnings.filters.insert(0, self._entry)
-        logging.getLogger("pydicom").addFilter(self)
 
     @contextlib.contextmanager
     def here(self) -> Iterator[None]:
@@ -301,9 +307,19 @@ class _ThreadMark(logging.Filter):
 _MARK = _ThreadMark()
 
 
+def silence_loggers(package: str) -> None:
+    """Drop what the loggers of a package that is imported say while this module reads a file.
+
+    A logger's filters do not see the records of the loggers below it, so each gets the filter.
+    """
+    for name in [package, *logging.root.manager.loggerDict]:
+        if name == package or name.startswith(package + "."):
+            logging.getLogger(name).addFilter(_MARK)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence decoders' warnings and pydicom's log (which may quote patient data) in this thread alone.
+    """Silence decoders' warnings, and logs given to `silence_loggers`, in this thread alone.
 
     `warnings.catch_warnings` swaps a list that all threads share, so it cannot be used by parallel readers.
     """
