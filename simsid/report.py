@@ -389,8 +389,8 @@ def _figure_section(evaluation: Evaluation, rows: list[Row]) -> str:
     return (
         "<h2>All figures</h2><p>An image raises an alarm when its raw score lies above the threshold. The threshold "
         f"from held-out normal images is set for at most {_percent(evaluation.false_alarm_rate)} false alarms and "
-        "needs no abnormal image, so it is what can be used in practice. The last three columns are <b>optimistic</b>: they "
-        "stand at the threshold of highest accuracy on these very images, as the papers report them, which nobody "
+        "needs no abnormal image, so it is what can be used in practice. The last three columns are <b>optimistic</b>: "
+        "they stand at the threshold of highest accuracy on these very images, as the papers report them, which nobody "
         f'knows beforehand.</p><div class="card wide"><table><caption>Abnormal images against {rows[0].normal} normal '
         'ones in every row.</caption><thead><tr><td></td><th class="group" colspan="4" scope="colgroup">Ranking</th>'
         '<th class="group part" colspan="5" scope="colgroup">At the held-out-normal threshold</th>'
