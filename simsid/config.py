@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 WIDEST = 16
@@ -238,17 +238,6 @@ PRESETS: dict[str, Callable[..., Config]] = {
 
 
 @dataclass(frozen=True)
-class LossWeights:
-    """Weights of the terms in the generator's and the discriminator's loss."""
-
-    teacher: float = 0.01
-    student: float = 10.0
-    distillation: float = 0.001
-    generator: float = 0.005
-    discriminator: float = 0.005
-
-
-@dataclass(frozen=True)
 class TrainingConfig:
     """How a model is trained. Source: SimSID, section 4.2; SQUID, section 4 (implementation details)."""
 
@@ -262,8 +251,16 @@ class TrainingConfig:
     """Where the cosine schedule ends."""
     generator_every: int = 2
     """The generator is updated at iterations 0, n, 2n, …; the discriminator at every one."""
-    losses: LossWeights = field(default_factory=LossWeights)
-    """Weights of the loss terms."""
+    teacher_weight: float = 0.01
+    """Weight of the teacher's reconstruction error in the generator's loss."""
+    student_weight: float = 10.0
+    """Weight of the student's reconstruction error."""
+    distillation_weight: float = 0.001
+    """Weight of the distance between the student's and the teacher's features."""
+    generator_weight: float = 0.005
+    """Weight of the generator's adversarial loss."""
+    discriminator_weight: float = 0.005
+    """Weight of the discriminator's loss."""
     generator_weight_decay: float = 1e-5
     """Coupled weight decay of encoder, student and teacher."""
     translate: float = 0.05
@@ -288,8 +285,10 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         """Refuse values that cannot be trained with."""
         for entry in dataclasses.fields(self):
-            if entry.name != "losses":
-                _check_type(entry, getattr(self, entry.name))
+            _check_type(entry, getattr(self, entry.name))
+            if entry.name.endswith("_weight"):
+                value = getattr(self, entry.name)
+                _require(0 <= value < math.inf, entry.name, "a number of at least 0", value)
         for name, low in {"epochs": 1, "batch_size": 1, "generator_every": 1, "patience": 0, "seed": 0}.items():
             _require(getattr(self, name) >= low, name, f"at least {low}", getattr(self, name))
         for name in ("learning_rate", "final_learning_rate", "generator_weight_decay", "checkpoint_seconds"):
@@ -304,9 +303,6 @@ class TrainingConfig:
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> "TrainingConfig":
         """Rebuild a configuration from `to_dict`."""
-        values = dict(values)
-        if "losses" in values:
-            values["losses"] = LossWeights(**values["losses"])
         return cls(**values)
 
 

@@ -116,24 +116,34 @@ class Model(nn.Module):
 
     @torch.inference_mode()
     def signals(
-        self, images: Tensor, names: Iterable[str] | None = None, *, batch_size: int | None = None
+        self, images: Tensor | Iterable[Tensor], names: Iterable[str] | None = None, *, batch_size: int | None = None
     ) -> dict[str, np.ndarray]:
         """Return the raw signals of `[B, 1, H, W]`: name to `[B]`, float64, higher is more anomalous.
 
         Nothing is normalised across images, so an image's values do not depend on its neighbours. Libraries sum in
         another order for another batch size, which moves the last digits; every batch here has one size (the last is
-        filled up): `batch_size`, or without it at most 16.
+        filled up).
+
+        Args:
+            images: images in -1..1, or an iterable of such batches (a loader).
+            names: the signals wanted; None is every one of `signal_names`.
+            batch_size: images that pass through the network at a time; None is 16, or fewer for a smaller tensor.
         """
         names = tuple(self.signal_names if names is None else names)
         for name in names:
             if name not in self.signal_names:
                 raise ValueError(f"signal must be one of {', '.join(self.signal_names)}, got {name!r}")
+        if isinstance(images, Tensor):
+            loader: Iterable[Tensor] = [images]
+        else:
+            loader, batch_size = images, batch_size or BATCH
         columns: dict[str, list[Tensor]] = {name: [] for name in names}
         with self._inference():
-            for batch, count in self._batches(images, batch_size):
-                for name, values in self._signals(batch, names).items():
-                    columns[name].append(values[:count].double().cpu())
-        return {name: torch.cat(values).numpy() for name, values in columns.items()}
+            for part in loader:
+                for batch, count in self._batches(part, batch_size):
+                    for name, values in self._signals(batch, names).items():
+                        columns[name].append(values[:count].double().cpu())
+        return {name: torch.cat(values).numpy() if values else np.zeros(0) for name, values in columns.items()}
 
     def score(self, images: Tensor) -> Tensor:
         """Return the anomaly score of `[B, 1, H, W]`: `[B]` float64 in 0..1, 1 is anomalous.
@@ -159,11 +169,11 @@ class Model(nn.Module):
         """Measure mean and deviation of every signal on normal training images, un-augmented.
 
         Args:
-            images: `[n, 1, H, W]` in -1..1, or an iterable of such batches (a loader; the first entry of a tuple).
+            images: `[n, 1, H, W]` in -1..1, or an iterable of such batches (a loader).
             holdout: normal images that were not trained on, for thresholds at a chosen false-alarm rate.
         """
-        kept = self._collect(holdout) if holdout is not None else None
-        self.calibration = Calibration.fit(self._collect(images), kept)
+        kept = None if holdout is None else self.signals(holdout, batch_size=BATCH)
+        self.calibration = Calibration.fit(self.signals(images, batch_size=BATCH), kept)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write weights, configuration and calibration to `folder`, whole or not at all."""
@@ -206,13 +216,6 @@ class Model(nn.Module):
             "memory_distance": lambda: signals.memory_distance(found.query, found.retrieved),
         }
         return {name: compute[name]() for name in names}
-
-    def _collect(self, images: Tensor | Iterable[Tensor]) -> dict[str, np.ndarray]:
-        batches = [images] if isinstance(images, Tensor) else images
-        parts = [
-            self.signals(batch[0] if isinstance(batch, (tuple, list)) else batch, batch_size=BATCH) for batch in batches
-        ]
-        return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else {})}
 
     def _batches(self, images: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, int]]:
         """Yield batches of one size on the model's device, and how many images of each are not filling."""

@@ -19,10 +19,9 @@ from tqdm import tqdm
 
 from simsid import checkpoint, metrics
 from simsid.config import TrainingConfig
-from simsid.data.augmentation import augment
-from simsid.data.images import ImageSet
+from simsid.data import ImageSet, augment
 from simsid.losses import adversarial_loss, reconstruction_loss
-from simsid.model import BATCH, Model
+from simsid.model import Model
 from simsid.runs import RunError, RunFolder
 
 
@@ -215,7 +214,7 @@ class Trainer:
 
     def _step(self, images: Tensor, step: int) -> dict[str, float]:
         """Run iteration `step` on `[B, 1, H, W]` images; returns the unweighted losses."""
-        config, model, weights = self.config, self.model, self.config.losses
+        config, model = self.config, self.model
         torch.manual_seed(_seed(config.seed, 2, step))
         images = augment(images, translate=config.translate, scale=config.scale)
         images = images.contiguous(memory_format=torch.channels_last)
@@ -229,7 +228,7 @@ class Trainer:
                 "real": adversarial_loss(model.discriminator(images), real=True),
                 "fake": adversarial_loss(model.discriminator(found.student.detach()), real=False),
             }
-            total = weights.discriminator * (losses["real"] + losses["fake"])
+            total = config.discriminator_weight * (losses["real"] + losses["fake"])
         self._update("discriminator", total, losses, step)
 
         if with_generator:
@@ -243,7 +242,7 @@ class Trainer:
                 if found.teacher is not None:
                     terms["teacher"] = reconstruction_loss(images, found.teacher)
                     terms["distillation"] = found.distillation
-                total = torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()
+                total = torch.stack([getattr(config, f"{name}_weight") * term for name, term in terms.items()]).sum()
             self._update("generator", total, terms, step)
             model.discriminator.requires_grad_(True)
             losses |= terms
@@ -277,7 +276,7 @@ class Trainer:
         """Return reconstruction error of normal validation images, and each signal's AUC where there are anomalies."""
         if val is None or not len(val):
             return {}
-        found = signals_of(self.model, val)
+        found = self.model.signals(val.batches())
         abnormal = val.labels == 1
         result = {"val_reconstruction": float(found["residual"][~abnormal].mean())} if not abnormal.all() else {}
         if abnormal.any() and not abnormal.all():
@@ -337,8 +336,8 @@ class Trainer:
         self, train: ImageSet, val: ImageSet | None, folder: RunFolder | None, at: _Progress, fingerprint: str
     ) -> None:
         held = np.flatnonzero(val.labels != 1) if val is not None else []
-        holdout = _batches(val.select(held)) if len(held) else None
-        self.model.calibrate(_batches(train), holdout)
+        holdout = val.select(held).batches() if len(held) else None
+        self.model.calibrate(train.batches(), holdout)
         if folder is not None:
             self.model.save(folder.path)
             self._save_state(folder, at, fingerprint)
@@ -435,17 +434,6 @@ class Trainer:
             yield writer
 
 
-def signals_of(model: Model, images: ImageSet) -> dict[str, np.ndarray]:
-    """Return the raw signals of every image of a set, `[n]` float64 each."""
-    parts = [model.signals(batch, batch_size=BATCH) for batch in _batches(images)]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _batches(images: ImageSet, size: int = 256) -> Iterator[Tensor]:
-    for start in range(0, len(images), size):
-        yield images.batch(slice(start, min(start + size, len(images))))
-
-
 class _TensorSet:
     """Images `[n, 1, H, W]` in -1..1, all normal, in the form that training reads."""
 
@@ -460,6 +448,9 @@ class _TensorSet:
 
     def batch(self, index: Tensor | slice, device: torch.device | str = "cpu") -> Tensor:
         return self.pixels[index].to(device, torch.float32)
+
+    def batches(self, size: int = 256) -> Iterator[Tensor]:
+        yield from self.pixels.float().split(size)
 
     def select(self, index: np.ndarray) -> "_TensorSet":
         return _TensorSet(self.pixels[torch.as_tensor(index)])

@@ -8,7 +8,7 @@ import torch
 from shared import GOLDEN, needs_golden
 
 from simsid import losses
-from simsid.config import LossWeights
+from simsid.config import TrainingConfig
 from simsid.model import Model
 from simsid.released import ITEMS, PACKED, convert, renamed_names
 
@@ -37,12 +37,12 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def generator_loss(model: Model, images: torch.Tensor):
-    found, weights = model(images), LossWeights()
+    found, weights = model(images), TrainingConfig()
     loss = (
-        weights.teacher * losses.reconstruction_loss(images, found.teacher)
-        + weights.student * losses.reconstruction_loss(images, found.student)
-        + weights.distillation * found.distillation
-        + weights.generator * losses.adversarial_loss(model.discriminator(found.student), real=True)
+        weights.teacher_weight * losses.reconstruction_loss(images, found.teacher)
+        + weights.student_weight * losses.reconstruction_loss(images, found.student)
+        + weights.distillation_weight * found.distillation
+        + weights.generator_weight * losses.adversarial_loss(model.discriminator(found.student), real=True)
     )
     return loss, found
 

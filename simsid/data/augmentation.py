@@ -23,7 +23,7 @@ def augment(
         scale: largest change of size as a share, in [0, 1).
         generator: where the 3 B numbers are drawn, on its own device, so that a CPU generator gives the same ones
             whatever the images' device; ``None`` is PyTorch's default generator on the CPU.
-    Returns: ``[B, 1, H, W]``, same dtype and device.
+    Returns: ``[B, 1, H, W]``, same dtype and device; `images` itself where both ranges are 0.
     Raises: ValueError for a parameter outside its range or another shape.
     """
     if images.dim() != 4:
@@ -32,6 +32,8 @@ def augment(
         raise ValueError(f"translate must not be negative, got {translate}")
     if not 0 <= scale < 1:
         raise ValueError(f"scale must lie in [0, 1), got {scale}")
+    if translate == 0 and scale == 0:
+        return images
     source = generator.device if generator is not None else "cpu"
     draws = torch.rand(images.shape[0], 3, generator=generator, device=source) * 2 - 1
     size = 1 + scale * draws[:, 2]
@@ -40,7 +42,10 @@ def augment(
     theta = torch.zeros(images.shape[0], 2, 3, device=source)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / size
     theta[:, :, 2] = shift
-    theta = theta.to(images.device, images.dtype)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    # Coordinates in half precision would be off by a pixel.
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    grid = F.affine_grid(theta.to(images.device, dtype), list(images.shape), align_corners=False)
     # grid_sample fills with zero; moving the darkest value there makes that the fill, edges blended towards it.
-    return F.grid_sample(images - DARKEST, grid, padding_mode="zeros", align_corners=False) + DARKEST
+    lifted = images.to(dtype) - DARKEST
+    moved = F.grid_sample(lifted, grid, padding_mode="zeros", align_corners=False) + DARKEST
+    return moved.to(images.dtype)

@@ -239,13 +239,14 @@ def _read_chexpert(folder: str, name: str, split: str) -> list[Record]:
             found = [finding for finding in _CHEXPERT_FINDINGS if _is_one(row[finding])]
             if not found and not _is_one(row["No Finding"]):
                 continue
-            # "CheXpert-v1.0-small/train/patient00001/..." starts with the folder's published name.
-            inside = row["Path"].replace("\\", "/").split("/")[1:]
-            patient = next((part for part in inside if part.startswith("patient")), "")
-            if len(inside) < 2 or not patient:
-                raise ValueError(f"{path}, line {reader.line_num}, column Path: no patient in {row['Path']!r}")
+            # "CheXpert-v1.0-small/train/patient00001/...": the published name of the folder need not be its name here.
+            match = re.search(r"(?:^|/)((?:train|valid|test)/(patient\d+)/.+)$", row["Path"])
+            if not match:
+                raise ValueError(
+                    f"{path}, line {reader.line_num}, column Path: expected .../train/patient.../..., got {row['Path']!r}"
+                )
             finding = "several" if len(found) > 1 else found[0] if found else "No Finding"
-            records.append(Record(os.path.join(folder, *inside), split, int(bool(found)), finding, patient))
+            records.append(Record(os.path.join(folder, match[1]), split, int(bool(found)), finding, match[2]))
     return records
 
 

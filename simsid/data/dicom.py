@@ -135,12 +135,18 @@ def _stored_values(dataset: Dataset) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # decoders of six packages, each with its own classes
-        raise ReadError(f"the DICOM pixel data ({syntax.name}) cannot be decoded: {one_sentence(error)}") from error
+        raise ReadError(f"the DICOM pixel data ({syntax.name}) cannot be decoded: {_decoders_say(error)}") from error
     if values.ndim != 2:
         raise ReadError(f"the DICOM pixel data has shape {list(values.shape)}, not rows and columns")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ReadError("the image has NaN or infinite values")
     return values
+
+
+def _decoders_say(error: Exception) -> str:
+    """Join what each decoder said; pydicom puts one on a line below a general sentence."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return one_sentence(ValueError("; ".join(lines[1:]))) if len(lines) > 1 else one_sentence(error)
 
 
 def _check_codestream(dataset: Dataset, syntax: UID) -> None:

@@ -23,7 +23,7 @@ ImageSize = int | tuple[int, int]
 Index = Tensor | np.ndarray | Sequence[int] | slice
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageSet:
     """Decoded images resident in memory.
 
@@ -76,6 +76,11 @@ class ImageSet:
         The values of an image are bitwise the same whether the set is uint8 or uint16, and on every device.
         """
         return _to_float(_take(self.pixels, _places(index, len(self))).to(device))
+
+    def batches(self, size: int = 256) -> Iterator[Tensor]:
+        """Yield all images in order, as `batch` returns them, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.batch(slice(start, start + size))
 
     def select(self, mask_or_index: Index) -> "ImageSet":
         """Return the images of a mask or of places, in that order, without the failures."""

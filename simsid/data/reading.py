@@ -175,10 +175,11 @@ def _read_with_pillow(file: BinaryIO, kind: str, max_pixels: int) -> DecodedImag
             if pages != 1:
                 raise ReadError(f"the {kind} file holds {pages} images; export the one that is meant")
             depth = _stored_bits(image, kind)
-            layouts = [str(tile[3]) for tile in image.tile]
+            # "RGB;16B" and the like; a bitmap's "BGR;16" is 16 bits a pixel.
+            wide = kind != "BMP" and any(";16" in str(tile[3]) for tile in image.tile)
             image.load()
             orientation = _orientation(image)
-            pixels, declared, bits = _grey(image, kind, depth, any(";16" in layout for layout in layouts))
+            pixels, declared, bits = _grey(image, kind, depth, wide)
     except (ReadError, MemoryError):
         raise
     except UnidentifiedImageError as error:

@@ -1,0 +1,119 @@
+"""What an installation has, what it lacks, and what mends it."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from simsid import __version__
+
+REQUIRED = {"torch": "2.10", "numpy": "1.26", "pillow": "10.3", "scikit-learn": "1.4", "safetensors": "0.4.3"} | {
+    "matplotlib": "3.8",
+    "pydicom": "3.0",
+    "nvtx": "0.2.8",
+    "tqdm": "4.66",
+    "tyro": "0.9",
+    "filelock": "3.13",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination."""
+
+    mark: Literal["ok", "note", "FAIL"]
+    subject: str
+    text: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at versions, processor, GPU, kernels and decoders."""
+    return [_python(), *_packages(), _processor(), *_gpu(), *_kernels(), *_decoders(), _tensorboard()]
+
+
+def _python() -> Finding:
+    where = f"{platform.system()} {platform.machine()}"
+    return Finding("ok", "python", f"{platform.python_version()} on {where}; simsid {__version__}")
+
+
+def _packages() -> list[Finding]:
+    findings = []
+    for name, least in REQUIRED.items():
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            findings.append(Finding("FAIL", name, f"missing, needs {least} or later", f"pip install '{name}>={least}'"))
+            continue
+        if _parts(version) < _parts(least):
+            findings.append(
+                Finding("FAIL", name, f"{version}, needs {least} or later", f"pip install --upgrade '{name}>={least}'")
+            )
+        else:
+            findings.append(Finding("ok", name, version))
+    return findings
+
+
+def _processor() -> Finding:
+    return Finding("ok", "cpu", f"{os.cpu_count()} cores, PyTorch uses {torch.get_num_threads()} threads")
+
+
+def _gpu() -> list[Finding]:
+    if torch.cuda.is_available():
+        devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        return [
+            Finding("ok", f"gpu {i}", f"{device.name}, compute capability {device.major}.{device.minor}")
+            for i, device in enumerate(devices)
+        ]
+    if torch.version.cuda is None:
+        text = "none used: this PyTorch is built for the CPU alone"
+        return [Finding("note", "gpu", text, "on a machine with an NVIDIA GPU: pip install --force-reinstall torch")]
+    return [
+        Finding("note", "gpu", f"none found by PyTorch (built for CUDA {torch.version.cuda})", "check with: nvidia-smi")
+    ]
+
+
+def _kernels() -> list[Finding]:
+    where = "on the CPU" if not torch.cuda.is_available() else "everywhere"
+    return [
+        Finding("note", f"kernel {name}", f"PyTorch reference {where}: this version has no fused kernel")
+        for name in ("space_aware_memory", "neighbor_attention")
+    ]
+
+
+def _decoders() -> list[Finding]:
+    from PIL import features
+
+    findings = [
+        Finding("ok", f"decoder {name}", f"Pillow {features.version(key) or ''}".strip())
+        if features.check(key)
+        else Finding("FAIL", f"decoder {name}", "Pillow was built without it", "pip install --force-reinstall pillow")
+        for name, key in (("JPEG", "jpg"), ("PNG", "zlib"), ("TIFF", "libtiff"))
+    ]
+    for name, module in (("DICOM JPEG 2000", "openjpeg"), ("DICOM JPEG-LS", "jpeg_ls")):
+        if importlib.util.find_spec(module):
+            findings.append(Finding("ok", f"decoder {name}", module))
+        else:
+            text = "missing; uncompressed and RLE DICOM files are read without it"
+            findings.append(Finding("note", f"decoder {name}", text, "pip install 'simsid[dicom]'"))
+    return findings
+
+
+def _tensorboard() -> Finding:
+    if importlib.util.find_spec("tensorboard"):
+        return Finding("ok", "tensorboard", importlib.metadata.version("tensorboard"))
+    return Finding(
+        "note", "tensorboard", "missing; training writes metrics.jsonl without it", "pip install 'simsid[tensorboard]'"
+    )
+
+
+def _parts(version: str) -> tuple[int, ...]:
+    digits = []
+    for part in version.split("+")[0].split("."):
+        number = "".join(character for character in part if character.isdigit())
+        digits.append(int(number or 0))
+    return tuple(digits)
