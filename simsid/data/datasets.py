@@ -242,9 +242,8 @@ def _read_chexpert(folder: str, name: str, split: str) -> list[Record]:
             # "CheXpert-v1.0-small/train/patient00001/...": the published name of the folder need not be its name here.
             match = re.search(r"(?:^|/)((?:train|valid|test)/(patient\d+)/.+)$", row["Path"])
             if not match:
-                raise ValueError(
-                    f"{path}, line {reader.line_num}, column Path: expected .../train/patient.../..., got {row['Path']!r}"
-                )
+                where = f"{path}, line {reader.line_num}, column Path"
+                raise ValueError(f"{where}: expected .../train/patient.../..., got {row['Path']!r}")
             finding = "several" if len(found) > 1 else found[0] if found else "No Finding"
             records.append(Record(os.path.join(folder, match[1]), split, int(bool(found)), finding, match[2]))
     return records

@@ -23,6 +23,8 @@ from pydicom.uid import (
 from simsid.data.reading import DecodedImage, ReadError, check_size, one_sentence, silence_loggers
 
 _JPEG_LOSSLESS = (JPEGLossless, JPEGLosslessSV1)
+# What a message may quote; a damaged element can hold anything, a patient's name too.
+_COLOUR = ("PALETTE COLOR", "RGB", "HSV", "ARGB", "CMYK", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_RCT")
 # Beside the pixels (at most 8 bytes each): headers, overlays, an icon.
 _DEFLATED_HEADER = 64 * 2**20
 
@@ -43,18 +45,16 @@ def read_dicom(file: BinaryIO, max_pixels: int) -> DecodedImage:
     Raises: ReadError; its text quotes no header value that could name a patient.
     """
     _check_inflated_size(file, 8 * max_pixels + _DEFLATED_HEADER)
-    file.seek(0)
-    header = _parse(file, stop_before_pixels=True)
-    _check_header(header, max_pixels)
-    file.seek(0)
-    dataset = _parse(file, stop_before_pixels=False)
-    stored = _stored_values(dataset)
     try:
-        return _display(dataset, stored)
-    except ReadError:
+        file.seek(0)
+        _check_header(pydicom.dcmread(file, force=True, stop_before_pixels=True), max_pixels)
+        file.seek(0)
+        dataset = pydicom.dcmread(file, force=True)
+        return _display(dataset, _stored_values(dataset))
+    except (ReadError, MemoryError):
         raise
-    except Exception as error:  # values of the wrong type or count, in any of the elements read there
-        raise ReadError("the DICOM rescale, look-up table or window elements are damaged") from error
+    except Exception as error:  # pydicom raises a dozen classes where it parses or converts, and quotes the values
+        raise ReadError(f"the DICOM header is damaged ({type(error).__name__})") from error
 
 
 def _check_inflated_size(file: BinaryIO, limit: int) -> None:
@@ -74,15 +74,6 @@ def _check_inflated_size(file: BinaryIO, limit: int) -> None:
         raise ReadError("the deflated DICOM data set is damaged") from error
 
 
-def _parse(file: BinaryIO, *, stop_before_pixels: bool) -> Dataset:
-    try:
-        return pydicom.dcmread(file, force=True, stop_before_pixels=stop_before_pixels)
-    except MemoryError:
-        raise
-    except Exception as error:  # pydicom raises a dozen classes for damaged headers, and may quote their values
-        raise ReadError(f"the DICOM header is damaged ({type(error).__name__})") from error
-
-
 def _check_header(header: Dataset, max_pixels: int) -> None:
     if "Rows" not in header or "Columns" not in header:
         kind = _sop_class(header)
@@ -94,7 +85,7 @@ def _check_header(header: Dataset, max_pixels: int) -> None:
     if photometric not in ("MONOCHROME1", "MONOCHROME2"):
         raise ReadError(
             "the DICOM image is not greyscale: Photometric Interpretation (0028,0004) is "
-            + (repr(photometric) if photometric else "missing")
+            + (photometric if photometric in _COLOUR else "unknown" if photometric else "missing")
         )
     frames = _integer(header, "NumberOfFrames", 1)
     if frames > 1:
@@ -112,9 +103,15 @@ def _integer(dataset: Dataset, keyword: str, default: int) -> int:
 
 def _sop_class(header: Dataset) -> str:
     uid = header.get("SOPClassUID") or getattr(header, "file_meta", Dataset()).get("MediaStorageSOPClassUID")
-    name = UID(str(uid)).name if uid else ""
-    # An unknown UID has itself for a name.
-    return f" ({name})" if name and name != uid else ""
+    name = _uid_name(uid) if uid else ""
+    return f" ({name})" if name else ""
+
+
+def _uid_name(uid: object) -> str:
+    """Return the standard's name of a UID, ``""`` for any other text: a damaged one may have run into the patient's."""
+    text = str(uid)
+    name = UID(text).name
+    return name if name != text else ""
 
 
 def _stored_values(dataset: Dataset) -> np.ndarray:
@@ -125,7 +122,7 @@ def _stored_values(dataset: Dataset) -> np.ndarray:
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError as error:
-        raise ReadError(f"the DICOM transfer syntax is not supported: {syntax.name}") from error
+        raise ReadError(f"the DICOM transfer syntax is not supported: {_uid_name(syntax) or 'unknown'}") from error
     if not decoder.is_available:
         raise ReadError(_missing_decoder(syntax))
     if syntax.is_encapsulated:
@@ -288,7 +285,7 @@ def _voi(
     elif function in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         return None
     else:
-        raise ReadError(f"the DICOM VOI LUT Function (0028,1056) {function!r} is not known")
+        raise ReadError("the DICOM VOI LUT Function (0028,1056) is not one of LINEAR, LINEAR_EXACT and SIGMOID")
     return np.clip(ramp, 0, 1), (0.0, 1.0)
 
 
