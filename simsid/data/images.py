@@ -188,7 +188,7 @@ class _Plan:
 
     @classmethod
     def checked(cls, image_size: ImageSize, aspect: str, intensity: str, max_pixels: int) -> "_Plan":
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        size = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
         if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
             raise ValueError(f"image_size must be one or two positive whole numbers, got {image_size!r}")
         for name, value, choices in (("aspect", aspect, ASPECTS), ("intensity", intensity, INTENSITIES)):

@@ -1,0 +1,89 @@
+"""The report on a folder."""
+
+import json
+
+import numpy as np
+import pytest
+from sample_files import ramp, save, write_dicom
+
+from simsid.data import Failure, scan
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save(tmp_path / "a.png", ramp())
+    save(tmp_path / "sub/b.jpg", ramp())
+    save(tmp_path / "sub/c.png", ramp(30, 40, 65535, np.uint16))
+    write_dicom(tmp_path / "IM0001", ramp(30, 40, 4095, np.uint16), BitsStored=12, HighBit=11)
+    window = {"WindowCenter": 2000, "WindowWidth": 1000}
+    write_dicom(tmp_path / "IM0002", ramp(30, 40, 4095, np.uint16), BitsStored=12, HighBit=11, **window)
+    write_dicom(tmp_path / "IM0003", ramp(), NumberOfFrames=4)
+    (tmp_path / "sub/cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:90])
+    (tmp_path / "README.md").write_text("text")
+    return tmp_path
+
+
+def test_counts_and_reasons(folder):
+    report = scan(folder)
+    assert report.readable == 5
+    assert report.formats == {"DICOM": 2, "PNG": 2, "JPEG": 1}
+    assert report.sizes == {(40, 30): 3, (20, 12): 2}
+    assert report.bits == {8: 2, 12: 2, 16: 1}
+    assert report.without_range == 2
+    assert [failure.path for failure in report.failures] == [str(folder / "IM0003"), str(folder / "sub/cut.png")]
+    assert "multi-frame" in report.failures[0].reason
+    assert all(isinstance(failure, Failure) for failure in report.failures)
+    assert report.ignored == (str(folder / "README.md"),)
+
+
+def test_text_names_every_count_and_every_rejected_file(folder):
+    text = str(scan(folder, workers=1))
+    assert text.splitlines()[0] == f"{folder}: 5 readable images, 2 rejected"
+    for part in (
+        "  DICOM  2",
+        "  40 x 30  3",
+        "  12  2",
+        "2 deeper than 8 bits without a display range",
+        "  IM0003: the DICOM image is multi-frame",
+        "  sub/cut.png: the PNG data cannot be decoded",
+        "not images, ignored: README.md",
+    ):
+        assert part in text, text
+
+
+def test_dict_is_json(folder):
+    loaded = json.loads(json.dumps(scan(folder).as_dict()))
+    assert loaded["formats"] == {"DICOM": 2, "PNG": 2, "JPEG": 1}
+    assert loaded["sizes"] == {"40x30": 3, "20x12": 2}
+    assert loaded["bits"] == {"8": 2, "12": 2, "16": 1}
+    assert loaded["rejected"] == 2
+    assert loaded["failures"][1]["path"].endswith("cut.png")
+
+
+def test_many_sizes_are_summed_up(tmp_path):
+    for i in range(1, 15):
+        save(tmp_path / f"{i}.png", np.zeros((i, 5), np.uint8))
+    text = str(scan(tmp_path))
+    assert "  and 4 more" in text
+    assert len(scan(tmp_path).sizes) == 14
+
+
+def test_a_csv_list_and_a_folder_of_nothing(folder):
+    (folder / "list.csv").write_text("path\na.png\nabsent.png\n")
+    report = scan(folder / "list.csv")
+    assert report.formats == {"PNG": 1}
+    assert "No such file" in report.failures[0].reason
+    assert str(folder / "absent.png") in str(report)
+    (folder / "empty").mkdir()
+    report = scan(folder / "empty")
+    assert (report.readable, report.failures, report.ignored) == (0, (), ())
+    assert "0 readable images" in str(report)
+    with pytest.raises(ValueError, match="does not exist"):
+        scan(folder / "absent")
+
+
+def test_progress_and_the_pixel_cap(folder, capfd):
+    report = scan(folder, progress=True, max_pixels=20 * 12)
+    assert "scanning" in capfd.readouterr().err
+    assert report.readable == 2
+    assert sum("more than" in failure.reason for failure in report.failures) == 3
