@@ -22,6 +22,9 @@ from torch import Tensor
 
 from simsid import __version__, checkpoint
 
+WRITTEN = ("run.json", "manifest.csv", "metrics.jsonl", "last.json", "last-*", "model.json", "model-*")
+"""What a run folder consists of; a file being written has its name with a dot before and an ending after."""
+
 
 class RunError(RuntimeError):
     """A run folder that is in use, taken, or does not fit what was asked of it."""
@@ -39,7 +42,11 @@ class RunFolder:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise RunError(f"{self.path} is in use by another process that trains into it") from None
+            raise RunError(f"{self.path} is in use by another process that writes into it") from None
+        # What a killed process was writing; the holder of the lock is the only writer.
+        for name in WRITTEN:
+            for unfinished in self.path.glob(f".{name}.*"):
+                unfinished.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -55,6 +62,11 @@ class RunFolder:
     def started(self) -> bool:
         """Whether a training state lies here."""
         return (self.path / "last.json").exists()
+
+    @property
+    def taken(self) -> bool:
+        """Whether a run or a model lies here, which a new run would overwrite."""
+        return self.started or (self.path / "model.json").exists()
 
     def write_request(self, document: dict[str, object]) -> None:
         """Write run.json."""
@@ -72,7 +84,8 @@ class RunFolder:
         for record in records:
             label = "" if record.label is None else record.label
             writer.writerow([record.path, _sha256(record.path), record.split, label, record.finding, record.patient])
-        checkpoint.write_file(self.path / "manifest.csv", text.getvalue().encode())
+        # File names may hold bytes that are no UTF-8; they are written as they are.
+        checkpoint.write_file(self.path / "manifest.csv", text.getvalue().encode("utf-8", "surrogateescape"))
 
     def write_state(self, tensors: dict[str, Tensor], document: dict[str, object]) -> None:
         """Write the training state, whole or not at all."""

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from simsid.runs import RunError, RunFolder
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient became NaN or infinite; nothing was updated with it, the last checkpoint is whole."""
+    """Images, a loss or a gradient are NaN or infinite; nothing was updated with them, the last checkpoint is whole."""
 
 
 @dataclass
@@ -35,8 +36,11 @@ class History:
 
     epochs: list[dict[str, object]] = field(default_factory=list)
     best_epoch: int | None = None
+    """The epoch whose weights the model has, counted from 0."""
     best_value: float | None = None
+    """The criterion there, higher is better: the AUC, or the reconstruction error negated."""
     interrupted: bool = False
+    """Whether Ctrl-C ended the training before its time."""
 
 
 @dataclass
@@ -73,8 +77,11 @@ class Trainer:
     Args:
         model: trained in place, on the device it is on.
         config: a `TrainingConfig`; None is the papers'.
-        run: a folder for configuration, metrics and checkpoints, or None to keep everything in memory.
+        run: a folder for metrics and checkpoints, or None to keep everything in memory.
         progress: show a progress bar.
+
+    Raises:
+        RunError: `config.tensorboard` without a run folder or without TensorBoard.
     """
 
     def __init__(
@@ -89,15 +96,16 @@ class Trainer:
         self.config = config = config or TrainingConfig()
         self.run = run
         self.progress = progress
-        generator = [p for name, p in model.named_parameters() if not name.startswith("discriminator.")]
-        adam = {"lr": config.learning_rate, "betas": (0.5, 0.999), "fused": True}
-        self._optimizers = {
-            "generator": torch.optim.Adam(generator, eps=1e-7, weight_decay=config.generator_weight_decay, **adam),
-            "discriminator": torch.optim.Adam(model.discriminator.parameters(), eps=1e-8, **adam),
-        }
         self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._optimizers: dict[str, torch.optim.Adam] = {}
         self._interrupted = False
         self._best: dict[str, Tensor] | None = None
+        self._saved = 0.0
+        if config.tensorboard:
+            # Here, not hours later or after a long reading of images.
+            if run is None:
+                raise RunError("tensorboard=True needs a run folder to write into")
+            _summary_writer()
 
     def fit(self, train: ImageSet | Tensor, val: ImageSet | Tensor | None = None, *, resume: bool = False) -> History:
         """Train on `train`, keep the best epoch by the criterion on `val`, calibrate, and return the history.
@@ -109,16 +117,19 @@ class Trainer:
         Args:
             train: images, an `ImageSet` or `[n, 1, H, W]` in -1..1; at least 2.
             val: images to validate on, those with label 1 as anomalies; None validates nothing.
-            resume: go on from the run folder's state; the same images and configuration must be given.
+            resume: go on from the run folder's state, or from the beginning where it was stopped before it wrote one;
+                the same images and configuration must be given.
 
         Raises:
             ValueError: images that do not fit the model, or a criterion that `val` cannot give.
-            NonFiniteError: a loss or gradient is not finite; the last checkpoint is whole.
-            RunError: the run folder is in use, already holds a run, or holds another one.
+            NonFiniteError: images, a loss or a gradient are not finite; the last checkpoint is whole.
+            RunError: the run folder is in use, already holds a run or a model, or holds another run.
         """
-        train, val = _as_images(train), _as_images(val) if val is not None else None
+        train, val = _as_images(train), _as_images(val) if val is not None and len(val) else None
         criterion = self._criterion(train, val)
         if self.run is None:
+            if resume:
+                raise RunError("resume=True needs the run folder to resume")
             return self._fit(train, val, criterion, None, resume=False)
         held = nullcontext(self.run) if isinstance(self.run, RunFolder) else RunFolder(self.run)
         with held as folder:
@@ -128,20 +139,20 @@ class Trainer:
         self, train: ImageSet, val: ImageSet | None, criterion: str, folder: RunFolder | None, *, resume: bool
     ) -> History:
         at, fingerprint = _Progress(), _fingerprint(train, val)
-        if folder is not None and folder.started:
-            if not resume:
-                raise RunError(f"{folder.path} already holds a run; resume it or choose another folder")
-            at = self._restore(folder, fingerprint)
+        self._optimizers, self._best = self._fresh_optimizers(), None
         if folder is not None:
+            if resume and folder.started:
+                at = self._restore(folder, fingerprint)
+            elif not resume and folder.taken:
+                raise RunError(f"{folder.path} already holds a run or a model; resume it or choose another folder")
             folder.write_metrics(at.history.epochs)
         if at.finished:
             self._load_best(folder)
             return at.history
-        at.history.interrupted = False
         with (
             self._graceful_interrupt(),
             torch.random.fork_rng(devices=self._cuda_devices()),
-            self._writer(folder) as board,
+            self._writer(folder, at) as board,
         ):
             if self._epochs(train, val, criterion, folder, at, fingerprint, board):
                 self._load_best(folder)
@@ -164,9 +175,15 @@ class Trainer:
         config, history = self.config, at.history
         size = min(config.batch_size, len(train))
         per_epoch = len(train) // size
-        saved = time.monotonic()
+        self._saved = time.monotonic()
         bar = tqdm(
-            total=config.epochs * per_epoch, initial=at.step, disable=not self.progress, unit="it", smoothing=0.05
+            total=config.epochs * per_epoch,
+            initial=at.step,
+            disable=not self.progress,
+            unit="it",
+            smoothing=0.05,
+            # In a log file each refresh is a line that stays.
+            mininterval=0.1 if sys.stderr.isatty() else 60,
         )
         with bar:
             while at.epoch < config.epochs and not self._patience_over(at):
@@ -175,18 +192,22 @@ class Trainer:
                 order = np.random.default_rng([config.seed, 1, at.epoch]).permutation(len(train))
                 self.model.train()
                 while at.position < per_epoch:
-                    index = order[at.position * size : (at.position + 1) * size]
-                    at.add(self._step(train.batch(torch.from_numpy(index), self.model.device), at.step))
-                    at.position, at.step = at.position + 1, at.step + 1
-                    bar.update()
-                    if self.progress and at.position % 5 == 0:
-                        bar.set_description(f"epoch {at.epoch + 1}/{config.epochs}")
-                        bar.set_postfix({name: f"{value:.4f}" for name, value in at.means().items()})
                     if self._interrupted:
                         if folder is not None:
                             self._save_state(folder, at, fingerprint)
                         history.interrupted = True
                         return False
+                    index = order[at.position * size : (at.position + 1) * size]
+                    at.add(self._step(train.batch(torch.from_numpy(index), self.model.device), at.step))
+                    at.position, at.step = at.position + 1, at.step + 1
+                    bar.update()
+                    if self.progress and at.position % 5 == 0:
+                        bar.set_description(f"epoch {at.epoch + 1}/{config.epochs}", refresh=False)
+                        postfix = {name: f"{value:.4f}" for name, value in at.means().items()}
+                        bar.set_postfix(postfix, refresh=False)
+                    # The end of an epoch is saved after its validation.
+                    if at.position < per_epoch:
+                        self._save_if_due(folder, at, fingerprint)
                 epoch = {
                     "epoch": at.epoch,
                     "step": at.step,
@@ -202,20 +223,21 @@ class Trainer:
                 at.epoch, at.position, at.sums, at.counts = at.epoch + 1, 0, {}, {}
                 if folder is not None:
                     folder.append_metrics(epoch)
-                    if time.monotonic() - saved >= config.checkpoint_seconds:
-                        self._save_state(folder, at, fingerprint)
-                        saved = time.monotonic()
+                self._save_if_due(folder, at, fingerprint)
                 if board is not None:
                     for name, value in epoch.items():
                         board.add_scalar(name, value, at.epoch)
                 if self.progress:
-                    bar.write(_line(epoch, better))
+                    bar.write(_line(epoch, better), file=sys.stderr)
         return True
 
     def _step(self, images: Tensor, step: int) -> dict[str, float]:
         """Run iteration `step` on `[B, 1, H, W]` images; returns the unweighted losses."""
         config, model = self.config, self.model
-        torch.manual_seed(_seed(config.seed, 2, step))
+        # Before the forward pass: it would carry them into the running statistics of every normalisation.
+        if not images.isfinite().all():
+            raise NonFiniteError(f"step {step}: the images hold NaN or infinite pixels; nothing was updated with them")
+        self._seed(_seed(config.seed, 2, step))
         images = augment(images, translate=config.translate, scale=config.scale)
         images = images.contiguous(memory_format=torch.channels_last)
         with_generator = step % config.generator_every == 0
@@ -223,42 +245,41 @@ class Trainer:
 
         with autocast, torch.set_grad_enabled(with_generator):
             found = model(images, teacher=with_generator and model.teacher is not None)
+        terms = {}
         with autocast:
+            if with_generator:
+                terms["student"] = reconstruction_loss(images, found.student)
+                if found.teacher is not None:
+                    terms["teacher"] = reconstruction_loss(images, found.teacher)
+                    terms["distillation"] = found.distillation
             losses = {
                 "real": adversarial_loss(model.discriminator(images), real=True),
                 "fake": adversarial_loss(model.discriminator(found.student.detach()), real=False),
             }
             total = config.discriminator_weight * (losses["real"] + losses["fake"])
-        self._update("discriminator", total, losses, step)
+        # The generator's terms too: otherwise the discriminator would be updated before a bad one stops the training.
+        _require_finite({**terms, **losses}, step)
+        self._update("discriminator", total, step)
 
         if with_generator:
             # Frozen, so that the generator's backward pass computes no gradients of its weights.
             model.discriminator.requires_grad_(False)
-            with autocast:
-                terms = {
-                    "student": reconstruction_loss(images, found.student),
-                    "generator": adversarial_loss(model.discriminator(found.student), real=True),
-                }
-                if found.teacher is not None:
-                    terms["teacher"] = reconstruction_loss(images, found.teacher)
-                    terms["distillation"] = found.distillation
-                total = torch.stack([getattr(config, f"{name}_weight") * term for name, term in terms.items()]).sum()
-            self._update("generator", total, terms, step)
-            model.discriminator.requires_grad_(True)
+            try:
+                with autocast:
+                    terms["generator"] = adversarial_loss(model.discriminator(found.student), real=True)
+                weighted = [getattr(config, f"{name}_weight") * term for name, term in terms.items()]
+                _require_finite(terms, step)
+                self._update("generator", torch.stack(weighted).sum(), step)
+            finally:
+                model.discriminator.requires_grad_(True)
             losses |= terms
             if model.queue is not None:
                 model.queue.push(found.query)
         return {name: loss.item() for name, loss in losses.items()}
 
-    def _update(self, side: str, total: Tensor, terms: dict[str, Tensor], step: int) -> None:
-        """Apply one optimiser step, unless a term or a gradient is not finite."""
-        if not math.isfinite(total.item()):
-            for name, term in terms.items():
-                if not math.isfinite(term.item()):
-                    raise NonFiniteError(f"step {step}: the {name} loss is {term.item()}; nothing was updated with it")
-            raise NonFiniteError(
-                f"step {step}: the weighted {side} loss is {total.item()}; nothing was updated with it"
-            )
+    def _update(self, side: str, total: Tensor, step: int) -> None:
+        """Apply one optimiser step, unless the weighted loss or a gradient is not finite."""
+        _require_finite({f"weighted {side}": total}, step)
         optimizer = self._optimizers[side]
         optimizer.zero_grad(set_to_none=True)
         total.backward()
@@ -274,15 +295,17 @@ class Trainer:
 
     def _validate(self, val: ImageSet | None) -> dict[str, float]:
         """Return reconstruction error of normal validation images, and each signal's AUC where there are anomalies."""
-        if val is None or not len(val):
+        if val is None:
             return {}
+        # Signals that are not finite are left out: there is no number to compare, and JSON has none to write.
         found = self.model.signals(val.batches())
-        abnormal = val.labels == 1
-        result = {"val_reconstruction": float(found["residual"][~abnormal].mean())} if not abnormal.all() else {}
+        found = {name: values for name, values in found.items() if np.isfinite(values).all()}
+        abnormal, result = val.labels == 1, {}
+        if "residual" in found and not abnormal.all():
+            result["val_reconstruction"] = float(found["residual"][~abnormal].mean())
         if abnormal.any() and not abnormal.all():
             for name, values in found.items():
-                if np.isfinite(values).all():
-                    result[f"val_auc_{name}"] = metrics.auc(abnormal.astype(int), values).value
+                result[f"val_auc_{name}"] = metrics.auc(abnormal.astype(int), values).value
         return result
 
     def _criterion(self, train: ImageSet, val: ImageSet | None) -> str:
@@ -309,13 +332,17 @@ class Trainer:
         return criterion
 
     def _judge(self, epoch: dict[str, object], criterion: str, history: History) -> bool:
-        """Return whether this epoch is the best so far, and note it."""
-        value = {
-            "auc": epoch.get(f"val_auc_{self.model.signal}", -math.inf),
-            "reconstruction": -epoch.get("val_reconstruction", math.inf),
-            "last": float(epoch["epoch"]),
-        }[criterion]
-        better = history.best_value is None or value > history.best_value
+        """Return whether this epoch is the best so far, and note it; one without a value is kept for want of others."""
+        if criterion == "last":
+            value = float(epoch["epoch"])
+        elif criterion == "auc":
+            value = epoch.get(f"val_auc_{self.model.signal}")
+        else:
+            value = -epoch["val_reconstruction"] if "val_reconstruction" in epoch else None
+        if value is None:
+            better = history.best_epoch is None
+        else:
+            better = history.best_value is None or value > history.best_value
         if better:
             history.best_epoch, history.best_value = epoch["epoch"], value
         return better
@@ -357,6 +384,11 @@ class Trainer:
             self.model.load_state_dict(self._best)
         self.model.eval()
 
+    def _save_if_due(self, folder: RunFolder | None, at: _Progress, fingerprint: str) -> None:
+        if folder is not None and time.monotonic() - self._saved >= self.config.checkpoint_seconds:
+            self._save_state(folder, at, fingerprint)
+            self._saved = time.monotonic()
+
     def _save_state(self, folder: RunFolder, at: _Progress, fingerprint: str) -> None:
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for side, optimizer in self._optimizers.items():
@@ -395,9 +427,30 @@ class Trainer:
                     )
                 else:
                     optimizer.state[parameter] = state
-        progress = dict(document["progress"])
-        progress["history"] = History(**progress["history"])
-        return _Progress(**progress)
+        try:
+            progress = dict(document["progress"])
+            progress["history"] = History(**progress["history"])
+            return _Progress(**progress)
+        except (KeyError, TypeError) as error:
+            raise checkpoint.CheckpointError(f"{source} is not a training state: {error}") from None
+
+    def _fresh_optimizers(self) -> dict[str, torch.optim.Adam]:
+        config, sides = self.config, {"generator": [], "discriminator": []}
+        for name, parameter in self.model.named_parameters():
+            sides["discriminator" if name.startswith("discriminator.") else "generator"].append(parameter)
+        adam = {"lr": config.learning_rate, "betas": (0.5, 0.999), "fused": True}
+        return {
+            "generator": torch.optim.Adam(
+                sides["generator"], eps=1e-7, weight_decay=config.generator_weight_decay, **adam
+            ),
+            "discriminator": torch.optim.Adam(sides["discriminator"], eps=1e-8, **adam),
+        }
+
+    def _seed(self, seed: int) -> None:
+        """Seed the CPU's generator and the model's device's; `torch.manual_seed` would touch every other GPU's too."""
+        torch.default_generator.manual_seed(seed)
+        for index in self._cuda_devices():
+            torch.cuda.default_generators[index].manual_seed(seed)
 
     def _cuda_devices(self) -> list[int]:
         return [self.model.device.index or 0] if self.model.device.type == "cuda" else []
@@ -422,15 +475,12 @@ class Trainer:
             signal.signal(signal.SIGINT, previous)
 
     @contextmanager
-    def _writer(self, folder: RunFolder | None) -> Iterator[object | None]:
-        if not self.config.tensorboard or folder is None:
+    def _writer(self, folder: RunFolder | None, at: _Progress) -> Iterator[object | None]:
+        if not self.config.tensorboard:
             yield None
             return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise RunError("tensorboard=True needs TensorBoard: pip install 'simsid[tensorboard]'") from None
-        with SummaryWriter(folder.path / "tensorboard") as writer:
+        # What a killed process showed beyond its state goes.
+        with _summary_writer()(str(folder.path / "tensorboard"), purge_step=at.epoch + 1) as writer:
             yield writer
 
 
@@ -460,6 +510,20 @@ def _as_images(images: ImageSet | Tensor) -> ImageSet | _TensorSet:
     return _TensorSet(images) if isinstance(images, Tensor) else images
 
 
+def _summary_writer() -> type:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise RunError("tensorboard=True needs TensorBoard: pip install 'simsid[tensorboard]'") from None
+    return SummaryWriter
+
+
+def _require_finite(losses: dict[str, Tensor], step: int) -> None:
+    for name, loss in losses.items():
+        if not math.isfinite(loss.item()):
+            raise NonFiniteError(f"step {step}: the {name} loss is {loss.item()}; nothing was updated with it")
+
+
 def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
@@ -476,7 +540,9 @@ def _fingerprint(train: ImageSet, val: ImageSet | None) -> str:
 
 def _line(epoch: dict[str, object], better: bool) -> str:
     """Return an epoch's result for the terminal."""
-    shown = [f"epoch {epoch['epoch'] + 1:>3}", f"student {epoch['loss_student']:.5f}"]
+    shown = [f"epoch {epoch['epoch'] + 1:>3}"]
+    # An epoch of one iteration may have updated the discriminator alone.
+    shown += [f"student {epoch['loss_student']:.5f}"] if "loss_student" in epoch else []
     if "val_reconstruction" in epoch:
         shown.append(f"val {epoch['val_reconstruction']:.5f}")
     shown += [f"{name[8:]} {value:.3f}" for name, value in epoch.items() if name.startswith("val_auc_")]
