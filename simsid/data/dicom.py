@@ -29,7 +29,8 @@ _COLOUR = ("PALETTE COLOR", "RGB", "HSV", "ARGB", "CMYK", "YBR_FULL", "YBR_FULL_
 _DEFLATED_HEADER = 64 * 2**20
 
 # pydicom's log quotes header values, a patient's among them.
-silence_loggers("pydicom")
+for _package in ("pydicom", "pylibjpeg", "openjpeg", "_openjpeg", "jpeg_ls"):
+    silence_loggers(_package)
 
 
 def read_dicom(file: BinaryIO, max_pixels: int) -> DecodedImage:
