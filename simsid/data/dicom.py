@@ -54,8 +54,9 @@ def read_dicom(file: BinaryIO, max_pixels: int) -> DecodedImage:
         return _display(dataset, _stored_values(dataset))
     except (ReadError, MemoryError):
         raise
-    except Exception as error:  # pydicom raises a dozen classes where it parses or converts, and quotes the values
-        raise ReadError(f"the DICOM header is damaged ({type(error).__name__})") from error
+    except Exception as error:  # pydicom raises a dozen classes where it parses or converts
+        # Not chained: their messages quote the values, a patient's name among them.
+        raise ReadError(f"the DICOM header is damaged ({type(error).__name__})") from None
 
 
 def _check_inflated_size(file: BinaryIO, limit: int) -> None:
@@ -71,8 +72,8 @@ def _check_inflated_size(file: BinaryIO, limit: int) -> None:
             size += len(inflater.decompress(chunk, 2**20))
             if size > limit:
                 raise ReadError(f"the deflated DICOM data set is larger than the {limit / 1e6:.0f} MB allowed")
-    except zlib.error as error:
-        raise ReadError("the deflated DICOM data set is damaged") from error
+    except zlib.error:
+        raise ReadError("the deflated DICOM data set is damaged") from None
 
 
 def _check_header(header: Dataset, max_pixels: int) -> None:
@@ -98,8 +99,8 @@ def _integer(dataset: Dataset, keyword: str, default: int) -> int:
     try:
         value = dataset.get(keyword)
         return default if value is None or value == "" else int(value)
-    except Exception as error:
-        raise ReadError(f"the DICOM element {keyword} {Tag(keyword)} is no whole number") from error
+    except Exception:
+        raise ReadError(f"the DICOM element {keyword} {Tag(keyword)} is no whole number") from None
 
 
 def _sop_class(header: Dataset) -> str:
@@ -122,8 +123,8 @@ def _stored_values(dataset: Dataset) -> np.ndarray:
     syntax = _transfer_syntax(dataset)
     try:
         decoder = get_decoder(syntax)
-    except NotImplementedError as error:
-        raise ReadError(f"the DICOM transfer syntax is not supported: {_uid_name(syntax) or 'unknown'}") from error
+    except NotImplementedError:
+        raise ReadError(f"the DICOM transfer syntax is not supported: {_uid_name(syntax) or 'unknown'}") from None
     if not decoder.is_available:
         raise ReadError(_missing_decoder(syntax))
     if syntax.is_encapsulated:
@@ -133,7 +134,7 @@ def _stored_values(dataset: Dataset) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # decoders of six packages, each with its own classes
-        raise ReadError(f"the DICOM pixel data ({syntax.name}) cannot be decoded: {_decoders_say(error)}") from error
+        raise ReadError(f"the DICOM pixel data ({syntax.name}) cannot be decoded: {_decoders_say(error)}") from None
     if values.ndim != 2:
         raise ReadError(f"the DICOM pixel data has shape {list(values.shape)}, not rows and columns")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
@@ -151,8 +152,8 @@ def _check_codestream(dataset: Dataset, syntax: UID) -> None:
     """Raise ReadError where compressed data says another size than the header; decoders would believe the data."""
     try:
         size = _codestream_size(get_frame(dataset.PixelData, 0, number_of_frames=1))
-    except Exception as error:  # not encapsulated, or cut off
-        raise ReadError(f"the DICOM pixel data ({syntax.name}) is damaged") from error
+    except Exception:  # not encapsulated, or cut off
+        raise ReadError(f"the DICOM pixel data ({syntax.name}) is damaged") from None
     if size is not None and size != (dataset.Rows, dataset.Columns):
         raise ReadError(
             f"the compressed DICOM pixel data says {size[1]} x {size[0]} pixels, the header "

@@ -5,7 +5,10 @@ from collections.abc import Iterator
 
 from simsid.data.reading import identify_file
 
-IMAGE_EXTENSIONS = frozenset((".png", ".jpg", ".jpeg", ".jpe", ".tif", ".tiff", ".bmp", ".dcm", ".dicom"))
+# With the kinds that the reader refuses: who has such films should hear it.
+IMAGE_EXTENSIONS = frozenset(
+    (".png", ".jpg", ".jpeg", ".jpe", ".tif", ".tiff", ".bmp", ".dcm", ".dicom", ".gif", ".webp", ".jp2", ".j2k")
+)
 # Names that hold no image of their own: what macOS packs beside every file, and the index of a DICOM medium.
 _SKIPPED_FOLDERS = frozenset(("__MACOSX",))
 _SKIPPED_FILES = frozenset(("DICOMDIR",))
