@@ -3,32 +3,48 @@
 import contextlib
 import csv
 import dataclasses
+import io
 import json
 import os
 import pathlib
+import re
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
-from simsid.config import ABLATIONS, PRESETS, Config, TrainingConfig
+from simsid.config import ABLATIONS, PRESETS, Config, ConfigError, TrainingConfig
 
 if TYPE_CHECKING:
     from simsid.data import Dataset, ImageSet, Record
     from simsid.metrics import Evaluation
     from simsid.model import Model
+    from simsid.scoring import Score as FileScore
 
 FEWEST_HELD_OUT = 50
 """With fewer normal validation images than this, some training images are held out beside them."""
 
 RESEARCH = "For research use only; not a medical device."
 
+RESUMABLE = ("resume", "device", "threads", "workers", "help")
+"""Options that may stand beside `--resume`: what is computed was settled when the run was started."""
+
+Data = Annotated[pathlib.Path, arg(metavar="DATA")]
+ModelFolder = Annotated[pathlib.Path, arg(metavar="MODEL")]
+Output = Annotated[pathlib.Path, arg(aliases=["-o"], metavar="FOLDER")]
+MaybeOutput = Annotated[pathlib.Path | None, arg(aliases=["-o"], metavar="FOLDER")]
+
 
 class UsageError(ValueError):
     """A request that makes no sense; the message says what would."""
+
+
+class IncompleteError(RuntimeError):
+    """What matters is done and saved, and what should have followed failed; the exit status is 1."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,8 @@ class Machine:
             raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
         if kind == "cuda" and not torch.cuda.is_available():
             raise UsageError(f"device {self.device} was asked for, but PyTorch sees no GPU; see `simsid doctor`")
+        if kind == "cuda" and (torch.device(self.device).index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"device {self.device} was asked for, but PyTorch sees {torch.cuda.device_count()} GPUs")
         return self.device
 
 
@@ -67,7 +85,7 @@ class Machine:
 class Demo:
     """Train on DigitAnatomy and report: no download, no GPU, a few minutes on two cores."""
 
-    output: Annotated[pathlib.Path, arg(aliases=["-o"])] = pathlib.Path("simsid-demo")
+    output: Output = pathlib.Path("simsid-demo")
     """Folder for the trained model and report.html; an earlier demo there is replaced."""
     epochs: int = 8
     """Passes over the training images."""
@@ -81,22 +99,26 @@ class Demo:
 
     def run(self) -> int:
         """Train, evaluate on held-out digits, print the table, write the report."""
-        import torch
-
         from simsid import demo, runs
         from simsid.metrics import format_table
+        from simsid.training import Trainer
 
         device = self.machine.prepare()
-        data = demo.data(self.seed, self.images, self.mnist)
         config, training = Config.digit_anatomy(), demo.training(self.epochs, self.seed)
+        if self.images < 2:
+            raise UsageError(f"images must be at least 2, got {self.images}")
+        data = demo.data(self.seed, self.images, self.mnist)
+        _check_replaceable(self.output, "demo")
         with runs.RunFolder(self.output) as folder:
-            _clear_run(folder.path, "demo")
-            _start(folder, "demo", config, training, {"images": self.images, "seed": self.seed})
+            _clear_run(folder.path)
+            folder.write_request(_request("demo", config, training, {"images": self.images, "seed": self.seed}))
             train, val, test = (data.load(split, config.image_size) for split in ("train", "val", "test"))
-            print(f"DigitAnatomy: {len(train)} normal images to train on; {len(val)} to validate, {len(test)} to test")
-            torch.manual_seed(self.seed)
-            model = _model(config, device)
-            history = _fit(model, training, folder, train, val)
+            print(
+                f"DigitAnatomy: {len(train)} normal images to train on; {len(val)} to validate, {len(test)} to test",
+                flush=True,
+            )
+            model = _model(config, self.seed, device)
+            history = Trainer(model, training, run=folder, progress=True).fit(train, val)
             if history.interrupted:
                 print("stopped; run the demo again to start anew", file=sys.stderr)
                 return 130
@@ -112,13 +134,14 @@ class Demo:
 class Train:
     """Train a model on a folder or list of radiographs, normal ones only."""
 
-    data: Positional[pathlib.Path | None] = None
+    data: Positional[Annotated[pathlib.Path | None, arg(metavar="[DATA]")]] = None
     """ZhangLab's, CheXpert's or COVIDx's folder as published, any folder of normal images, or a CSV (path,label,split,
     patient)."""
-    output: Annotated[pathlib.Path | None, arg(aliases=["-o"])] = None
+    output: MaybeOutput = None
     """Run folder; without it runs/NAME-PRESET."""
-    resume: pathlib.Path | None = None
-    """Continue the run in this folder, with the options it was started with."""
+    resume: Annotated[pathlib.Path | None, arg(metavar="RUN")] = None
+    """Continue the run in this folder, with the options it was started with; DATA is needed only where the images have
+    moved."""
     preset: Literal["simsid", "squid", "digit_anatomy", "memae", "autoencoder"] = "simsid"
     """Published configuration that the model options below start from."""
     ablation: Literal[tuple(ABLATIONS)] | None = None
@@ -133,43 +156,58 @@ class Train:
         """Train or resume; Ctrl-C leaves a run that `--resume` continues."""
         import torch
 
-        from simsid import data as simsid_data
         from simsid import runs
+        from simsid.data import open_dataset
         from simsid.metrics import format_table
+        from simsid.training import Trainer
 
-        device = self.machine.prepare()
         request = self._resumed() if self.resume else self
         if request.data is None:
             raise UsageError("train needs a folder or CSV of images, or --resume RUN")
+        device = request.machine.prepare()
+        dataset = open_dataset(request.data)
+        train_records, val_records = partition(dataset, request.val_share)
         path = self.resume or request.output or pathlib.Path("runs") / f"{request.data.resolve().stem}-{request.name}"
+        model = _model(request.model, request.training.seed, device)
         with runs.RunFolder(path) as folder:
-            if not self.resume and (folder.path / "run.json").exists():
-                raise runs.RunError(
-                    f"{path} already holds a run; continue it with --resume {path}, or choose another -o"
-                )
-            dataset = simsid_data.open_dataset(request.data)
-            train_records, val_records = partition(dataset, request.val_share)
+            trainer = Trainer(model, request.training, run=folder, progress=True)
             if not self.resume:
-                extra = {"data": str(request.data.resolve()), "val_share": request.val_share}
-                _start(folder, "train", request.model, request.training, extra)
+                if folder.taken or (folder.path / "run.json").exists():
+                    raise runs.RunError(
+                        f"{path} already holds a run or a model; continue a run with --resume {path}, "
+                        f"or choose another -o"
+                    )
+                extra = {
+                    "data": str(request.data.resolve()),
+                    "val_share": request.val_share,
+                    # Another number of threads sums in another order.
+                    "machine": {"device": self.machine.device, "threads": torch.get_num_threads()},
+                }
+                folder.write_request(_request("train", request.model, request.training, extra))
+            if not (folder.path / "manifest.csv").exists():
                 folder.write_manifest([*train_records, *val_records])
-            train, val = (_load(records, request.model, self.machine) for records in (train_records, val_records))
-            _write_failures(folder.path / "failures.csv", [*train.failures, *val.failures])
-            print(_summary(train, val))
-            torch.manual_seed(request.training.seed)
-            model = _model(request.model, device)
-            history = _fit(model, request.training, folder, train, val, resume=folder.started)
+            train = _load(train_records, request.model, self.machine)
+            val = _load(val_records, request.model, self.machine) if val_records else None
+            failures = [*train.failures, *(val.failures if val else ())]
+            if failures:
+                with _table(folder.path / "failures.csv", ["path", "reason"]) as write:
+                    for failure in failures:
+                        write([failure.path, failure.reason])
+            print(_summary(train, val, len(failures)), flush=True)
+            history = trainer.fit(train, val, resume=self.resume is not None)
             if history.interrupted:
                 print(f"stopped; continue with: simsid train --resume {path}", file=sys.stderr)
                 return 130
-            if set(val.labels) >= {0, 1}:
+            print(f"kept epoch {history.best_epoch + 1}; use it with: simsid score {path} FOLDER -o DIR", flush=True)
+            labelled = val.select(val.labels >= 0) if val is not None else None
+            if labelled is not None and {0, 1} <= set(labelled.labels):
+                report = path / "report.html"
                 title = f"simsid: {request.data.resolve().name}, validation"
                 notes = ["These images chose the epoch that was kept: the figures are optimistic."]
-                report = folder.path / "report.html"
-                evaluation = _evaluate(model, val, report, title, notes, request.training)
+                with _saved(f"the model is trained and saved in {path}"):
+                    evaluation = _evaluate(model, labelled, report, title, notes, request.training)
                 print(format_table(evaluation.rows()))
                 print(f"report: {report}")
-        print(f"kept epoch {history.best_epoch + 1}; use it with: simsid score {path} FOLDER -o DIR")
         return 0
 
     @property
@@ -180,53 +218,61 @@ class Train:
     def _resumed(self) -> "Train":
         from simsid.checkpoint import CheckpointError, read_json
 
-        document = read_json(self.resume / "run.json")
+        file = self.resume / "run.json"
+        if not file.exists():
+            raise UsageError(f"{self.resume} holds no run; start one with: simsid train DATA -o {self.resume}")
+        document = read_json(file)
         if document.get("command") != "train":
-            raise CheckpointError(f"{self.resume}/run.json was not written by `simsid train`")
+            raise UsageError(f"{self.resume} was not started by `simsid train`")
         try:
+            machine = document.get("machine", {"device": "auto", "threads": 0})
             return dataclasses.replace(
                 self,
-                data=pathlib.Path(document["data"]),
+                data=self.data or pathlib.Path(document["data"]),
                 val_share=document["val_share"],
                 model=Config.from_dict(document["model"]),
                 training=TrainingConfig.from_dict(document["training"]),
+                machine=dataclasses.replace(
+                    self.machine,
+                    device=machine["device"] if self.machine.device == "auto" else self.machine.device,
+                    threads=self.machine.threads or machine["threads"],
+                ),
             )
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.resume}/run.json is not a run's request: {error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{file} is not a run's request: {error}") from None
 
 
 @dataclass(frozen=True)
 class Evaluate:
     """Measure a model on labelled radiographs: a table, report.html and scores.csv."""
 
-    model: Positional[pathlib.Path]
+    model: Positional[ModelFolder]
     """Model or run folder."""
-    data: Positional[pathlib.Path]
+    data: Positional[Data]
     """Labelled images: a published data set's folder, or a CSV (path,label,split,patient)."""
-    output: Annotated[pathlib.Path | None, arg(aliases=["-o"])] = None
+    output: MaybeOutput = None
     """Folder for report.html, metrics.json and scores.csv; without it MODEL/evaluation."""
-    split: str | None = None
+    split: Annotated[str | None, arg(metavar="NAME")] = None
     """Split to evaluate; without it test, or else val, or else everything."""
     false_alarm_rate: float = 0.05
     """Share of held-out normal films that the threshold lets alarm."""
     machine: OmitArgPrefixes[Machine] = field(default_factory=Machine)
 
     def run(self) -> int:
-        """Evaluate and write."""
-        from simsid import checkpoint
+        """Evaluate and write; the exit status is 1 when a file could not be read."""
+        from simsid import checkpoint, scoring
         from simsid.data import open_dataset
         from simsid.metrics import format_table
-        from simsid.model import Model
 
-        device = self.machine.prepare()
-        model = Model.load(self.model, device=device)
+        model = _calibrated_model(self.model, self.machine.prepare())
+        scoring.threshold(model, self.false_alarm_rate)
         dataset = open_dataset(self.data)
-        splits = {record.split for record in dataset.records}
-        split = (
-            self.split if self.split is not None else next((name for name in ("test", "val") if name in splits), None)
-        )
-        images = _load(dataset.select(split), model.config, self.machine)
+        split = self.split if self.split is not None else _usual_split(dataset)
+        records = dataset.select(split)
+        # Before an hour of decoding.
+        scoring.require_labels(record.label for record in records)
         output = _output(self.output or self.model / "evaluation")
+        images = _load(records, model.config, self.machine)
         title = f"simsid: {self.data.resolve().name}, {split or 'all images'}"
         evaluation = _evaluate(
             model, images, output / "report.html", title, [], None, false_alarm_rate=self.false_alarm_rate
@@ -243,6 +289,8 @@ class Evaluate:
             for failure in images.failures:
                 write([failure.path, "", "", *("" for _ in evaluation.signals), failure.reason])
         print(format_table(rows))
+        if images.failures:
+            print(f"{len(images.failures)} of {len(records)} files could not be read (reasons in scores.csv)")
         print(f"report: {output / 'report.html'}")
         return 1 if images.failures else 0
 
@@ -254,11 +302,11 @@ class Score:
     The exit status is 0 when every file was scored, 1 when some were, 2 when none was.
     """
 
-    model: Positional[pathlib.Path]
+    model: Positional[ModelFolder]
     """Model or run folder."""
-    data: Positional[pathlib.Path]
+    data: Positional[Data]
     """Folder of images (any depth), one image, or a CSV with a path column."""
-    output: Annotated[pathlib.Path, arg(aliases=["-o"])]
+    output: Output
     """Folder for scores.csv and report.html."""
     false_alarm_rate: float = 0.05
     """Share of held-out normal films that the threshold lets alarm."""
@@ -276,12 +324,11 @@ class Score:
 
         from simsid import scoring
         from simsid.data import Radiographs, open_dataset
-        from simsid.model import Model
 
-        device = self.machine.prepare()
-        model = Model.load(self.model, device=device)
+        if self.pictures < 0:
+            raise UsageError(f"pictures must be at least 0, got {self.pictures}")
+        model = _calibrated_model(self.model, self.machine.prepare())
         files = (Radiographs if self.data.is_dir() else open_dataset)(self.data).records
-        output = _output(self.output)
         limit = scoring.threshold(model, self.false_alarm_rate)
         scores = scoring.score_files(
             model,
@@ -290,6 +337,10 @@ class Score:
             batch_size=self.batch_size,
             workers=self.machine.workers or None,
         )
+        output = _output(self.output)
+        report = output / "report.html"
+        # That of an earlier scoring would not fit the new scores, and not every scoring writes one.
+        report.unlink(missing_ok=True)
         scored, alarms, top = 0, 0, []
         with _table(output / "scores.csv", ["path", "score", "alarm", *model.signal_names, "reason"]) as write:
             for place, row in enumerate(tqdm(scores, total=len(files), unit="film", disable=not sys.stderr.isatty())):
@@ -302,16 +353,18 @@ class Score:
                     if len(top) > self.pictures:
                         heapq.heappop(top)
         failed = len(files) - scored
+        if top:
+            with _saved(f"the scores are in {output / 'scores.csv'}"):
+                _score_report(model, [row for _, _, row in top], report, self.data, scored, failed)
         print(
             f"{scored} of {len(files)} files scored" + (f", {failed} failed (reasons in scores.csv)" if failed else "")
         )
         if limit is None:
             print("no threshold: the model was calibrated without held-out normal films")
         elif scored:
-            print(f"{alarms} above the threshold for {self.false_alarm_rate:.0%} false alarms on normal films")
-        if top and self.pictures:
-            _score_report(model, [row for _, _, row in top], output / "report.html", self.data, scored, failed)
-            print(f"report: {output / 'report.html'}")
+            print(f"{alarms} above the threshold for {self.false_alarm_rate:.3g} false alarms a normal film")
+        if top:
+            print(f"report: {report}")
         print(f"scores: {output / 'scores.csv'}")
         return 0 if not failed else 1 if scored else 2
 
@@ -320,9 +373,9 @@ class Score:
 class Calibrate:
     """Measure what normal films look like to a model, which scores need; converted models have none."""
 
-    model: Positional[pathlib.Path]
+    model: Positional[ModelFolder]
     """Model folder; its calibration is replaced."""
-    data: Positional[pathlib.Path]
+    data: Positional[Data]
     """The images the model was trained on, in any form `train` takes."""
     val_share: float = 0.1
     """Share of the training images held out where the data has too few normal validation images."""
@@ -330,6 +383,7 @@ class Calibrate:
 
     def run(self) -> int:
         """Calibrate and save."""
+        from simsid import runs
         from simsid.data import open_dataset
         from simsid.model import Model
 
@@ -337,10 +391,15 @@ class Calibrate:
         model = Model.load(self.model, device=device)
         train_records, val_records = partition(open_dataset(self.data), self.val_share)
         normal = [record for record in val_records if record.label != 1]
-        train, val = (_load(records, model.config, self.machine) for records in (train_records, normal))
-        model.calibrate(train.batches(), val.batches())
-        model.save(self.model)
-        print(f"{self.model}: calibrated on {len(train)} normal images, with {len(val)} held out for thresholds")
+        # A training in progress would be given back the weights that were loaded here.
+        is_run = (self.model / "run.json").exists()
+        with runs.RunFolder(self.model) if is_run else contextlib.nullcontext():
+            train = _load(train_records, model.config, self.machine)
+            val = _load(normal, model.config, self.machine) if normal else None
+            model.calibrate(train.batches(), val.batches() if val is not None else None)
+            model.save(self.model)
+        held = len(val) if val is not None else 0
+        print(f"{self.model}: calibrated on {len(train)} normal images, with {held} held out for thresholds")
         return 0
 
 
@@ -348,33 +407,35 @@ class Calibrate:
 class Baselines:
     """Measure two plain baselines, k-NN and PCA on pixels, on the same images as a model."""
 
-    data: Positional[pathlib.Path]
+    data: Positional[Data]
     """Labelled images in any form `train` takes."""
-    split: str | None = None
-    """Split to evaluate; without it test, or else val."""
+    split: Annotated[str | None, arg(metavar="NAME")] = None
+    """Split to evaluate; without it test, or else val. `val` is what `train` validates on."""
     image_size: int = 128
     """Side of the images, pixels."""
+    val_share: float = 0.1
+    """As in `train`, so that both see the same images."""
     machine: OmitArgPrefixes[Machine] = field(default_factory=Machine)
 
     def run(self) -> int:
         """Fit on normal training images, print the table."""
         import numpy as np
 
+        from simsid import scoring
         from simsid.baselines import BASELINES
         from simsid.data import load_images, open_dataset
         from simsid.metrics import Evaluation, format_table
 
+        self.machine.prepare()
         dataset = open_dataset(self.data)
-        splits = {record.split for record in dataset.records}
-        split = self.split or next((name for name in ("test", "val") if name in splits), None)
-        if split is None:
-            raise UsageError(f"{self.data} has no test or val split to evaluate on")
-        normal = [record for record in dataset.select("train") if record.label != 1]
-        if not normal:
-            raise UsageError(f"{self.data} has no normal training image")
+        split = self.split or _usual_split(dataset) or "val"
+        train_records, val_records = partition(dataset, self.val_share)
+        test_records = val_records if split == "val" else dataset.select(split)
+        scoring.require_labels(record.label for record in test_records)
         workers = self.machine.workers or None
         train, test = (
-            load_images(records, self.image_size, workers=workers) for records in (normal, dataset.select(split))
+            load_images(records, self.image_size, workers=workers, progress=sys.stderr.isatty())
+            for records in (train_records, test_records)
         )
         pixels = [np.concatenate([b.flatten(1).numpy() for b in images.batches()]) for images in (train, test)]
         evaluation = Evaluation(
@@ -385,6 +446,7 @@ class Baselines:
             default=next(iter(BASELINES)),
             holdout=None,
         )
+        print(f"{len(train)} normal images to compare with, {len(test)} of {split}")
         print(format_table(evaluation.rows()))
         return 0
 
@@ -393,7 +455,7 @@ class Baselines:
 class Scan:
     """Read every image of a folder and say what is there: formats, sizes, depths, and why files are rejected."""
 
-    data: Positional[pathlib.Path]
+    data: Positional[Data]
     """Folder of images (any depth), or a CSV with a path column."""
     json: bool = False
     """Print JSON instead of text."""
@@ -404,6 +466,8 @@ class Scan:
         """Scan and print; the exit status is 1 when a file is rejected."""
         from simsid.data import scan
 
+        if self.workers < 0:
+            raise UsageError(f"workers must be at least 0, got {self.workers}")
         report = scan(self.data, workers=self.workers or None, progress=sys.stderr.isatty())
         print(json.dumps(report.as_dict(), indent=1) if self.json else report)
         return 1 if report.failures else 0
@@ -413,11 +477,11 @@ class Scan:
 class Convert:
     """Turn the released code's model.pth and discriminator.pth into a model folder."""
 
-    generator: Positional[pathlib.Path]
+    generator: Positional[Annotated[pathlib.Path, arg(metavar="GENERATOR")]]
     """model.pth."""
-    discriminator: Positional[pathlib.Path]
+    discriminator: Positional[Annotated[pathlib.Path, arg(metavar="DISCRIMINATOR")]]
     """discriminator.pth."""
-    output: Annotated[pathlib.Path, arg(aliases=["-o"])]
+    output: Output
     """Model folder to write."""
     memory: Literal["matrix", "queue"]
     """Whether the in-painting block's memory was trained as a matrix or a queue; the files cannot tell."""
@@ -433,7 +497,7 @@ class Convert:
     """Dropout rate of the feed-forward part, for training on."""
     rho: float = 1.0
     """Probability of the masked shortcut, for training on; SQUID: 0.95."""
-    calibrate: pathlib.Path | None = None
+    calibrate: Annotated[pathlib.Path | None, arg(metavar="DATA")] = None
     """Training images to calibrate the model on, in any form `train` takes."""
     machine: OmitArgPrefixes[Machine] = field(default_factory=Machine)
 
@@ -441,6 +505,8 @@ class Convert:
         """Convert, save, and calibrate where images are given."""
         from simsid import released
 
+        if (self.output / "model.json").exists():
+            raise UsageError(f"{self.output} already holds a model; choose another folder with -o")
         options = ("memory", "decoder_memory", "topk", "threshold", "merge_levels", "dropout", "rho")
         model = released.convert(
             released.read_released(self.generator),
@@ -491,25 +557,46 @@ COMMANDS: dict[str, type] = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status: 0 done, 1 in part, 2 not at all, 130 stopped by Ctrl-C."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        # File names may hold bytes that are no text, and a terminal may lack a character.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"simsid: note: {message}", file=sys.stderr)
+            status = _run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output has gone, as with `| head`; Python would complain once more when it flushes.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, sys.stderr.fileno())
+        status = 141
+    sys.exit(status)
+
+
+def _run(arguments: list[str]) -> int | str | None:
     if arguments == ["--version"]:
         from simsid import __version__
 
         print(f"simsid {__version__}")
-        sys.exit(0)
+        return 0
     try:
-        sys.exit(_parse(arguments).run())
+        return _parse(arguments).run()
+    except SystemExit as stop:
+        return stop.code
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
     except BrokenPipeError:
-        # The reader of our output has gone, as with `| head`; Python would complain once more when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        raise
+    except IncompleteError as error:
+        print(f"simsid: {error}", file=sys.stderr)
+        return 1
     except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
         if not _expected(error):
             raise
         print(f"simsid: {_sentence(error)}", file=sys.stderr)
-        sys.exit(2)
+        return 2
 
 
 def partition(dataset: "Dataset", val_share: float) -> "tuple[list[Record], list[Record]]":
@@ -529,8 +616,13 @@ def partition(dataset: "Dataset", val_share: float) -> "tuple[list[Record], list
     if sum(record.label != 1 for record in val) < FEWEST_HELD_OUT:
         train = split_by_patient([dataclasses.replace(record, split="") for record in train], val_share)
         val += [record for record in train if record.split == "val"]
-        # Anomalies without a split are of no use for training; they help to validate.
-        val += [record for record in dataset.records if record.split == "" and record.label == 1]
+        # Anomalies without a split are of no use for training; they help to validate, unless it knows the patient.
+        known = {record.patient for record in train if record.split != "val"} - {""}
+        val += [
+            record
+            for record in dataset.records
+            if record.split == "" and record.label == 1 and record.patient not in known
+        ]
     train = [dataclasses.replace(record, split="train") for record in train if record.split != "val"]
     return train, [dataclasses.replace(record, split="val") for record in val]
 
@@ -539,8 +631,9 @@ def _parse(arguments: list[str]) -> object:
     """Read a command's options; a preset or ablation sets the defaults of the model's options, so it is read first."""
     known = {name: subcommand(name, prefix_name=False) for name in COMMANDS}
     if arguments[:1] == ["train"]:
+        _check_resume(arguments[1:])
         preset, ablation = _option(arguments, "preset"), _option(arguments, "ablation")
-        if ablation is not None:
+        if ablation in ABLATIONS:
             model = Config.ablation(ablation)
         else:
             model = PRESETS[preset]() if preset in PRESETS else Config()
@@ -549,7 +642,21 @@ def _parse(arguments: list[str]) -> object:
     for name, kind in COMMANDS.items():
         option = Annotated[kind, known[name]]
         union = option if union is None else union | option
-    return tyro.cli(union, prog="simsid", description=f"{sys.modules['simsid'].__doc__}\n\n{RESEARCH}", args=arguments)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                union, prog="simsid", description=f"{sys.modules['simsid'].__doc__}\n\n{RESEARCH}", args=arguments
+            )
+    except SystemExit as stop:
+        # The parser frames what a configuration says about itself, and names its own internals there.
+        cause = stop.__context__
+        while cause is not None and not isinstance(cause, ConfigError):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+        sys.stderr.write(said.getvalue())
+        raise
 
 
 def _option(arguments: list[str], name: str) -> str | None:
@@ -559,6 +666,15 @@ def _option(arguments: list[str], name: str) -> str | None:
         if argument.startswith(f"--{name}="):
             return argument.split("=", 1)[1]
     return None
+
+
+def _check_resume(arguments: list[str]) -> None:
+    """Refuse options that a resumed run would not heed."""
+    names = [found[1].replace("_", "-") for found in map(re.compile(r"--?([a-zA-Z][\w-]*)").match, arguments) if found]
+    ignored = [name for name in names if name not in RESUMABLE and name != "h"]
+    if "resume" in names and ignored:
+        listed = ", ".join(f"--{name}" if len(name) > 1 else f"-{name}" for name in ignored)
+        raise UsageError(f"--resume continues a run with the options it was started with; leave out {listed}")
 
 
 def _expected(error: Exception) -> bool:
@@ -579,30 +695,34 @@ def _sentence(error: Exception) -> str:
     return str(error)
 
 
-def _model(config: Config, device: str) -> "Model":
+def _model(config: Config, seed: int, device: str) -> "Model":
+    import torch
+
     from simsid.model import Model
 
+    torch.manual_seed(seed)
     return Model(config).to(device)
 
 
-def _start(folder: object, command: str, config: Config, training: TrainingConfig, extra: dict[str, object]) -> None:
-    document = {"command": command, "model": config.to_dict(), "training": training.to_dict(), **extra}
-    folder.write_request(document)
+def _calibrated_model(path: pathlib.Path, device: str) -> "Model":
+    from simsid.model import Model
+
+    model = Model.load(path, device=device)
+    if model.calibration is None:
+        raise UsageError(
+            f"{path} is not calibrated, which scores need: finish its training, or run simsid calibrate {path} DATA "
+            f"with the images it was trained on"
+        )
+    return model
 
 
-def _fit(
-    model: "Model",
-    training: TrainingConfig,
-    folder: object,
-    train: "ImageSet",
-    val: "ImageSet",
-    *,
-    resume: bool = False,
-) -> object:
-    from simsid.training import Trainer
+def _request(command: str, config: Config, training: TrainingConfig, extra: dict[str, object]) -> dict[str, object]:
+    return {"command": command, "model": config.to_dict(), "training": training.to_dict(), **extra}
 
-    trainer = Trainer(model, training, run=folder, progress=True)
-    return trainer.fit(train, val if len(val) else None, resume=resume)
+
+def _usual_split(dataset: "Dataset") -> str | None:
+    splits = {record.split for record in dataset.records}
+    return next((name for name in ("test", "val") if name in splits), None)
 
 
 def _load(records: "list[Record]", config: Config, machine: Machine) -> "ImageSet":
@@ -618,14 +738,15 @@ def _load(records: "list[Record]", config: Config, machine: Machine) -> "ImageSe
     )
 
 
-def _summary(train: "ImageSet", val: "ImageSet") -> str:
+def _summary(train: "ImageSet", val: "ImageSet | None", failed: int) -> str:
     """Say what is trained on, so that a folder of mixed films is noticed."""
     unlabelled = int((train.labels < 0).sum())
+    abnormal = int((val.labels == 1).sum()) if val is not None else 0
+    normal = len(val) - abnormal if val is not None else 0
     parts = [
         f"training on {len(train)} images" + (f" ({unlabelled} without a label, taken as normal)" if unlabelled else "")
     ]
-    parts.append(f"validating on {int((val.labels != 1).sum())} normal and {int((val.labels == 1).sum())} abnormal")
-    failed = len(train.failures) + len(val.failures)
+    parts.append(f"validating on {normal} normal and {abnormal} abnormal")
     return ", ".join(parts) + (f"; {failed} files could not be read (failures.csv)" if failed else "")
 
 
@@ -660,7 +781,7 @@ def _evaluate(
 
 
 def _score_report(
-    model: "Model", rows: list, report: pathlib.Path, data: pathlib.Path, scored: int, failed: int
+    model: "Model", rows: "list[FileScore]", report: pathlib.Path, data: pathlib.Path, scored: int, failed: int
 ) -> None:
     from simsid import runs, scoring
     from simsid.report import write_report
@@ -686,46 +807,47 @@ def _output(path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def _clear_run(path: pathlib.Path, command: str) -> None:
-    """Remove an earlier run of the same command; anything else that lies there is left alone and refused."""
+def _check_replaceable(path: pathlib.Path, command: str) -> None:
+    """Refuse a folder that holds anything but an earlier run of the same command."""
     from simsid.checkpoint import read_json
 
-    if (path / "run.json").exists():
-        if read_json(path / "run.json").get("command") != command:
-            raise UsageError(f"{path} holds another run; choose another folder with -o")
-        for pattern in (
-            "run.json",
-            "last.json",
-            "last-*.safetensors",
-            "model.json",
-            "model-*.safetensors",
-            "report.html",
-        ):
-            for file in path.glob(pattern):
-                file.unlink()
-    elif [entry for entry in path.iterdir() if entry.name != ".lock"]:
-        raise UsageError(f"{path} is not empty; choose another folder with -o")
+    if path.is_dir():
+        if (path / "run.json").exists():
+            if read_json(path / "run.json").get("command") != command:
+                raise UsageError(f"{path} holds another run; choose another folder with -o")
+        elif any(not entry.name.startswith((".lock", ".run.json.")) for entry in path.iterdir()):
+            raise UsageError(f"{path} is not empty; choose another folder with -o")
 
 
-def _write_failures(path: pathlib.Path, failures: list) -> None:
-    if failures:
-        with _table(path, ["path", "reason"]) as write:
-            for failure in failures:
-                write([failure.path, failure.reason])
+def _clear_run(path: pathlib.Path) -> None:
+    from simsid.runs import WRITTEN
+
+    # The request goes last: a folder without it is refused the next time.
+    for pattern in (*(name for name in WRITTEN if name != "run.json"), "report.html", "run.json"):
+        for file in path.glob(pattern):
+            file.unlink()
 
 
 @contextlib.contextmanager
-def _table(path: pathlib.Path, columns: list[str]) -> "Iterator[callable]":
+def _saved(what: str) -> "Iterator[None]":
+    """Let no error in what follows hide that the result itself is there."""
+    try:
+        yield
+    except Exception as error:
+        raise IncompleteError(f"{what}, but writing the report failed: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def _table(path: pathlib.Path, columns: list[str]) -> "Iterator[Callable[[Iterable[object]], object]]":
     """Write a CSV row by row beside its place; it takes its place when it is whole."""
     temporary = path.with_name(f".{path.name}.part")
-    with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        yield writer.writerow
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-if __name__ == "__main__":
-    main()
+    try:
+        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            yield writer.writerow
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

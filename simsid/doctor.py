@@ -7,9 +7,13 @@ import platform
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from simsid import __version__
+
+try:
+    import torch
+except ImportError as error:
+    # A PyTorch that cannot be loaded is what this examination is most wanted for.
+    torch, TORCH_ERROR = None, str(error)
 
 REQUIRED = {"torch": "2.10", "numpy": "1.26", "pillow": "10.3", "scikit-learn": "1.4", "safetensors": "0.4.3"} | {
     "matplotlib": "3.8",
@@ -19,6 +23,9 @@ REQUIRED = {"torch": "2.10", "numpy": "1.26", "pillow": "10.3", "scikit-learn": 
     "tyro": "0.9",
     "filelock": "3.13",
 }
+
+
+TRITON = "pip install triton"
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,13 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at versions, processor, GPU, kernels and decoders."""
-    return [_python(), *_packages(), _processor(), *_gpu(), *_kernels(), *_decoders(), _tensorboard()]
+    findings = [_python(), *_packages()]
+    if torch is None:
+        remedy = "pip install --force-reinstall torch"
+        findings.append(Finding("FAIL", "torch", f"cannot be loaded: {TORCH_ERROR}", remedy))
+    else:
+        findings += [_processor(), *_gpu(), *_kernels()]
+    return [*findings, *_decoders(), _tensorboard()]
 
 
 def _python() -> Finding:
@@ -44,12 +57,10 @@ def _python() -> Finding:
 def _packages() -> list[Finding]:
     findings = []
     for name, least in REQUIRED.items():
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+        version = _version(name)
+        if not version:
             findings.append(Finding("FAIL", name, f"missing, needs {least} or later", f"pip install '{name}>={least}'"))
-            continue
-        if _parts(version) < _parts(least):
+        elif _parts(version) < _parts(least):
             findings.append(
                 Finding("FAIL", name, f"{version}, needs {least} or later", f"pip install --upgrade '{name}>={least}'")
             )
@@ -79,15 +90,21 @@ def _gpu() -> list[Finding]:
 
 def _kernels() -> list[Finding]:
     where = "on the CPU" if not torch.cuda.is_available() else "everywhere"
-    return [
+    findings = [
         Finding("note", f"kernel {name}", f"PyTorch reference {where}: this version has no fused kernel")
         for name in ("space_aware_memory", "neighbor_attention")
     ]
+    version = _version("triton")
+    text = version or "missing; only fused kernels on an NVIDIA GPU use it"
+    linux = platform.system() == "Linux"
+    return [*findings, Finding("ok" if version else "note", "triton", text, "" if version or not linux else TRITON)]
 
 
 def _decoders() -> list[Finding]:
-    from PIL import features
-
+    try:
+        from PIL import features
+    except ImportError as error:
+        return [Finding("FAIL", "pillow", f"cannot be loaded: {error}", "pip install --force-reinstall pillow")]
     findings = [
         Finding("ok", f"decoder {name}", f"Pillow {features.version(key) or ''}".strip())
         if features.check(key)
@@ -104,11 +121,20 @@ def _decoders() -> list[Finding]:
 
 
 def _tensorboard() -> Finding:
-    if importlib.util.find_spec("tensorboard"):
-        return Finding("ok", "tensorboard", importlib.metadata.version("tensorboard"))
+    version = _version("tensorboard")
+    if version:
+        return Finding("ok", "tensorboard", version)
     return Finding(
         "note", "tensorboard", "missing; training writes metrics.jsonl without it", "pip install 'simsid[tensorboard]'"
     )
+
+
+def _version(name: str) -> str:
+    """Return an installed package's version, or nothing."""
+    try:
+        return importlib.metadata.version(name) or ""
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _parts(version: str) -> tuple[int, ...]:

@@ -1,13 +1,16 @@
 """Scoring films with a trained model: streams of files, labelled evaluations, and pictures for reports."""
 
 import dataclasses
+import itertools
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from simsid import metrics, signals
-from simsid.data import ImageSet, Record, load_images, stream_images
+from simsid.data import Failure, ImageSet, Record, load_images, stream_images
 from simsid.metrics import Evaluation
 from simsid.model import BATCH, Model
 from simsid.report import Example
@@ -32,7 +35,13 @@ def threshold(model: Model, false_alarm_rate: float = 0.05, signal: str | None =
     """Return the raw threshold above which at most `false_alarm_rate` of held-out normal films lie.
 
     None where the model was calibrated without held-out films. `signal` defaults to the model's own.
+
+    Raises:
+        CalibrationError: the model has not been calibrated.
+        ValueError: a rate that does not lie strictly between 0 and 1.
     """
+    if not 0 < false_alarm_rate < 1:
+        raise ValueError(f"false_alarm_rate must lie strictly between 0 and 1, got {false_alarm_rate!r}")
     held = model.calibrated().holdout.get(signal or model.signal)
     return metrics.normal_threshold(np.asarray(held), false_alarm_rate) if held else None
 
@@ -45,7 +54,7 @@ def preparation(model: Model) -> dict[str, object]:
 
 def score_files(
     model: Model,
-    files: Iterable[Record | str],
+    files: Iterable[Record | str | os.PathLike],
     *,
     false_alarm_rate: float = 0.05,
     batch_size: int = BATCH,
@@ -54,30 +63,74 @@ def score_files(
     """Score files in bounded memory, one `Score` for every file, in their order, unreadable ones included.
 
     A file's score depends on nothing but the file: every batch has the same size.
+
+    Raises:
+        CalibrationError: the model has not been calibrated.
+        ValueError: at the call, a rate or batch size out of range; never for a file.
     """
-    calibration, limit, name = model.calibrated(), threshold(model, false_alarm_rate), model.signal
+    limit = threshold(model, false_alarm_rate)
+    files, order = itertools.tee(files)
     batches = stream_images(files, **preparation(model), workers=workers, batch_size=batch_size)
-    for images, records, failures in batches:
-        yield from (Score(failure.path, failure.reason) for failure in failures)
-        if not records:
-            continue
-        found = model.signals(images, batch_size=batch_size)
-        probability = calibration.probability(name, found[name])
-        for i, record in enumerate(records):
-            values = {key: float(column[i]) for key, column in found.items()}
-            alarm = None if limit is None else values[name] > limit
-            yield Score(record.path, score=float(probability[i]), alarm=alarm, signals=values)
+    return _in_order(order, (_score_batch(model, limit, batch_size, *batch) for batch in batches))
+
+
+def _score_batch(
+    model: Model, limit: float | None, batch_size: int, images: Tensor, records: list[Record], failures: list[Failure]
+) -> tuple[list[Score], list[Score]]:
+    """Return the scores of what could be read, and of what could not."""
+    failed = [Score(failure.path, failure.reason) for failure in failures]
+    if not records:
+        return [], failed
+    name = model.signal
+    found = model.signals(images, batch_size=batch_size)
+    probability = model.calibrated().probability(name, found[name])
+    scores = []
+    for i, record in enumerate(records):
+        values = {key: float(column[i]) for key, column in found.items()}
+        alarm = None if limit is None else values[name] > limit
+        scores.append(Score(record.path, score=float(probability[i]), alarm=alarm, signals=values))
+    return scores, failed
+
+
+def _in_order(
+    files: Iterator[Record | str | os.PathLike], batches: Iterable[tuple[list[Score], list[Score]]]
+) -> Iterator[Score]:
+    """Put failures back between the scores, where their files stood."""
+    for scores, failed in batches:
+        waiting, missing = iter(scores), iter(failed)
+        failure = next(missing, None)
+        for file in itertools.islice(files, len(scores) + len(failed)):
+            path = file.path if isinstance(file, Record) else os.fspath(file)
+            if failure is not None and failure.path == path:
+                yield failure
+                failure = next(missing, None)
+            else:
+                yield next(waiting)
+
+
+def require_labels(labels: Iterable[int | None]) -> None:
+    """Refuse labels that cannot be evaluated: -1 or None (unknown) among them, or one kind only.
+
+    Raises:
+        ValueError: saying how many there are of what.
+    """
+    labels = [-1 if label is None else int(label) for label in labels]
+    unknown, normal, abnormal = (labels.count(value) for value in (-1, 0, 1))
+    if unknown:
+        raise ValueError(f"evaluation needs a label for every image, got {unknown} of {len(labels)} without one")
+    if not normal or not abnormal:
+        raise ValueError(f"evaluation needs normal and abnormal images, got {normal} normal and {abnormal} abnormal")
 
 
 def evaluate(model: Model, images: ImageSet, *, false_alarm_rate: float = 0.05) -> Evaluation:
     """Return every signal of a labelled set, with thresholds from the model's held-out normal films.
 
     Raises:
-        ValueError: an image without a label, or labels of one kind only.
+        CalibrationError: the model has not been calibrated.
+        ValueError: an image without a label, labels of one kind only, or a rate out of range.
     """
-    unknown = int((images.labels < 0).sum())
-    if unknown:
-        raise ValueError(f"evaluation needs a label for every image, got {unknown} of {len(images)} without one")
+    require_labels(images.labels)
+    threshold(model, false_alarm_rate)
     holdout = {name: np.asarray(values) for name, values in model.calibrated().holdout.items()}
     return Evaluation(
         labels=images.labels,
