@@ -1,7 +1,8 @@
 """Folders of tensors that are whole at every moment: a JSON document that names a safetensors file.
 
 The tensors go to a new file named by their hash, which is synced; then the document is replaced in one step. Whoever
-opens the folder, whenever, finds either the old pair or the new one. Nothing that is read is ever executed.
+opens the folder, whenever, finds either the old pair or the new one. A folder has one writer at a time. Nothing that is
+read is ever executed.
 """
 
 import contextlib
@@ -9,7 +10,8 @@ import hashlib
 import json
 import os
 import pathlib
-import tempfile
+import re
+import secrets
 
 import torch
 from safetensors import SafetensorError
@@ -26,19 +28,15 @@ class CheckpointError(RuntimeError):
 
 def write_file(path: pathlib.Path, content: bytes) -> None:
     """Write a file whole: to a temporary name beside it, synced, then renamed over it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files private; a checkpoint gets the permissions of any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
     _sync_folder(path.parent)
@@ -55,8 +53,10 @@ def read_json(path: pathlib.Path) -> dict[str, object]:
         document = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON document: {error}") from None
     if not isinstance(document, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(document).__name__}")
     return document
@@ -71,31 +71,35 @@ def write(folder: str | os.PathLike, name: str, tensors: dict[str, Tensor], docu
     file = f"{name}-{digest[:16]}.safetensors"
     write_file(folder / file, content)
     write_json(folder / f"{name}.json", {"format": FORMAT, **document, "tensors": {"file": file, "sha256": digest}})
-    for old in folder.glob(f"{name}-*.safetensors"):
-        if old.name != file:
-            old.unlink(missing_ok=True)
+    # What older pairs and killed writers left behind; it does no harm, so failing to remove it is no failure.
+    leftover = re.compile(rf"{_tensor_file(name)}|\.({_tensor_file(name)}|{re.escape(name)}\.json)\.[0-9a-f]{{8}}")
+    for old in folder.iterdir():
+        if old.name != file and leftover.fullmatch(old.name):
+            with contextlib.suppress(OSError):
+                old.unlink()
 
 
 def read(folder: str | os.PathLike, name: str) -> tuple[dict[str, Tensor], dict[str, object]]:
     """Read the pair `name` of `folder`; a missing, damaged or foreign file is a `CheckpointError`."""
     folder = pathlib.Path(folder)
     document = read_json(folder / f"{name}.json")
-    if document.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / name}.json must be of format {FORMAT}, got {document.get('format')!r}")
-    entry = document.get("tensors")
-    file = entry.get("file") if isinstance(entry, dict) else None
-    if not isinstance(file, str) or pathlib.Path(file).name != file:
-        raise CheckpointError(f"{folder / name}.json must name a tensor file beside it, got {file!r}")
-    try:
-        content = (folder / file).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{folder / file} cannot be read: {error.strerror}") from None
+    while True:
+        entry = _tensor_entry(document, folder, name)
+        path = folder / entry["file"]
+        try:
+            content = path.read_bytes()
+            break
+        except OSError as error:
+            # A writer may have replaced the pair between the two reads.
+            before, document = document, read_json(folder / f"{name}.json")
+            if document == before:
+                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if hashlib.sha256(content).hexdigest() != entry.get("sha256"):
-        raise CheckpointError(f"{folder / file} is damaged: its content does not match the hash in {name}.json")
+        raise CheckpointError(f"{path} is damaged: its content does not match the hash in {name}.json")
     try:
         return load_safetensors(content), document
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder / file} is no safetensors file: {error}") from None
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is no safetensors file: {error}") from None
 
 
 def load_state(module: torch.nn.Module, tensors: dict[str, Tensor], source: object) -> None:
@@ -111,6 +115,23 @@ def load_state(module: torch.nn.Module, tensors: dict[str, Tensor], source: obje
                 f"{source}: tensor {name} must have shape {list(own[name].shape)}, got {list(tensor.shape)}"
             )
     module.load_state_dict(tensors)
+
+
+def _tensor_file(name: str) -> str:
+    return rf"{re.escape(name)}-[0-9a-f]{{16}}\.safetensors"
+
+
+def _tensor_entry(document: dict[str, object], folder: pathlib.Path, name: str) -> dict[str, str]:
+    """Return the document's word on its tensor file, which must be one that `write` could have written here."""
+    if document.get("format") != FORMAT:
+        raise CheckpointError(f"{folder / name}.json must be of format {FORMAT}, got {document.get('format')!r}")
+    entry = document.get("tensors")
+    file = entry.get("file") if isinstance(entry, dict) else None
+    if not isinstance(file, str) or not re.fullmatch(_tensor_file(name), file):
+        raise CheckpointError(
+            f"{folder / name}.json must name a file {name}-<hash>.safetensors beside it, got {file!r}"
+        )
+    return entry
 
 
 def _sync_folder(folder: pathlib.Path) -> None:

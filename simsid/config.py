@@ -86,6 +86,7 @@ class Config:
         """Refuse a configuration that cannot be built, naming the field."""
         for entry in dataclasses.fields(self):
             _check_type(entry, getattr(self, entry.name))
+        # At 32 pixels and fewer the discriminator's last map is one position, which has no variance to normalise with.
         at_least = {"image_size": 33, "patches": 1, "width": 1, "levels": 1, "skip_levels": 0, "merge_levels": 0}
         at_least |= {"items": 1, "decoder_items": 1, "decoder_memories": 0, "topk": 1, "heads": 1}
         for name, low in at_least.items():
@@ -117,9 +118,6 @@ class Config:
                 f"a divisor of the {self.bottleneck_features} bottleneck features",
                 self.heads,
             )
-        if self.decoder_memory == "subpatch" and self.decoder_memories:
-            deepest = self.patch_size // 2 ** (self.levels - 1)
-            _require(deepest % 2 == 0, "decoder_memory", f"'patch' for decoder maps of {deepest} pixels", "subpatch")
         if self.signal == "memory_distance":
             _require(self.inpainting != "none", "signal", "one that needs no in-painting block", self.signal)
 
@@ -150,10 +148,7 @@ class Config:
 
     def replace(self, **changes: object) -> "Config":
         """Return a copy with `changes`; an unknown field is an error that lists the known ones."""
-        known = [entry.name for entry in dataclasses.fields(self)]
-        for name in changes:
-            if name not in known:
-                raise ConfigError(f"{name!r} is not a configuration field; the fields are {', '.join(known)}")
+        _check_names(type(self), changes)
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, object]:
@@ -163,7 +158,8 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> "Config":
         """Rebuild a configuration from `to_dict`; absent fields keep their defaults, unknown ones are an error."""
-        return cls().replace(**values)
+        _check_names(cls, values)
+        return cls(**values)
 
     @classmethod
     def simsid(cls, **changes: object) -> "Config":
@@ -302,13 +298,23 @@ class TrainingConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> "TrainingConfig":
-        """Rebuild a configuration from `to_dict`."""
+        """Rebuild a configuration from `to_dict`; absent fields keep their defaults, unknown ones are an error."""
+        _check_names(cls, values)
         return cls(**values)
 
 
 def _require(holds: bool, name: str, expected: str, value: object) -> None:
     if not holds:
         raise ConfigError(f"{name} must be {expected}, got {value!r}")
+
+
+def _check_names(kind: type, values: dict[str, object]) -> None:
+    if not isinstance(values, dict):
+        raise ConfigError(f"a configuration must be a dictionary of fields, got {values!r}")
+    known = [entry.name for entry in dataclasses.fields(kind)]
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{name!r} is not a configuration field; the fields are {', '.join(known)}")
 
 
 def _check_type(entry: dataclasses.Field, value: object) -> None:

@@ -32,17 +32,18 @@ class Discriminator(nn.Module):
         its own statistics (biased variance), as the released evaluation does at batch size 1, and leaves the
         running statistics alone.
         """
+        if statistics not in ("module", "per_image"):
+            raise ValueError(f"statistics must be 'module' or 'per_image', got {statistics!r}")
         x = F.leaky_relu(self.convolutions[0](images), 0.2)
         for convolution, norm in zip(self.convolutions[1:], self.norms):
             x = convolution(x)
-            x = _instance_norm(x, norm) if statistics == "per_image" else norm(x)
+            x = norm(x) if statistics == "module" else _instance_norm(x, norm)
             x = F.leaky_relu(x, 0.2)
         # A sum of each row, where a matrix product's order of summation depends on the row's place in the batch.
-        x = x.flatten(1)
-        return (x * self.output.weight.to(x.dtype)).sum(
-            1, dtype=torch.promote_types(x.dtype, torch.float32)
-        ) + self.output.bias
+        x = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+        return (x * self.output.weight).sum(1) + self.output.bias
 
 
 def _instance_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """Normalise every image with its own statistics, at the scale and shift that BatchNorm learned."""
     return F.instance_norm(x, weight=norm.weight, bias=norm.bias, eps=norm.eps)

@@ -83,7 +83,7 @@ class InpaintingBlock(nn.Module):
                 nn.Linear(max(D // 4, 1), D),
                 nn.Dropout(config.dropout),
             )
-        bits = int(math.log2(L)) + 1
+        bits = L.bit_length()  # floor(log2 L) + 1
         index = torch.arange(L)[:, None] >> torch.arange(bits - 1, -1, -1)
         self.register_buffer("index_planes", (index & 1).float(), persistent=False)
         self.exit = nn.Sequential(nn.Conv2d(C // 4 + bits, C, 1), nn.BatchNorm2d(C))

@@ -7,14 +7,20 @@ from torch.nn import functional as F
 
 def distillation_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
     """Return the sum over up blocks of the mean squared difference of their feature maps; detached on neither side."""
-    return torch.stack([F.mse_loss(s.float(), t.float()) for s, t in zip(student, teacher, strict=True)]).sum()
+    return torch.stack([F.mse_loss(_wide(s), _wide(t)) for s, t in zip(student, teacher, strict=True)]).sum()
 
 
 def reconstruction_loss(images: Tensor, reconstruction: Tensor) -> Tensor:
     """Return the mean squared error of `[B, 1, H, W]`."""
-    return F.mse_loss(reconstruction.float(), images.float())
+    return F.mse_loss(_wide(reconstruction), _wide(images))
 
 
 def adversarial_loss(logits: Tensor, real: bool) -> Tensor:
     """Return the binary cross entropy of `[B]` logits against "real" or "fake"."""
-    return F.binary_cross_entropy_with_logits(logits.float(), torch.full_like(logits, float(real), dtype=torch.float32))
+    logits = _wide(logits)
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, float(real)))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return `x` in float32 at least, in which losses are summed."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import NoneType
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from simsid.losses import distillation_loss
 from simsid.signals import SIGNALS, Calibration, CalibrationError
 
 BATCH = 16
-"""Images that pass through the network at a time when a method takes any number of them."""
+"""Images that pass through the network at a time; fewer are filled up, since libraries sum in another order for another
+batch size and a score would change in its last digits."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Model(nn.Module):
         super().__init__()
         if fused not in (True, False, "auto"):
             raise ConfigError(f"fused must be True, False or 'auto', got {fused!r}")
+        if not isinstance(config, (Config, NoneType)):
+            raise ConfigError(f"config must be a Config, got {config!r}")
         self.config = config = (config or Config()).replace(**overrides)
         self.fused = fused
         backend = "auto" if fused else "torch"
@@ -86,7 +90,7 @@ class Model(nn.Module):
     @property
     def signal_names(self) -> tuple[str, ...]:
         """The signals this model has; without an in-painting block there is no memory distance."""
-        return SIGNALS if self.student.inpainting is not None else SIGNALS[:-1]
+        return tuple(name for name in SIGNALS if name != "memory_distance" or self.student.inpainting is not None)
 
     def forward(self, images: Tensor, teacher: bool | None = None) -> Reconstruction:
         """Reconstruct `[B, 1, H, W]` in -1..1; `teacher=None` computes the teacher in training mode only."""
@@ -107,7 +111,7 @@ class Model(nn.Module):
             found["distillation"] = distillation_loss(student.features, taught.features)
         return Reconstruction(**found)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """Return the student's reconstruction of `[B, 1, H, W]` in inference mode, on the images' device."""
         with self._inference():
@@ -116,30 +120,28 @@ class Model(nn.Module):
 
     @torch.inference_mode()
     def signals(
-        self, images: Tensor | Iterable[Tensor], names: Iterable[str] | None = None, *, batch_size: int | None = None
+        self, images: Tensor | Iterable[Tensor], names: Iterable[str] | None = None, *, batch_size: int = BATCH
     ) -> dict[str, np.ndarray]:
         """Return the raw signals of `[B, 1, H, W]`: name to `[B]`, float64, higher is more anomalous.
 
-        Nothing is normalised across images, so an image's values do not depend on its neighbours. Libraries sum in
-        another order for another batch size, which moves the last digits; every batch here has one size (the last is
-        filled up).
+        Nothing is normalised across images, so an image's values do not depend on its neighbours. Every batch has one
+        size, the last is filled up: the values do not depend on the number of images either.
 
         Args:
             images: images in -1..1, or an iterable of such batches (a loader).
             names: the signals wanted; None is every one of `signal_names`.
-            batch_size: images that pass through the network at a time; None is 16, or fewer for a smaller tensor.
+            batch_size: images that pass through the network at a time. Another size moves the last digits, as libraries
+                then sum in another order: scores that are compared need one size.
         """
         names = tuple(self.signal_names if names is None else names)
         for name in names:
             if name not in self.signal_names:
                 raise ValueError(f"signal must be one of {', '.join(self.signal_names)}, got {name!r}")
-        if isinstance(images, Tensor):
-            loader: Iterable[Tensor] = [images]
-        else:
-            loader, batch_size = images, batch_size or BATCH
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         columns: dict[str, list[Tensor]] = {name: [] for name in names}
         with self._inference():
-            for part in loader:
+            for part in [images] if isinstance(images, Tensor) else images:
                 for batch, count in self._batches(part, batch_size):
                     for name, values in self._signals(batch, names).items():
                         columns[name].append(values[:count].double().cpu())
@@ -172,13 +174,15 @@ class Model(nn.Module):
             images: `[n, 1, H, W]` in -1..1, or an iterable of such batches (a loader).
             holdout: normal images that were not trained on, for thresholds at a chosen false-alarm rate.
         """
-        kept = None if holdout is None else self.signals(holdout, batch_size=BATCH)
-        self.calibration = Calibration.fit(self.signals(images, batch_size=BATCH), kept)
+        kept = None if holdout is None else self.signals(holdout)
+        self.calibration = Calibration.fit(self.signals(images), kept)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write weights, configuration and calibration to `folder`, whole or not at all."""
         document = {
             "kind": "simsid model",
+            # Libraries sum in another order for another layout; a loaded model scores bit for bit as this one.
+            "layout": "channels_last" if self._is_channels_last() else "contiguous",
             "config": self.config.to_dict(),
             "calibration": self.calibration.to_dict() if self.calibration else None,
         }
@@ -196,12 +200,16 @@ class Model(nn.Module):
         tensors, document = checkpoint.read(folder, "model")
         try:
             config = Config.from_dict(document["config"])
-            calibration = Calibration(**document["calibration"]) if document.get("calibration") else None
-        except (KeyError, TypeError, ValueError) as error:
+            calibration = Calibration.from_dict(document["calibration"]) if document["calibration"] else None
+        except KeyError as error:
+            raise checkpoint.CheckpointError(f"{os.fspath(folder)}/model.json is not a model: no {error}") from None
+        except (TypeError, ValueError) as error:
             raise checkpoint.CheckpointError(f"{os.fspath(folder)}/model.json is not a model: {error}") from None
         with torch.random.fork_rng(devices=[]):
             model = cls(config, fused=fused)
         checkpoint.load_state(model, tensors, f"{os.fspath(folder)}/model.json")
+        if document.get("layout") == "channels_last":
+            model.to(memory_format=torch.channels_last)
         model.calibration = calibration
         return model.to(device).eval()
 
@@ -217,12 +225,12 @@ class Model(nn.Module):
         }
         return {name: compute[name]() for name in names}
 
-    def _batches(self, images: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, int]]:
+    def _batches(self, images: Tensor, size: int = BATCH) -> Iterator[tuple[Tensor, int]]:
         """Yield batches of one size on the model's device, and how many images of each are not filling."""
         self._check(images)
-        size = size or min(len(images), BATCH)
+        dtype = next(self.parameters()).dtype
         for start in range(0, len(images), size):
-            batch = images[start : start + size].to(self.device, torch.float32)
+            batch = images[start : start + size].to(self.device, dtype)
             count = len(batch)
             if count < size:
                 batch = torch.cat([batch, batch[-1:].expand(size - count, -1, -1, -1)])
@@ -235,6 +243,10 @@ class Model(nn.Module):
         blank = (order < round(self.config.pixel_inpainting * L)).view(-1, 1, P, P)
         S = self.config.patch_size
         return images.masked_fill(blank.repeat_interleave(S, 2).repeat_interleave(S, 3), 0.0)
+
+    def _is_channels_last(self) -> bool:
+        weight = self.discriminator.convolutions[1].weight
+        return weight.is_contiguous(memory_format=torch.channels_last)
 
     def _check(self, images: Tensor) -> None:
         size = self.config.image_size

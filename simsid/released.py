@@ -1,5 +1,6 @@
 """Reading the checkpoints of the released SimSID code: `model.pth` and `discriminator.pth`."""
 
+import math
 import os
 import pickle
 import re
@@ -8,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from simsid import checkpoint
 from simsid.config import Config, ConfigError
 from simsid.model import Model
 
@@ -51,13 +53,23 @@ def read_released(path: str | os.PathLike) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConversionError(f"{os.fspath(path)} does not exist") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except pickle.UnpicklingError:
+        # PyTorch's own message offers to load the file with its code executed.
+        raise ConversionError(
+            f"{os.fspath(path)} is damaged or holds more than tensors, and nothing but tensors is read"
+        ) from None
+    except Exception as error:  # a damaged file fails in the unpickler in a dozen ways
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConversionError(f"{os.fspath(path)} cannot be read as a PyTorch state dictionary: {reason}") from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict):
         raise ConversionError(f"{os.fspath(path)} must hold a dictionary of tensors, got {type(content).__name__}")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ConversionError(
+                f"{os.fspath(path)} must hold tensors by name, got {type(value).__name__} under {name!r}"
+            )
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
 
@@ -93,27 +105,16 @@ def convert(
             decoder_memory=decoder_memory,
             merge_levels=merge_levels,
         ).replace(**overrides)
-    except KeyError as error:
-        raise ConversionError(f"the checkpoint lacks {error.args[0]} (in simsid's naming)") from None
     except ConfigError as error:
         raise ConversionError(f"the checkpoint's shapes fit no configuration: {error}") from None
     with torch.random.fork_rng(devices=[]):
         model = Model(config)
-    own = model.state_dict()
     if memory == "queue":
         renamed["student.inpainting.memory.pointer"] = torch.zeros((), dtype=torch.int64)
-    for name in own:
-        if name not in renamed:
-            raise ConversionError(f"the checkpoint lacks {name} (in simsid's naming)")
-    for name, tensor in renamed.items():
-        if name not in own:
-            raise ConversionError(f"the checkpoint's {name} (in simsid's naming) has no place in this configuration")
-        if tensor.shape != own[name].shape:
-            raise ConversionError(
-                f"the checkpoint's {name} (in simsid's naming) must have shape {list(own[name].shape)}, "
-                f"got {list(tensor.shape)}"
-            )
-    model.load_state_dict(renamed)
+    try:
+        checkpoint.load_state(model, renamed, "the checkpoint, in simsid's naming,")
+    except checkpoint.CheckpointError as error:
+        raise ConversionError(str(error)) from None
     return model.eval()
 
 
@@ -145,6 +146,8 @@ def _rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if name in whole:
             renamed[whole[name]] = tensor
         elif match := PACKED.fullmatch(name):
+            if not tensor.dim() or len(tensor) % 3:
+                raise ConversionError(f"{name} must hold query, key and value, got shape {list(tensor.shape)}")
             query, key_value = tensor.split([len(tensor) // 3, len(tensor) - len(tensor) // 3])
             renamed[f"student.inpainting.mixing.query.{match[1]}"] = query
             renamed[f"student.inpainting.mixing.key_value.{match[1]}"] = key_value
@@ -163,25 +166,35 @@ def _rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
     """Read the configuration's sizes off the shapes."""
+
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        if name not in tensors:
+            raise ConversionError(f"the checkpoint, in simsid's naming, lacks tensor {name}")
+        found = tuple(tensors[name].shape)
+        if len(found) != axes or 0 in found:
+            raise ConversionError(
+                f"the checkpoint, in simsid's naming: tensor {name} must have {axes} filled axes, got {list(found)}"
+            )
+        return found
+
     levels = len({name.split(".")[2] for name in tensors if name.startswith("encoder.down.")})
     decoders = len({name.split(".")[2] for name in tensors if name.startswith("student.memories.")})
-    L, items, D = tensors["student.inpainting.memory.items"].shape
-    patches = round(L**0.5)
-    channels = tensors["student.inpainting.entry.0.weight"].shape[0]
-    side = round((D // channels) ** 0.5)
-    skips = 0
+    L, items, D = shape("student.inpainting.memory.items", 3)
+    patches = math.isqrt(L)
+    channels = shape("student.inpainting.entry.0.weight", 4)[0]
+    side = math.isqrt(D // channels)
+    skips, deeper = 0, 4 * channels
     for level in range(levels):
-        weight = tensors[f"student.up.{level}.entry.0.weight"]
-        narrow = weight.shape[0]
-        deeper = tensors[f"student.up.{level - 1}.entry.0.weight"].shape[0] if level else 4 * channels
-        skips += weight.shape[1] == narrow + deeper
+        narrow, seen = shape(f"student.up.{level}.entry.0.weight", 4)[:2]
+        skips += seen == narrow + deeper
+        deeper = narrow
     return {
         "image_size": patches * side * 2**levels,
         "patches": patches,
-        "width": tensors["encoder.entry.entry.0.weight"].shape[0],
+        "width": shape("encoder.entry.entry.0.weight", 4)[0],
         "levels": levels,
         "skip_levels": skips,
         "items": items,
-        "decoder_items": tensors["student.memories.0.memory.items"].shape[1] if decoders else items,
+        "decoder_items": shape("student.memories.0.memory.items", 3)[1] if decoders else items,
         "decoder_memories": decoders,
     }

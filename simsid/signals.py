@@ -61,7 +61,7 @@ class Calibration:
         counts = {len(values) for values in signals.values()}
         if counts in (set(), {0}):
             raise ValueError("calibration needs at least one normal image, got none")
-        for name, values in signals.items():
+        for name, values in [*signals.items(), *(holdout or {}).items()]:
             if not np.isfinite(values).all():
                 raise ValueError(f"calibration needs finite signals, got {name} = {values[~np.isfinite(values)][0]}")
         return cls(
@@ -82,3 +82,16 @@ class Calibration:
     def to_dict(self) -> dict[str, object]:
         """Return plain values for JSON."""
         return {"mean": self.mean, "std": self.std, "count": self.count, "holdout": self.holdout}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, object]) -> "Calibration":
+        """Rebuild a calibration from `to_dict`; values that no calibration holds are a `ValueError`."""
+        if not isinstance(values, dict) or values.keys() != {"mean", "std", "count", "holdout"}:
+            raise ValueError("calibration must hold mean, std, count and holdout")
+        mean, std, holdout = values["mean"], values["std"], values["holdout"]
+        if not all(isinstance(part, dict) and part.keys() <= set(SIGNALS) for part in (mean, std, holdout)):
+            raise ValueError("calibration must name mean, std and holdout by signal")
+        numbers = [*mean.values(), *std.values(), *(n for kept in holdout.values() for n in kept)]
+        if mean.keys() != std.keys() or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+            raise ValueError("calibration must hold a finite mean and standard deviation of each signal")
+        return cls(**values)
