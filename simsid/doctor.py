@@ -1,7 +1,6 @@
 """What an installation has, what it lacks, and what mends it."""
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ REQUIRED = {"torch": "2.10", "numpy": "1.26", "pillow": "10.3", "scikit-learn": 
 
 
 TRITON = "pip install triton"
+EXTRA = "pip install 'simsid[dicom]'"
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,28 @@ def _decoders() -> list[Finding]:
         else Finding("FAIL", f"decoder {name}", "Pillow was built without it", "pip install --force-reinstall pillow")
         for name, key in (("JPEG", "jpg"), ("PNG", "zlib"), ("TIFF", "libtiff"))
     ]
-    for name, module in (("DICOM JPEG 2000", "openjpeg"), ("DICOM JPEG-LS", "jpeg_ls")):
-        if importlib.util.find_spec(module):
-            findings.append(Finding("ok", f"decoder {name}", module))
-        else:
-            text = "missing; uncompressed and RLE DICOM files are read without it"
-            findings.append(Finding("note", f"decoder {name}", text, "pip install 'simsid[dicom]'"))
-    return findings
+    return findings + _dicom_decoders()
+
+
+def _dicom_decoders() -> list[Finding]:
+    try:
+        from pydicom import uid
+        from pydicom.pixels import get_decoder
+    except ImportError as error:
+        return [Finding("FAIL", "pydicom", f"cannot be loaded: {error}", "pip install --force-reinstall pydicom")]
+    syntaxes = {
+        "JPEG": (uid.JPEGBaseline8Bit, EXTRA),
+        "JPEG 2000": (uid.JPEG2000, EXTRA),
+        "JPEG-LS": (uid.JPEGLSLossless, EXTRA),
+        "RLE": (uid.RLELossless, EXTRA),
+        "JPEG lossless": (uid.JPEGLosslessSV1, "pip install python-gdcm"),
+    }
+    return [
+        Finding("ok", f"decoder DICOM {name}", "pydicom has one")
+        if get_decoder(syntax).is_available
+        else Finding("note", f"decoder DICOM {name}", "missing; such DICOM files are rejected with this reason", remedy)
+        for name, (syntax, remedy) in syntaxes.items()
+    ]
 
 
 def _tensorboard() -> Finding:
