@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "simsid/__init__.py").read_text("utf-8"), re.M).group(1)
 
-CODECS = ["pylibjpeg>=2.0", "pylibjpeg-openjpeg>=2.0", "pyjpegls>=1.4"]
+CODECS = ["pylibjpeg>=2.0", "pylibjpeg-openjpeg>=2.0", "pyjpegls>=1.4", "python-gdcm>=3.0.10"]
 TENSORBOARD = ["tensorboard>=2.14"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6.100", "ruff>=0.6"]
 

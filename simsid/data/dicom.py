@@ -16,13 +16,10 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
-    JPEGLossless,
-    JPEGLosslessSV1,
 )
 
 from simsid.data.reading import DecodedImage, ReadError, check_size, one_sentence, silence_loggers
 
-_JPEG_LOSSLESS = (JPEGLossless, JPEGLosslessSV1)
 # What a message may quote; a damaged element can hold anything, a patient's name too.
 _COLOUR = ("PALETTE COLOR", "RGB", "HSV", "ARGB", "CMYK", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_RCT")
 # Beside the pixels (at most 8 bytes each): headers, overlays, an icon.
@@ -198,8 +195,6 @@ def _transfer_syntax(dataset: Dataset) -> UID:
 
 
 def _missing_decoder(syntax: UID) -> str:
-    if syntax in _JPEG_LOSSLESS:
-        return f"no decoder for {syntax.name} is installed: pip install python-gdcm, or decompress the file"
     return f"no decoder for {syntax.name} is installed: pip install 'simsid[dicom]'"
 
 

@@ -225,17 +225,30 @@ def test_compressed_data_of_another_size_is_refused_before_decoding(tmp_path, mo
     refused(path, "says 80 x 70 pixels, the header 81 x 70")
 
 
-@pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLSLossless])
+@pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLSLossless, JPEGLosslessSV1])
 def test_a_missing_decoder_names_the_extra(tmp_path, monkeypatch, syntax):
     path = jpeg_dicom(tmp_path / "a", ramp(), b"\0" * 100, syntax)
     monkeypatch.setattr(simsid.data.dicom, "get_decoder", lambda _: type("None", (), {"is_available": False}))
     refused(path, r"pip install 'simsid\[dicom\]'")
 
 
-def test_lossless_jpeg_names_a_decoder_that_can(tmp_path, monkeypatch):
-    path = jpeg_dicom(tmp_path / "a", ramp(), b"\0" * 100, JPEGLosslessSV1)
-    monkeypatch.setattr(simsid.data.dicom, "get_decoder", lambda _: type("None", (), {"is_available": False}))
-    refused(path, "JPEG Lossless.*pip install python-gdcm")
+def test_lossless_jpeg_is_read_exactly(tmp_path):
+    gdcm = pytest.importorskip("gdcm")
+    plain = write_dicom(tmp_path / "plain", DEEP)
+    reader = gdcm.ImageReader()
+    reader.SetFileName(str(plain))
+    assert reader.Read()
+    change = gdcm.ImageChangeTransferSyntax()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer = gdcm.ImageWriter()
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    writer.SetFileName(str(tmp_path / "lossless"))
+    assert writer.Write()
+    assert pydicom.dcmread(tmp_path / "lossless").file_meta.TransferSyntaxUID == JPEGLosslessSV1
+    np.testing.assert_array_equal(read_image(tmp_path / "lossless").pixels, read_image(plain).pixels)
 
 
 def test_colour_multi_frame_and_other_objects_name_the_tag(tmp_path):
