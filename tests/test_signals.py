@@ -1,0 +1,123 @@
+"""Signals against slow loops, and their calibration."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from simsid.signals import SIGNALS, Calibration, heat_map, local_residual, memory_distance, residual
+
+
+@pytest.fixture
+def pair():
+    torch.manual_seed(0)
+    return torch.rand(3, 1, 48, 48), torch.rand(3, 1, 48, 48)
+
+
+def test_residual(pair):
+    images, made = pair
+    found = residual(images, made)
+    assert found.dtype == torch.float64
+    for b in range(3):
+        assert found[b].item() == pytest.approx(
+            np.mean((images[b].double() - made[b].double()).numpy() ** 2), rel=1e-12
+        )
+
+
+@pytest.mark.parametrize("size", [48, 44])
+def test_local_residual(pair, size):
+    images, made = (x[..., :size, :size] for x in pair)
+    found = local_residual(images, made)
+    error = (images.double() - made.double()).numpy()[:, 0] ** 2
+    for b in range(3):
+        windows = [error[b, i : i + 8, j : j + 8].mean() for i in range(0, size, 8) for j in range(0, size, 8)]
+        assert found[b].item() == pytest.approx(max(windows), rel=1e-12)
+
+
+def test_memory_distance():
+    query, retrieved = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    found = memory_distance(query, retrieved)
+    for b in range(2):
+        wanted = max(math.dist(query[b, place].tolist(), retrieved[b, place].tolist()) for place in range(3))
+        assert found[b].item() == pytest.approx(wanted, rel=1e-12)
+
+
+def test_heat_map(pair):
+    images, made = pair
+    found, error = heat_map(images, made), (images - made)[:, 0].numpy() ** 2
+    assert found.shape == (3, 48, 48)
+    for i, j in ((0, 0), (20, 30), (47, 3)):
+        window = error[1, max(i - 4, 0) : i + 5, max(j - 4, 0) : j + 5]
+        assert found[1, i, j].item() == pytest.approx(window.mean(), rel=1e-5)
+
+
+def values(seed=0, count=50):
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(3, 2, count) for name in SIGNALS}
+
+
+def test_calibration_is_mean_and_deviation_in_float64():
+    found = Calibration.fit(values())
+    for name, column in values().items():
+        assert found.mean[name] == column.mean() and found.std[name] == column.std()
+    assert found.count == 50 and found.holdout == {}
+    # Where float32 would see one value only.
+    close = {"residual": 1e6 + np.arange(10) * 1e-3}
+    assert Calibration.fit(close).std["residual"] == pytest.approx(np.std(np.arange(10) * 1e-3), rel=1e-6)
+
+
+def test_probability_is_the_papers_score():
+    """A = 1 - sigmoid((D - mu) / sigma), the signal being the negated logit."""
+    logits = np.random.default_rng(0).normal(2, 3, 40)
+    name = "discriminator_running"
+    found = Calibration.fit({name: -logits}).probability(name, -logits)
+    wanted = 1 - 1 / (1 + np.exp(-(logits - logits.mean()) / logits.std()))
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+    assert found.dtype == np.float64
+    assert (np.diff(found[np.argsort(-logits)]) > 0).all(), "monotone in the raw signal"
+
+
+def test_probability_stays_in_bounds():
+    calibration = Calibration.fit({"residual": np.array([1.0, 2.0])})
+    found = calibration.probability("residual", np.array([-1e300, -50.0, 1.5, 50.0, 1e300]))
+    assert (found >= 0).all() and (found <= 1).all() and found[2] == 0.5
+    constant = Calibration.fit({"residual": np.full(3, 0.25)})
+    np.testing.assert_array_equal(constant.probability("residual", np.array([0.2, 0.25, 0.3])), [0, 0.5, 1])
+
+
+@pytest.mark.parametrize("given", [{}, {"residual": np.zeros(0)}])
+def test_nothing_to_calibrate_on(given):
+    with pytest.raises(ValueError, match="calibration needs at least one normal image, got none"):
+        Calibration.fit(given)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_signals_must_be_finite(bad):
+    good, broken = {"residual": np.ones(3)}, {"residual": np.array([1.0, bad, 2.0])}
+    for arguments in ((broken,), (good, broken)):
+        with pytest.raises(ValueError, match=f"calibration needs finite signals, got residual = {bad}"):
+            Calibration.fit(*arguments)
+
+
+def test_round_trip_through_json():
+    calibration = Calibration.fit(values(), values(1, 7))
+    assert Calibration.from_dict(json.loads(json.dumps(calibration.to_dict()))) == calibration
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": 3}, "by signal"),
+        ({"mean": {"nonsense": 1.0}}, "by signal"),
+        ({"holdout": []}, "by signal"),
+        ({"mean": {"residual": 1.0}}, "finite mean and standard deviation of each"),
+        ({"std": {"residual": math.inf}, "mean": {"residual": 1.0}}, "finite mean"),
+        ({"std": {"residual": "1"}, "mean": {"residual": 1.0}}, "finite mean"),
+        ({"extra": 1}, "must hold mean, std, count and holdout"),
+    ],
+)
+def test_foreign_calibrations_are_refused(change, message):
+    with pytest.raises(ValueError, match=f"^calibration must .*{message}|^calibration {message}"):
+        Calibration.from_dict(Calibration.fit(values()).to_dict() | change)
