@@ -408,8 +408,11 @@ class Trainer:
         asked = {"config": self.model.config.to_dict(), "training": self.config.to_dict(), "data": fingerprint}
         for name, value in asked.items():
             if document.get(name) != value:
-                what = {"config": "model configuration", "training": "training configuration", "data": "images"}[name]
-                raise RunError(f"{folder.path} was started with another {what}; resume it with the same, or start anew")
+                what = {"config": "another model configuration", "training": "another training configuration"}
+                raise RunError(
+                    f"{folder.path} was started with {what.get(name, 'other images')}; "
+                    f"resume it with the same, or start anew"
+                )
         source = f"{folder.path}/last.json"
         own = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
         checkpoint.load_state(self.model, own, source)
