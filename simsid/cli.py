@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -99,7 +100,7 @@ class Demo:
 
     def run(self) -> int:
         """Train, evaluate on held-out digits, print the table, write the report."""
-        from simsid import demo, runs
+        from simsid import demo, runs, scoring
         from simsid.metrics import format_table
         from simsid.training import Trainer
 
@@ -122,11 +123,11 @@ class Demo:
             if history.interrupted:
                 print("stopped; run the demo again to start anew", file=sys.stderr)
                 return 130
-            evaluation = _evaluate(
-                model, test, self.output / "report.html", "simsid demo: DigitAnatomy", demo.NOTES, training
-            )
-        print(format_table(evaluation.rows()))
-        print(f"report: {self.output / 'report.html'}    model: simsid score {self.output} FOLDER -o DIR")
+            evaluation, report = scoring.evaluate(model, test), self.output / "report.html"
+            print(format_table(evaluation.rows()), flush=True)
+            with _saved(f"the model is trained and saved in {self.output}"):
+                _write_report(model, test, evaluation, report, "simsid demo: DigitAnatomy", demo.NOTES, training)
+        print(f"report: {report}    model: simsid score {shlex.quote(str(self.output))} FOLDER -o DIR")
         return 0
 
 
@@ -156,7 +157,7 @@ class Train:
         """Train or resume; Ctrl-C leaves a run that `--resume` continues."""
         import torch
 
-        from simsid import runs
+        from simsid import runs, scoring
         from simsid.data import open_dataset
         from simsid.metrics import format_table
         from simsid.training import Trainer
@@ -168,14 +169,15 @@ class Train:
         dataset = open_dataset(request.data)
         train_records, val_records = partition(dataset, request.val_share)
         path = self.resume or request.output or pathlib.Path("runs") / f"{request.data.resolve().stem}-{request.name}"
+        quoted = shlex.quote(str(path))
         model = _model(request.model, request.training.seed, device)
         with runs.RunFolder(path) as folder:
             trainer = Trainer(model, request.training, run=folder, progress=True)
             if not self.resume:
-                if folder.taken or (folder.path / "run.json").exists():
+                if folder.taken:
                     raise runs.RunError(
-                        f"{path} already holds a run or a model; continue a run with --resume {path}, "
-                        f"or choose another -o"
+                        f"{path} already holds a run or a model; "
+                        f"continue a run with --resume {quoted}, or choose another -o"
                     )
                 extra = {
                     "data": str(request.data.resolve()),
@@ -184,11 +186,13 @@ class Train:
                     "machine": {"device": self.machine.device, "threads": torch.get_num_threads()},
                 }
                 folder.write_request(_request("train", request.model, request.training, extra))
-            if not (folder.path / "manifest.csv").exists():
+            # A resumed run may have been killed before it was written.
+            if not self.resume or not (folder.path / "manifest.csv").exists():
                 folder.write_manifest([*train_records, *val_records])
             train = _load(train_records, request.model, self.machine)
             val = _load(val_records, request.model, self.machine) if val_records else None
             failures = [*train.failures, *(val.failures if val else ())]
+            (folder.path / "failures.csv").unlink(missing_ok=True)
             if failures:
                 with _table(folder.path / "failures.csv", ["path", "reason"]) as write:
                     for failure in failures:
@@ -196,18 +200,18 @@ class Train:
             print(_summary(train, val, len(failures)), flush=True)
             history = trainer.fit(train, val, resume=self.resume is not None)
             if history.interrupted:
-                print(f"stopped; continue with: simsid train --resume {path}", file=sys.stderr)
+                print(f"stopped; continue with: simsid train --resume {quoted}", file=sys.stderr)
                 return 130
-            print(f"kept epoch {history.best_epoch + 1}; use it with: simsid score {path} FOLDER -o DIR", flush=True)
+            print(f"kept epoch {history.best_epoch + 1}; use it with: simsid score {quoted} FOLDER -o DIR", flush=True)
             labelled = val.select(val.labels >= 0) if val is not None else None
             if labelled is not None and {0, 1} <= set(labelled.labels):
-                report = path / "report.html"
                 title = f"simsid: {request.data.resolve().name}, validation"
                 notes = ["These images chose the epoch that was kept: the figures are optimistic."]
                 with _saved(f"the model is trained and saved in {path}"):
-                    evaluation = _evaluate(model, labelled, report, title, notes, request.training)
-                print(format_table(evaluation.rows()))
-                print(f"report: {report}")
+                    evaluation = scoring.evaluate(model, labelled)
+                    print(format_table(evaluation.rows()), flush=True)
+                    _write_report(model, labelled, evaluation, path / "report.html", title, notes, request.training)
+                print(f"report: {path / 'report.html'}")
         return 0
 
     @property
@@ -273,10 +277,7 @@ class Evaluate:
         scoring.require_labels(record.label for record in records)
         output = _output(self.output or self.model / "evaluation")
         images = _load(records, model.config, self.machine)
-        title = f"simsid: {self.data.resolve().name}, {split or 'all images'}"
-        evaluation = _evaluate(
-            model, images, output / "report.html", title, [], None, false_alarm_rate=self.false_alarm_rate
-        )
+        evaluation = scoring.evaluate(model, images, false_alarm_rate=self.false_alarm_rate)
         rows = evaluation.rows()
         checkpoint.write_json(
             output / "metrics.json",
@@ -288,9 +289,12 @@ class Evaluate:
                 write([record.path, record.label, record.finding, *(v[i] for v in evaluation.signals.values()), ""])
             for failure in images.failures:
                 write([failure.path, "", "", *("" for _ in evaluation.signals), failure.reason])
-        print(format_table(rows))
+        print(format_table(rows), flush=True)
         if images.failures:
             print(f"{len(images.failures)} of {len(records)} files could not be read (reasons in scores.csv)")
+        title = f"simsid: {self.data.resolve().name}, {split or 'all images'}"
+        with _saved(f"the figures are in {output / 'metrics.json'}"):
+            _write_report(model, images, evaluation, output / "report.html", title, [], None)
         print(f"report: {output / 'report.html'}")
         return 1 if images.failures else 0
 
@@ -750,26 +754,23 @@ def _summary(train: "ImageSet", val: "ImageSet | None", failed: int) -> str:
     return ", ".join(parts) + (f"; {failed} files could not be read (failures.csv)" if failed else "")
 
 
-def _evaluate(
+def _write_report(
     model: "Model",
     images: "ImageSet",
-    report: pathlib.Path,
+    evaluation: "Evaluation",
+    path: pathlib.Path,
     title: str,
     notes: list[str],
     training: TrainingConfig | None,
-    *,
-    false_alarm_rate: float = 0.05,
-) -> "Evaluation":
-    from simsid import runs, scoring
-    from simsid.report import write_report
+) -> None:
+    from simsid import report, runs, scoring
 
-    evaluation = scoring.evaluate(model, images, false_alarm_rate=false_alarm_rate)
     shown = evaluation.signals[evaluation.default]
     configuration = {"model": model.config.to_dict()}
     if training is not None:
         configuration["training"] = training.to_dict()
-    write_report(
-        report,
+    report.write_report(
+        path,
         title=title,
         evaluation=evaluation,
         examples=scoring.examples(model, images, shown, scoring.typical_places(evaluation)),
@@ -777,7 +778,6 @@ def _evaluate(
         versions=runs.versions(),
         notes=notes,
     )
-    return evaluation
 
 
 def _score_report(
@@ -833,6 +833,8 @@ def _saved(what: str) -> "Iterator[None]":
     """Let no error in what follows hide that the result itself is there."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except Exception as error:
         raise IncompleteError(f"{what}, but writing the report failed: {type(error).__name__}: {error}") from error
 

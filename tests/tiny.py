@@ -56,11 +56,13 @@ def films(folder, count, seed=0):
 
 def zhanglab(folder, train=6, val=2, test=3):
     """Write films in ZhangLab's layout: `train` normal and 2 abnormal, `val` and `test` of each."""
-    for split, normal, abnormal in (("train", train, 2), ("val", val, val), ("test", test, test)):
-        for i in range(normal):
-            film(folder / split / "NORMAL" / f"IM-{split}{i:04d}.png", i + len(split) * 100)
-        for i in range(abnormal):
-            film(folder / split / "PNEUMONIA" / f"person{i}_{split}.png", i + len(split) * 1000)
+    for place, (split, normal, abnormal) in enumerate(
+        (("train", train, 2), ("val", val, val), ("test", test, test)), 1
+    ):
+        for i in range(100 * place, 100 * place + normal):
+            film(folder / split / "NORMAL" / f"IM-{i:04d}-0001.png", i)
+        for i in range(100 * place, 100 * place + abnormal):
+            film(folder / split / "PNEUMONIA" / f"person{i}_bacteria_1.png", i + 1000)
     return folder
 
 

@@ -1,0 +1,94 @@
+"""Run folders: one writer at a time, a manifest of every file, files that are whole."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from simsid import data
+from simsid.runs import WRITTEN, RunError, RunFolder, versions
+
+HOLD = """
+import sys, time
+from simsid.runs import RunFolder
+
+folder = RunFolder(sys.argv[1])
+print("held", flush=True)
+time.sleep(99)
+"""
+
+
+def test_one_holder_at_a_time(tmp_path):
+    with RunFolder(tmp_path / "run") as folder:
+        with pytest.raises(RunError, match=r"is in use by another process that writes into it$"):
+            RunFolder(tmp_path / "run")
+        assert not folder.started and not folder.taken
+    with RunFolder(tmp_path / "run"):
+        pass
+
+
+def test_a_killed_holder_lets_go(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=tiny.ENVIRONMENT) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(RunError, match="in use"):
+            RunFolder(tmp_path / "run")
+        holder.kill()
+        holder.wait()
+        with RunFolder(tmp_path / "run"):
+            pass
+
+
+def test_a_file_is_no_run_folder(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError, match="must be a folder, got the file"):
+        RunFolder(tmp_path / "file")
+    with pytest.raises(OSError, match="file"):
+        RunFolder(tmp_path / "file" / "below")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    left = [tmp_path / f".{name.replace('*', '0123')}.x7_k2" for name in WRITTEN]
+    others = [tmp_path / name for name in (".notes", "run.json", "mine.csv", ".DS_Store")]
+    for path in (*left, *others):
+        path.write_text("{}")
+    with RunFolder(tmp_path):
+        assert not [path for path in left if path.exists()]
+        assert all(path.exists() for path in others)
+
+
+def test_the_manifest_names_every_file(tmp_path):
+    film = tiny.film(tmp_path / 'a, "b"' / "film 1.png")
+    odd = tiny.film(os.path.join(os.fsencode(tmp_path), b"caf\xe9.png").decode("utf-8", "surrogateescape"), 1)
+    records = [
+        data.Record(str(film), "train", 0, "NORMAL", "p1"),
+        data.Record(str(odd), "val", 1, "PNEUMONIA"),
+        data.Record("digits/train/00000", "train", None),
+    ]
+    with RunFolder(tmp_path / "run") as folder:
+        folder.write_manifest(records)
+    rows = tiny.rows(tmp_path / "run" / "manifest.csv")
+    assert list(rows[0]) == ["path", "sha256", "split", "label", "finding", "patient"]
+    assert [row["path"] for row in rows] == [record.path for record in records]
+    assert rows[0]["sha256"] == hashlib.sha256(film.read_bytes()).hexdigest()
+    assert [row["split"] for row in rows] == ["train", "val", "train"]
+    assert [row["label"] for row in rows] == ["0", "1", ""]
+    assert [row["patient"] for row in rows] == ["p1", "", ""]
+    assert rows[2]["sha256"] == "" and rows[1]["finding"] == "PNEUMONIA"
+
+
+def test_request_and_metrics(tmp_path):
+    with RunFolder(tmp_path / "run") as folder:
+        folder.write_request({"command": "train"})
+        assert folder.read_request() == {"command": "train", "versions": versions()}
+        folder.write_metrics([{"epoch": 0}])
+        folder.append_metrics({"epoch": 1})
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == [{"epoch": 0}, {"epoch": 1}]
+        folder.write_metrics([{"epoch": 0}])
+        assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"epoch": 0}\n'
