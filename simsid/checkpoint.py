@@ -109,10 +109,10 @@ def load_state(module: torch.nn.Module, tensors: dict[str, Tensor], source: obje
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{source} {kind} tensor {min(names)}{more}")
-    for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
+    for name, tensor in own.items():
+        if tensors[name].shape != tensor.shape:
             raise CheckpointError(
-                f"{source}: tensor {name} must have shape {list(own[name].shape)}, got {list(tensor.shape)}"
+                f"{source}: tensor {name} must have shape {list(tensor.shape)}, got {list(tensors[name].shape)}"
             )
     module.load_state_dict(tensors)
 

@@ -112,7 +112,7 @@ def convert(
     if memory == "queue":
         renamed["student.inpainting.memory.pointer"] = torch.zeros((), dtype=torch.int64)
     try:
-        checkpoint.load_state(model, renamed, "the checkpoint, in simsid's naming,")
+        checkpoint.load_state(model, renamed, "the checkpoint (in simsid's naming)")
     except checkpoint.CheckpointError as error:
         raise ConversionError(str(error)) from None
     return model.eval()
@@ -169,11 +169,11 @@ def _sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
         if name not in tensors:
-            raise ConversionError(f"the checkpoint, in simsid's naming, lacks tensor {name}")
+            raise ConversionError(f"the checkpoint (in simsid's naming) lacks tensor {name}")
         found = tuple(tensors[name].shape)
         if len(found) != axes or 0 in found:
             raise ConversionError(
-                f"the checkpoint, in simsid's naming: tensor {name} must have {axes} filled axes, got {list(found)}"
+                f"the checkpoint (in simsid's naming): tensor {name} must have {axes} filled axes, got {list(found)}"
             )
         return found
 
@@ -181,6 +181,8 @@ def _sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
     decoders = len({name.split(".")[2] for name in tensors if name.startswith("student.memories.")})
     L, items, D = shape("student.inpainting.memory.items", 3)
     patches = math.isqrt(L)
+    if patches**2 != L:
+        raise ConversionError(f"the checkpoint must hold P x P memories in its in-painting block, got {L}")
     channels = shape("student.inpainting.entry.0.weight", 4)[0]
     side = math.isqrt(D // channels)
     skips, deeper = 0, 4 * channels
