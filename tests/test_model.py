@@ -215,12 +215,14 @@ def test_scores_do_not_depend_on_the_batch():
 
 
 def test_batch_sizes_agree_within_rounding():
+    """Only where another size is asked for; a 2 x 2 map's own statistics amplify rounding tenfold at 48 pixels."""
     model, batch = lively(), images(10)
     whole = model.signals(batch, batch_size=10)
     for batch_size in (1, 3):
         part = model.signals(batch, batch_size=batch_size)
         for name in SIGNALS:
-            assert np.abs(part[name] - whole[name]).max() <= 1e-5 * whole[name].std(), (name, batch_size)
+            most = 1e-4 if name == "discriminator_per_image" else 1e-5
+            assert np.abs(part[name] - whole[name]).max() <= most * whole[name].std(), (name, batch_size)
 
 
 def test_order_does_not_matter_on_two_threads():
