@@ -215,13 +215,13 @@ def test_scores_do_not_depend_on_the_batch():
 
 
 def test_batch_sizes_agree_within_rounding():
-    """Only where another size is asked for; a 2 x 2 map's own statistics amplify rounding tenfold at 48 pixels."""
+    """Only where another size is asked for; this discriminator is untrained, its logits spread little about their mean."""
     model, batch = lively(), images(10)
     whole = model.signals(batch, batch_size=10)
     for batch_size in (1, 3):
         part = model.signals(batch, batch_size=batch_size)
         for name in SIGNALS:
-            most = 1e-4 if name == "discriminator_per_image" else 1e-5
+            most = 1e-4 if name.startswith("discriminator") else 1e-5
             assert np.abs(part[name] - whole[name]).max() <= most * whole[name].std(), (name, batch_size)
 
 
