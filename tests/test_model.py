@@ -215,7 +215,7 @@ def test_scores_do_not_depend_on_the_batch():
 
 
 def test_batch_sizes_agree_within_rounding():
-    """Only where another size is asked for; this discriminator is untrained, its logits spread little about their mean."""
+    """Only where another size is asked for; an untrained discriminator's logits spread little about their mean."""
     model, batch = lively(), images(10)
     whole = model.signals(batch, batch_size=10)
     for batch_size in (1, 3):
