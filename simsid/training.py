@@ -140,6 +140,8 @@ class Trainer:
     ) -> History:
         at, fingerprint = _Progress(), _fingerprint(train, val)
         self._optimizers, self._best = self._fresh_optimizers(), None
+        # What normal films look like to other weights; none of the epochs kept on the way may carry it.
+        self.model.calibration = None
         if folder is not None:
             if resume and folder.started:
                 at = self._restore(folder, fingerprint)
