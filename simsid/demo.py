@@ -6,8 +6,8 @@ from simsid.config import TrainingConfig
 from simsid.data import DigitAnatomy
 
 NOTES = [
-    "Trained on normal grids alone; no anomaly was seen in training, and the last epoch is kept. Held-out normal grids set "
-    "the alarm threshold.",
+    "Trained on normal grids alone; no anomaly was seen in training, and the last epoch is kept. Held-out normal "
+    "grids set the alarm threshold.",
     "Training, validation and test grids are made of disjoint handwritten digits.",
 ]
 
