@@ -60,5 +60,5 @@ def neighbor_attention(
     if pad_key is not None:
         check_tensor("pad_key", pad_key, (features,), like=query)
         check_tensor("pad_value", pad_value, (features,), like=query)
-    choose_backend(backend)
+    choose_backend(backend, query.device, refusal="it has no kernel yet")
     return neighbor_attention_reference(query, key, value, tuple(grid), heads, pad_key, pad_value)

@@ -69,5 +69,5 @@ def space_aware_memory(
         check_tensor("noise", noise, (query.shape[0], locations, memory.shape[1]), like=query)
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a positive number, got {temperature!r}")
-    choose_backend(backend)
+    choose_backend(backend, query.device, refusal="it has no kernel yet")
     return space_aware_memory_reference(query, memory, topk, threshold, noise, temperature)

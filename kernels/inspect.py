@@ -1,0 +1,223 @@
+"""Compile the kernels ahead of time and report what the compiler made of them; no GPU is needed.
+
+    python -m simsid.kernels.inspect --op space_aware_memory --arch 90
+
+Each op's `fused.py` has `inspect_cases()`: names and host calls that are run on meta tensors with launching switched
+off. What they would have launched is compiled with the specialisations that Triton's launcher would choose.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simsid.kernels.launch import Launch, record_launches
+
+OPS = ("space_aware_memory", "neighbor_attention")
+ARCHITECTURES = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory one program may ask for
+REGISTER_LIMIT = 255
+
+_TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A kernel with everything that decides its machine code."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    divisible: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def key(self) -> tuple:
+        """What two variants with the same machine code have in common."""
+        return (
+            self.kernel.__name__,
+            *self.signature.items(),
+            *((name, repr(value)) for name, value in self.constexprs.items()),
+            self.divisible,
+            self.num_warps,
+            self.num_stages,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the compiler made of one variant for one architecture; sizes in bytes, the rest counts of instructions."""
+
+    name: str
+    arch: int
+    registers: int
+    stack: int
+    shared: int
+    spills: int  # LDL and STL
+    atomics: int  # ATOM, ATOMG, ATOMS and RED
+    hgmma: int  # warp-group MMA of sm_90
+    hmma: int  # warp MMA
+    utcmma: int  # tensor-core MMA of sm_100 out of tensor memory
+    wide: int  # global loads, stores and asynchronous copies of 16 bytes
+    narrow: int  # global accesses of 4 bytes and less
+    barriers: int
+    instructions: int
+
+
+def specialise(name: str, launched: Launch) -> Variant:
+    """Specialise as Triton's launcher does: 1 and None become constants, multiples of 16 say so."""
+    signature, constexprs, divisible = {}, {}, []
+    constant = {parameter.name for parameter in launched.kernel.params if parameter.is_constexpr}
+    for argument in launched.kernel.arg_names:
+        value = launched.arguments[argument]
+        if argument in constant or value is None or (type(value) is int and value == 1):
+            signature[argument], constexprs[argument] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[argument] = "*" + _TYPES[value.dtype]
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                divisible.append(argument)
+        elif isinstance(value, float):
+            signature[argument] = "fp32"
+        else:
+            signature[argument] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                divisible.append(argument)
+    return Variant(
+        name, launched.kernel, signature, constexprs, tuple(divisible), launched.num_warps, launched.num_stages
+    )
+
+
+def compile_ahead(variant: Variant, arch: int) -> Report:
+    """Compile `variant` for compute capability `arch` (80, 90, 100) and read the result."""
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = variant.kernel.arg_names
+    source = ASTSource(
+        variant.kernel,
+        signature=variant.signature,
+        constexprs=variant.constexprs,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible},
+    )
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    tool = knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "kernel.cubin")
+        path.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
+    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.M)
+
+    def count(pattern: str) -> int:
+        return sum(re.match(pattern, instruction) is not None for instruction in code)
+
+    return Report(
+        name=variant.name,
+        arch=arch,
+        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+        stack=int(re.search(r"STACK:(\d+)", usage).group(1)),
+        shared=compiled.metadata.shared,
+        spills=count(r"LDL|STL"),
+        atomics=count(r"ATOM|RED(\.|$)|REDG|REDS"),
+        hgmma=count(r"HGMMA"),
+        hmma=count(r"HMMA"),
+        utcmma=count(r"UTC\w*MMA"),
+        wide=count(r"(LDG|STG|LDGSTS).*\.128"),
+        narrow=count(r"(LDG|STG|LDGSTS)(?!.*\.(64|128))"),
+        barriers=count(r"BAR"),
+        instructions=sum(instruction != "NOP" for instruction in code),
+    )
+
+
+def variants(op: str) -> list[Variant]:
+    """Return every distinct variant that the inspection cases of `op` would launch."""
+    found: dict[tuple, Variant] = {}
+    for case, call in importlib.import_module(f"simsid.kernels.{op}.fused").inspect_cases():
+        with record_launches(run=False) as launches:
+            call()
+        for launched in launches:
+            variant = specialise(f"{launched.kernel.__name__.strip('_')} [{case}]", launched)
+            found.setdefault(variant.key, variant)
+    return list(found.values())
+
+
+def problems(report: Report) -> list[str]:
+    """Name what no kernel of this package may have: a stack, spills, atomics, too many registers or bytes."""
+    limits = {
+        "stack": 0,
+        "spills": 0,
+        "atomics": 0,
+        "registers": REGISTER_LIMIT,
+        "shared": SHARED_LIMIT[report.arch],
+    }
+    return [f"{name} {getattr(report, name)} > {most}" for name, most in limits.items() if getattr(report, name) > most]
+
+
+def table(reports: Iterable[Report]) -> str:
+    """Render reports for people."""
+    fields = [field.name for field in dataclasses.fields(Report)]
+    rows = [fields, *([str(getattr(report, field)) for field in fields] for report in reports)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(fields))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table of compiled variants, or JSON; return 1 if a kernel has a problem."""
+    parser = argparse.ArgumentParser(prog="python -m simsid.kernels.inspect", description=__doc__.splitlines()[0])
+    parser.add_argument("--op", action="append", choices=OPS, help="default: both")
+    parser.add_argument("--arch", action="append", type=int, choices=ARCHITECTURES, help="default: all")
+    parser.add_argument("--match", default="", help="only the variants whose name contains this")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    chosen = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
+    reports = [
+        compile_ahead(variant, arch)
+        for op in chosen.op or OPS
+        for variant in variants(op)
+        if chosen.match in variant.name
+        for arch in chosen.arch or ARCHITECTURES
+    ]
+    if chosen.json:
+        import triton
+
+        print(json.dumps({"triton": triton.__version__, "reports": [dataclasses.asdict(r) for r in reports]}))
+    else:
+        print(table(reports))
+    faults = [f"{report.name} sm_{report.arch}: {problem}" for report in reports for problem in problems(report)]
+    print(*faults, sep="\n", end="\n" if faults else "", file=sys.stderr)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""What the tests of both kernels share: where to run, how close is close, and the compiler's reports."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from simsid.kernels.backend import TRITON_INSTALLED, why_not_triton
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BASELINE = pathlib.Path(__file__).with_name("instructions.json")
+
+needs_kernels = pytest.mark.skipif(why_not_triton(DEVICE) is not None, reason=str(why_not_triton(DEVICE)))
+needs_compiler = pytest.mark.skipif(not TRITON_INSTALLED, reason="Triton is not installed")
+
+_ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+
+
+def assert_as_close_as_torch(name, fused, same_dtype, exact, slack=4.0):
+    """Assert |fused - exact| <= 2 |same_dtype - exact| + eps elementwise.
+
+    `exact` is the reference in float64, `same_dtype` the reference on the very inputs of the fused op. eps is `slack`
+    roundings of the output's dtype at the scale of the tensor's largest value.
+    """
+    assert fused.shape == same_dtype.shape and fused.dtype == same_dtype.dtype, f"{name}: {fused.shape} {fused.dtype}"
+    fused, same_dtype, exact = (tensor.detach().cpu() for tensor in (fused, same_dtype, exact))
+    assert torch.isfinite(exact).all(), f"{name}: the reference is not finite"
+    eps = slack * _ROUNDING[fused.dtype] * exact.abs().amax().item() if exact.numel() else 0.0
+    error, allowed = (fused.double() - exact).abs(), 2 * (same_dtype.double() - exact).abs() + eps
+    bad = ~(error <= allowed)
+    assert not bad.any(), (
+        f"{name}: {int(bad.sum())} of {bad.numel()} elements off, error up to {error[bad].max():.3g} "
+        f"where {allowed[bad].min():.3g} is allowed, first at {bad.nonzero()[0].tolist()}"
+    )
+
+
+def inspect(*arguments):
+    """Run `python -m simsid.kernels.inspect --json` on compiled Triton and return its reports and Triton's version."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "simsid.kernels.inspect", "--json", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout, done.stderr
+    result = json.loads(done.stdout)
+    return result["reports"], result["triton"]
+
+
+def assert_no_growth(reports, triton_version, room=1.05):
+    """Assert that no variant has more instructions than the stored baseline of this Triton version allows.
+
+    `python tests/kernels/harness.py` writes the baseline anew, for a change that is meant.
+    """
+    stored = json.loads(BASELINE.read_text())
+    if stored["triton"] != triton_version:
+        pytest.skip(f"the baseline is of Triton {stored['triton']}, this is {triton_version}")
+    grown = {}
+    for report in reports:
+        key = f"{report['name']} sm_{report['arch']}"
+        assert key in stored["instructions"], f"{key} has no baseline: run python tests/kernels/harness.py"
+        if report["instructions"] > room * stored["instructions"][key]:
+            grown[key] = (stored["instructions"][key], report["instructions"])
+    assert not grown, f"more instructions than the baseline: {grown}"
+
+
+if __name__ == "__main__":
+    reports, version = inspect()
+    counts = {f"{report['name']} sm_{report['arch']}": report["instructions"] for report in reports}
+    BASELINE.write_text(json.dumps({"triton": version, "instructions": counts}, indent=1) + "\n")
