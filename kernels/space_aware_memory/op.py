@@ -4,6 +4,7 @@ from torch import Tensor
 
 from simsid.kernels.backend import choose_backend
 from simsid.kernels.checks import check_choice, check_tensor
+from simsid.kernels.space_aware_memory.plan import refuse
 from simsid.kernels.space_aware_memory.reference import space_aware_memory_reference
 
 THRESHOLDS = ("inclusive", "exclusive")
@@ -69,5 +70,9 @@ def space_aware_memory(
         check_tensor("noise", noise, (query.shape[0], locations, memory.shape[1]), like=query)
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a positive number, got {temperature!r}")
-    choose_backend(backend, query.device, refusal="it has no kernel yet")
+    refusal = refuse(query.dtype, memory.dtype, memory.shape[1], topk)
+    if choose_backend(backend, query.device, refusal).backend == "triton":
+        from simsid.kernels.space_aware_memory.fused import space_aware_memory_fused
+
+        return space_aware_memory_fused(query, memory, topk, threshold, noise, temperature)
     return space_aware_memory_reference(query, memory, topk, threshold, noise, temperature)

@@ -1,0 +1,102 @@
+"""Launch plans of the space-aware memory: pure functions from sizes to tiles, with the reason beside each choice."""
+
+import dataclasses
+
+import torch
+
+MOST_ITEMS_IN_ONE_TILE = 4096  # one row of int64 keys in the registers of 8 warps; above it, tile after tile
+MOST_KEPT = (
+    64  # every kept item costs a pass over the row's keys; from here on a dense product with p is the better plan
+)
+JOINT_BATCH = 32  # up to here one program holds all queries of its location, so dz and dM share one reading of M
+QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refuse(query: torch.dtype, memory: torch.dtype, items: int, topk: int) -> str | None:
+    """Return why the kernels do not take these arguments, or None."""
+    if query not in QUERY_DTYPES:
+        return f"a query of {query} has no kernel"
+    if memory not in (query, torch.float32):
+        return f"a memory of {memory} with a query of {query} has no kernel"
+    if min(topk, items) > MOST_KEPT:
+        return f"{min(topk, items)} kept items are more than the kernel's {MOST_KEPT}"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScorePlan:
+    """Tiles of `s = z M`: `splits` programs share one product, each with `chunk` features."""
+
+    block_n: int
+    block_b: int
+    block_d: int
+    chunk: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RowPlan:
+    """Tiles of the kernels that hold one row of N probabilities."""
+
+    block_n: int
+    tiles: int
+    block_k: int
+    block_d: int
+    num_warps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientPlan:
+    """Tiles of the kernels that make dz and dM; `joint` makes both in one pass over M."""
+
+    joint: bool
+    block_b: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+def power_of_two(number: int) -> int:
+    """Return the smallest power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    """Divide and round up."""
+    return -(-number // divisor)
+
+
+def plan_scores(batch: int, locations: int, items: int, features: int) -> ScorePlan:
+    """Plan the score kernel; what decides the order of summation depends on the memory's shape alone."""
+    block_n = 64  # the M side of a warp-group MMA; splitting the items costs no reading of M
+    block_d = 64 if features > 32 else max(16, power_of_two(features))  # 256 bytes of float32 a row and stage
+    programs = locations * ceil_div(items, block_n)
+    # Two programs for each of some 130 multiprocessors, from the memory alone; 128 features amortise a program's
+    # start, and 32 partial sums are as many as the next kernel should read.
+    splits = min(power_of_two(ceil_div(256, programs)), 32, ceil_div(features, max(128, block_d)))
+    chunk = ceil_div(ceil_div(features, splits), block_d) * block_d
+    # Each tile of queries reads all of M again, from the L2 cache at best.
+    block_b = min(64, max(16, power_of_two(batch)))
+    return ScorePlan(block_n, block_b, block_d, chunk, ceil_div(features, chunk), num_warps=4, num_stages=3)
+
+
+def plan_rows(items: int, features: int, kept: int) -> RowPlan:
+    """Plan the kernels that take one row of N items a program; selection is repeated for each block of features."""
+    block_n = min(MOST_ITEMS_IN_ONE_TILE, max(16, power_of_two(items)))
+    block_k = power_of_two(kept)
+    # 8192 gathered numbers are 64 registers a thread; wide blocks repeat the selection less often.
+    block_d = min(max(16, power_of_two(features)), 1024, 8192 // block_k)
+    return RowPlan(
+        block_n, ceil_div(items, block_n), block_k, block_d, num_warps=4 if max(block_n, block_d) <= 1024 else 8
+    )
+
+
+def plan_gradients(batch: int, both: bool) -> GradientPlan:
+    """Plan the gradient kernels; `both` says that dz and dM are wanted."""
+    block_b = min(JOINT_BATCH, max(16, power_of_two(batch)))
+    if both and batch <= JOINT_BATCH:
+        return GradientPlan(True, block_b, block_n=32, block_d=64, num_warps=4, num_stages=2)
+    return GradientPlan(False, block_b, block_n=32, block_d=64, num_warps=4, num_stages=3)
