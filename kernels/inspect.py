@@ -76,7 +76,7 @@ class Report:
     stack: int
     shared: int
     spills: int  # LDL and STL
-    atomics: int  # ATOM, ATOMG, ATOMS and RED
+    atomics: int  # on global memory, or on numbers in shared memory
     hgmma: int  # warp-group MMA of sm_90
     hmma: int  # warp MMA
     utcmma: int  # tensor-core MMA of sm_100 out of tensor memory
@@ -89,10 +89,10 @@ class Report:
 def specialise(name: str, launched: Launch) -> Variant:
     """Specialise as Triton's launcher does: 1 and None become constants, multiples of 16 say so."""
     signature, constexprs, divisible = {}, {}, []
-    constant = {parameter.name for parameter in launched.kernel.params if parameter.is_constexpr}
-    for argument in launched.kernel.arg_names:
-        value = launched.arguments[argument]
-        if argument in constant or value is None or (type(value) is int and value == 1):
+    for parameter in launched.kernel.params:
+        argument, value = parameter.name, launched.arguments[parameter.name]
+        plain = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not plain):
             signature[argument], constexprs[argument] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[argument] = "*" + _TYPES[value.dtype]
@@ -102,7 +102,7 @@ def specialise(name: str, launched: Launch) -> Variant:
             signature[argument] = "fp32"
         else:
             signature[argument] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not plain:
                 divisible.append(argument)
     return Variant(
         name, launched.kernel, signature, constexprs, tuple(divisible), launched.num_warps, launched.num_stages
@@ -143,7 +143,8 @@ def compile_ahead(variant: Variant, arch: int) -> Report:
         stack=int(re.search(r"STACK:(\d+)", usage).group(1)),
         shared=compiled.metadata.shared,
         spills=count(r"LDL|STL"),
-        atomics=count(r"ATOM|RED(\.|$)|REDG|REDS"),
+        # sm_100 books its tensor memory with ATOMS.OR and .AND, which is no arithmetic.
+        atomics=count(r"(ATOM|ATOMG|RED|REDG)(\.|$)|ATOMS(?!\.(OR|AND))"),
         hgmma=count(r"HGMMA"),
         hmma=count(r"HMMA"),
         utcmma=count(r"UTC\w*MMA"),

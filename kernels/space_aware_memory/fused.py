@@ -19,9 +19,18 @@ import triton.language as tl
 from torch import Tensor
 
 from simsid.kernels.launch import launch, on_device
-from simsid.kernels.space_aware_memory.plan import ceil_div, plan_gradients, plan_rows, plan_scores
+from simsid.kernels.space_aware_memory.plan import (
+    GradientPlan,
+    ceil_div,
+    plan_items_gradient,
+    plan_joint_gradient,
+    plan_query_gradient,
+    plan_rows,
+    plan_scores,
+)
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_ANY_SIZE = ("B", "L", "rows")  # a machine code for B = 1 or B % 16 == 0 would be compiled anew and be no faster
 _LOWEST = tl.constexpr(-(2**63))  # below every key of an item
 
 
@@ -93,7 +102,7 @@ def _merge_top(b_key, b_top, o_k, TOPK: tl.constexpr):
     return b_new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_SIZE)
 def memory_scores_kernel(
     query_ptr,  # (B, L, D): z in the forward, the output's gradient in the backward
     memory_ptr,  # (L, N, D)
@@ -132,7 +141,7 @@ def memory_scores_kernel(
     tl.store(p_s, b_s, mask=m_n[:, None] & m_b[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_SIZE)
 def memory_select_kernel(
     partial_ptr,  # (SPLITS, B, L, N), contiguous, float32
     noise_ptr,  # (B, L, N), contiguous, or None
@@ -201,7 +210,7 @@ def memory_select_kernel(
             tl.store(p_ptr + i_row * N + o_n, tl.where(m_kept, -b_p, b_p), mask=o_n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_SIZE)
 def memory_softmax_gradient_kernel(
     partial_ptr,  # (SPLITS, B, L, N), contiguous, float32: dw
     p_ptr,  # (B, L, N), contiguous, float32: probabilities, negative where kept
@@ -235,7 +244,7 @@ def memory_softmax_gradient_kernel(
         tl.store(coefficient_ptr + (rows + i_row) * N + o_n, b_w, mask=o_n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_SIZE)
 def memory_joint_gradient_kernel(
     grad_ptr,  # (B, L, D)
     query_ptr,  # (B, L, D)
@@ -282,7 +291,7 @@ def memory_joint_gradient_kernel(
     tl.store(dquery_ptr + (o_b[:, None] * L + i_l) * D + o_d[None, :], b_dz, mask=m_b & m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_SIZE)
 def memory_query_gradient_kernel(
     memory_ptr,  # (L, N, D)
     coefficient_ptr,  # (2, B, L, N), contiguous, float32: ds and w
@@ -316,7 +325,7 @@ def memory_query_gradient_kernel(
     tl.store(dquery_ptr + (o_b[:, None] * L + i_l) * D + o_d[None, :], b_dz, mask=m_b & m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_SIZE)
 def memory_items_gradient_kernel(
     grad_ptr,  # (B, L, D)
     query_ptr,  # (B, L, D)
@@ -365,6 +374,16 @@ def _rows(tensor: Tensor, shared: bool) -> Tensor:
     if tensor.stride(-1) != 1:
         tensor = tensor.contiguous()
     return tensor.reshape(-1, 1, tensor.shape[-1]) if shared else tensor
+
+
+def _blocks(plan: GradientPlan) -> dict[str, int | str]:
+    """Return the constants of a gradient kernel."""
+    return {
+        "BLOCK_B": plan.block_b,
+        "BLOCK_N": plan.block_n,
+        "BLOCK_D": plan.block_d,
+        "PRECISION": _precision(),
+    }
 
 
 def _scores(query: Tensor, memory: Tensor) -> Tensor:
@@ -456,7 +475,7 @@ def memory_backward(
     B, L, D = query.shape
     N = memory.shape[1]
     rows = plan_rows(N, D, 1)
-    plan = plan_gradients(B, need_query and need_memory)
+    joint = plan_joint_gradient(B) if need_query and need_memory else None
     with on_device(query):
         partial = _scores(grad, memory)
         coefficient = p.new_empty(2, B, L, N)
@@ -483,18 +502,12 @@ def memory_backward(
             "stride_q_l": query.stride(1),
         }
         of_items = {"stride_m_l": memory.stride(0), "stride_m_n": memory.stride(1)}
-        blocks = {
-            "BLOCK_B": plan.block_b,
-            "BLOCK_N": plan.block_n,
-            "BLOCK_D": plan.block_d,
-            "PRECISION": _precision(),
-        }
-        tiles_d, options = ceil_div(D, plan.block_d), (plan.num_warps, plan.num_stages)
-        if plan.joint:
+        if joint is not None:
             launch(
                 memory_joint_gradient_kernel,
-                (tiles_d, L),
-                *options,
+                (ceil_div(D, joint.block_d), L),
+                joint.num_warps,
+                joint.num_stages,
                 grad_ptr=grad,
                 query_ptr=query,
                 memory_ptr=memory,
@@ -504,33 +517,37 @@ def memory_backward(
                 **sizes,
                 **of_rows,
                 **of_items,
-                **blocks,
+                **_blocks(joint),
             )
             return dquery, dmemory
         if need_query:
+            plan = plan_query_gradient(B)
             launch(
                 memory_query_gradient_kernel,
-                (ceil_div(B, plan.block_b) * tiles_d, L),
-                *options,
+                (ceil_div(B, plan.block_b) * ceil_div(D, plan.block_d), L),
+                plan.num_warps,
+                plan.num_stages,
                 memory_ptr=memory,
                 coefficient_ptr=coefficient,
                 dquery_ptr=dquery,
                 **sizes,
                 **of_items,
-                **blocks,
+                **_blocks(plan),
             )
         if need_memory:
+            plan = plan_items_gradient(B)
             launch(
                 memory_items_gradient_kernel,
-                (ceil_div(N, plan.block_n) * tiles_d, L),
-                *options,
+                (ceil_div(N, plan.block_n) * ceil_div(D, plan.block_d), L),
+                plan.num_warps,
+                plan.num_stages,
                 grad_ptr=grad,
                 query_ptr=query,
                 coefficient_ptr=coefficient,
                 dmemory_ptr=dmemory,
                 **sizes,
                 **of_rows,
-                **blocks,
+                **_blocks(plan),
             )
     return dquery, dmemory
 

@@ -49,9 +49,8 @@ class RowPlan:
 
 @dataclasses.dataclass(frozen=True)
 class GradientPlan:
-    """Tiles of the kernels that make dz and dM; `joint` makes both in one pass over M."""
+    """Tiles of a kernel that makes dz, dM, or both."""
 
-    joint: bool
     block_b: int
     block_n: int
     block_d: int
@@ -94,9 +93,24 @@ def plan_rows(items: int, features: int, kept: int) -> RowPlan:
     )
 
 
-def plan_gradients(batch: int, both: bool) -> GradientPlan:
-    """Plan the gradient kernels; `both` says that dz and dM are wanted."""
-    block_b = min(JOINT_BATCH, max(16, power_of_two(batch)))
-    if both and batch <= JOINT_BATCH:
-        return GradientPlan(True, block_b, block_n=32, block_d=64, num_warps=4, num_stages=2)
-    return GradientPlan(False, block_b, block_n=32, block_d=64, num_warps=4, num_stages=3)
+def plan_joint_gradient(batch: int) -> GradientPlan | None:
+    """Plan the kernel that makes dz and dM in one pass over M, or None where its queries do not fit one program."""
+    if batch > JOINT_BATCH:
+        return None
+    # Bound by bandwidth: small tiles, so that four programs fit a multiprocessor (32 items need twice the registers,
+    # and for bf16 queries a stack).
+    if batch <= 16:
+        return GradientPlan(block_b=16, block_n=16, block_d=64, num_warps=4, num_stages=3)
+    return GradientPlan(block_b=32, block_n=16, block_d=32, num_warps=4, num_stages=3)
+
+
+def plan_query_gradient(batch: int) -> GradientPlan:
+    """Plan the kernel that makes dz alone; 64 queries suit warp-group MMA, more items than 32 cost a stack."""
+    block_b = min(64, max(16, power_of_two(batch)))
+    return GradientPlan(block_b, block_n=32, block_d=64, num_warps=4, num_stages=3)
+
+
+def plan_items_gradient(batch: int) -> GradientPlan:
+    """Plan the kernel that makes dM alone; 64 items suit warp-group MMA, queries are walked in tiles."""
+    block_b = min(32, max(16, power_of_two(batch)))
+    return GradientPlan(block_b, block_n=64, block_d=64, num_warps=4, num_stages=2)
