@@ -28,7 +28,7 @@ from simsid.kernels.launch import launch, on_device
 
 @triton.jit
 def _neighbors(SIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Locations [1, BLOCK_L], and of each the neighbour of every slot, whether it exists, and how many do not.
+    """Locations [1, BLOCK_L] and the neighbour in each of their eight slots, with masks; how many are missing.
 
     Slot n of location l is the location at offset n from l (SIGN 1), or the one from which l is at offset n (SIGN -1).
     """
@@ -46,7 +46,7 @@ def _neighbors(SIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BL
     columns_seen = 3 - (j == 0).to(tl.int32) - (j == COLUMNS - 1).to(tl.int32)
     # Rows of the tile beyond the grid have no neighbour, like a location alone: that path keeps them finite.
     n_pad = tl.where(m_l, 9 - rows_seen * columns_seen, 8).to(tl.float32)
-    return o_l, m_l, o_to, m_to, n_pad
+    return o_l, m_l, o_to, m_to, n_pad, m_l & (n_pad > 0)
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def neighbor_attention_forward_kernel(
 ):
     i_b = (tl.program_id(0) // heads).to(tl.int64)
     i_h = tl.program_id(0) % heads
-    o_l, m_l, o_to, m_to, n_pad = _neighbors(1, ROWS, COLUMNS, BLOCK_L)
+    o_l, m_l, o_to, m_to, n_pad, m_pad = _neighbors(1, ROWS, COLUMNS, BLOCK_L)
 
     p_q = query_ptr + i_b * stride_q_b + i_h * WIDTH + o_l[:, :, None] * stride_q_l
     p_k = key_ptr + i_b * stride_k_b + i_h * WIDTH + o_to[:, :, None] * stride_k_l
@@ -115,7 +115,7 @@ def neighbor_attention_forward_kernel(
         b_q = _load(p_q + o_w, m_l[:, :, None] & m_w)
         b_s += tl.sum(b_q * _load(p_k + o_w, m_to[:, :, None] & m_w), axis=2)
         if HAS_PAD:
-            b_s_pad += tl.sum(b_q * _load(p_pad_k + o_w, m_l[:, :, None] & m_w), axis=2)
+            b_s_pad += tl.sum(b_q * _load(p_pad_k + o_w, m_pad[:, :, None] & m_w), axis=2)
     b_w, b_w_pad = _softmax(b_s * scale, m_to, b_s_pad * scale, n_pad, HAS_PAD)
 
     p_v = value_ptr + i_b * stride_v_b + i_h * WIDTH + o_to[:, :, None] * stride_v_l
@@ -126,7 +126,7 @@ def neighbor_attention_forward_kernel(
         b_v = _load(p_v + o_w, m_to[:, :, None] & m_w)
         b_out = tl.sum(b_w[:, :, None] * b_v, axis=0)[None, :, :]
         if HAS_PAD:
-            b_out += b_w_pad[:, :, None] * _load(p_pad_v + o_w, m_l[:, :, None] & m_w)
+            b_out += b_w_pad[:, :, None] * _load(p_pad_v + o_w, m_pad[:, :, None] & m_w)
         tl.store(p_out + o_w, b_out.to(out_ptr.dtype.element_ty), mask=m_l[:, :, None] & m_w)
 
 
@@ -162,7 +162,7 @@ def neighbor_attention_backward_kernel(
 ):
     i_b = (tl.program_id(0) // heads).to(tl.int64)
     i_h = tl.program_id(0) % heads
-    o_l, m_l, o_to, m_to, n_pad = _neighbors(1, ROWS, COLUMNS, BLOCK_L)
+    o_l, m_l, o_to, m_to, n_pad, m_pad = _neighbors(1, ROWS, COLUMNS, BLOCK_L)
 
     p_g = grad_ptr + i_b * stride_g_b + i_h * WIDTH
     p_q = query_ptr + i_b * stride_q_b + i_h * WIDTH
@@ -183,8 +183,8 @@ def neighbor_attention_backward_kernel(
         b_s += tl.sum(b_q * _load(p_k + o_to[:, :, None] * stride_k_l + o_w, m_to[:, :, None] & m_w), axis=2)
         b_dw += tl.sum(b_g * _load(p_v + o_to[:, :, None] * stride_v_l + o_w, m_to[:, :, None] & m_w), axis=2)
         if HAS_PAD:
-            b_s_pad += tl.sum(b_q * _load(p_pad_k + o_w, m_l[:, :, None] & m_w), axis=2)
-            b_dw_pad += tl.sum(b_g * _load(p_pad_v + o_w, m_l[:, :, None] & m_w), axis=2)
+            b_s_pad += tl.sum(b_q * _load(p_pad_k + o_w, m_pad[:, :, None] & m_w), axis=2)
+            b_dw_pad += tl.sum(b_g * _load(p_pad_v + o_w, m_pad[:, :, None] & m_w), axis=2)
     b_w, b_w_pad = _softmax(b_s * scale, m_to, b_s_pad * scale, n_pad, HAS_PAD)
 
     b_mean = tl.sum(tl.where(m_to, b_w * b_dw, 0.0), axis=0)[None, :] + b_w_pad * b_dw_pad
@@ -192,7 +192,7 @@ def neighbor_attention_backward_kernel(
     b_ds_pad = b_w_pad * (b_dw_pad - b_mean) * scale
 
     # From here on a location is a neighbour: slot n of it holds what the location it is neighbour n of gives it.
-    _, _, o_from, m_from, _ = _neighbors(-1, ROWS, COLUMNS, BLOCK_L)
+    _, _, o_from, m_from, _, _ = _neighbors(-1, ROWS, COLUMNS, BLOCK_L)
     b_w_from = tl.where(m_from, tl.gather(b_w, o_from, axis=1), 0.0)
     b_ds_from = tl.where(m_from, tl.gather(b_ds, o_from, axis=1), 0.0)
     o_out = (i_b * (ROWS * COLUMNS) + o_l[:, :, None]) * (heads * WIDTH) + i_h * WIDTH
@@ -203,7 +203,7 @@ def neighbor_attention_backward_kernel(
         b_k = _load(p_k + o_to[:, :, None] * stride_k_l + o_w, m_to[:, :, None] & m_w)
         b_dq = tl.sum(b_ds[:, :, None] * b_k, axis=0)[None, :, :]
         if HAS_PAD:
-            b_dq += b_ds_pad[:, :, None] * _load(p_pad_k + o_w, m_out)
+            b_dq += b_ds_pad[:, :, None] * _load(p_pad_k + o_w, m_pad[:, :, None] & m_w)
             b_q = _load(p_q + o_l[:, :, None] * stride_q_l + o_w, m_out)
             b_g = _load(p_g + o_l[:, :, None] * stride_g_l + o_w, m_out)
             p_pad = grad_pads_ptr + i_b * (heads * WIDTH) + i_h * WIDTH + o_w
