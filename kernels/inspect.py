@@ -24,7 +24,7 @@ from torch import Tensor
 
 from simsid.kernels.launch import Launch, record_launches
 
-OPS = ("space_aware_memory", "neighbor_attention")
+OPS = ("space_aware_memory", "neighbor_attention", "residual_layer_norm")
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory one program may ask for
 REGISTER_LIMIT = 255
@@ -195,7 +195,7 @@ def table(reports: Iterable[Report]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Print the table of compiled variants, or JSON; return 1 if a kernel has a problem."""
     parser = argparse.ArgumentParser(prog="python -m simsid.kernels.inspect", description=__doc__.splitlines()[0])
-    parser.add_argument("--op", action="append", choices=OPS, help="default: both")
+    parser.add_argument("--op", action="append", choices=OPS, help="default: all")
     parser.add_argument("--arch", action="append", type=int, choices=ARCHITECTURES, help="default: all")
     parser.add_argument("--match", default="", help="only the variants whose name contains this")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

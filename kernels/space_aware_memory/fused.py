@@ -59,7 +59,7 @@ def _sum_splits(partial_ptr, i_row, rows, o_n, m_n, N, SPLITS: tl.constexpr):
     """Add the partial sums of one row in their fixed order."""
     b_s = tl.zeros(o_n.shape, tl.float32)
     for i_split in tl.static_range(SPLITS):
-        b_s += tl.load(partial_ptr + (i_split * rows + i_row) * N + o_n, mask=m_n, other=0.0)
+        b_s += tl.load(partial_ptr + (i_split * rows.to(tl.int64) + i_row) * N + o_n, mask=m_n, other=0.0)
     return b_s
 
 
@@ -583,6 +583,22 @@ def _(
     return query.new_empty(query.shape if need_query else (0,)), memory.new_empty(memory.shape if need_memory else (0,))
 
 
+class _Gradient(torch.autograd.Function):
+    """The gradient where a graph of it is asked for: it runs, and says what is missing when differentiated again."""
+
+    @staticmethod
+    def forward(*arguments: object) -> tuple[Tensor, Tensor]:
+        return torch.ops.simsid.space_aware_memory_backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *_: Tensor) -> None:  # noqa: ARG004
+        raise RuntimeError('the space-aware memory\'s kernels have no second derivative; use backend="torch"')
+
+
 class _SpaceAwareMemory(torch.autograd.Function):
     """The op with its straight-through gradient."""
 
@@ -600,12 +616,13 @@ class _SpaceAwareMemory(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 6
         needs = ctx.needs_input_grad[:2]
-        grads = torch.ops.simsid.space_aware_memory_backward(grad, *ctx.saved_tensors, ctx.temperature, *needs)
+        graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        function = _Gradient.apply if graph else torch.ops.simsid.space_aware_memory_backward
+        grads = function(grad, *ctx.saved_tensors, ctx.temperature, *needs)
         return *(grad if need else None for grad, need in zip(grads, needs)), None, None, None, None
 
 

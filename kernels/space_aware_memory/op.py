@@ -70,7 +70,7 @@ def space_aware_memory(
         check_tensor("noise", noise, (query.shape[0], locations, memory.shape[1]), like=query)
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a positive number, got {temperature!r}")
-    refusal = refuse(query.dtype, memory.dtype, memory.shape[1], topk)
+    refusal = refuse(query.dtype, memory.dtype, locations, memory.shape[1], topk)
     if choose_backend(backend, query.device, refusal).backend == "triton":
         from simsid.kernels.space_aware_memory.fused import space_aware_memory_fused
 

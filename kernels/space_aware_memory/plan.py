@@ -8,16 +8,19 @@ MOST_ITEMS_IN_ONE_TILE = 4096  # one row of int64 keys in the registers of 8 war
 MOST_KEPT = (
     64  # every kept item costs a pass over the row's keys; from here on a dense product with p is the better plan
 )
+MOST_LOCATIONS = 65535  # the second axis of a launch grid
 JOINT_BATCH = 32  # up to here one program holds all queries of its location, so dz and dM share one reading of M
 QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def refuse(query: torch.dtype, memory: torch.dtype, items: int, topk: int) -> str | None:
+def refuse(query: torch.dtype, memory: torch.dtype, locations: int, items: int, topk: int) -> str | None:
     """Return why the kernels do not take these arguments, or None."""
     if query not in QUERY_DTYPES:
         return f"a query of {query} has no kernel"
     if memory not in (query, torch.float32):
         return f"a memory of {memory} with a query of {query} has no kernel"
+    if locations > MOST_LOCATIONS:
+        return f"{locations} locations are more than a launch's {MOST_LOCATIONS}"
     if min(topk, items) > MOST_KEPT:
         return f"{min(topk, items)} kept items are more than the kernel's {MOST_KEPT}"
     return None
