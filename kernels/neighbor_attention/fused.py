@@ -354,31 +354,30 @@ def _backward(
     return grad_query, grad_key, grad_value, grad_pads
 
 
-def _fake_forward(query: Tensor, *_: object) -> Tensor:
+_library = torch.library.Library("simsid", "FRAGMENT")
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? pad_key, Tensor? pad_value, int rows, int columns, int heads"
+for _schema in (
+    f"neighbor_attention({_INPUTS}) -> Tensor",
+    f"neighbor_attention_backward(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+for _key in ("CUDA", "CPU"):
+    _library.impl("neighbor_attention", _forward, _key)
+    _library.impl("neighbor_attention_backward", _backward, _key)
+
+
+@torch.library.register_fake("simsid::neighbor_attention", lib=_library)
+def _(query: Tensor, *_: object) -> Tensor:
     return query.new_empty(query.shape)
 
 
-def _fake_backward(
+@torch.library.register_fake("simsid::neighbor_attention_backward", lib=_library)
+def _(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, pad_key: Tensor | None, *_: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, _, D = query.shape
     grad_pads = query.new_empty((2, B if pad_key is not None else 0, D), dtype=torch.float32)
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), grad_pads
-
-
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? pad_key, Tensor? pad_value, int rows, int columns, int heads"
-for _name, _schema, _run, _fake in (
-    ("simsid::neighbor_attention", f"({_INPUTS}) -> Tensor", _forward, _fake_forward),
-    (
-        "simsid::neighbor_attention_backward",
-        f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-        _backward,
-        _fake_backward,
-    ),
-):
-    torch.library.define(_name, _schema)
-    torch.library.impl(_name, ("cuda", "cpu"), _run)
-    torch.library.register_fake(_name, _fake)
 
 
 class _NeighborAttention(torch.autograd.Function):
@@ -450,7 +449,10 @@ def neighbor_attention_fused(
     pad_value: Tensor | None,
 ) -> Tensor:
     """Compute the op with the kernels of this file; arguments as `neighbor_attention_reference`, already checked."""
-    return _NeighborAttention.apply(query, key, value, pad_key, pad_value, *grid, heads)
+    tensors = (query, key, value, pad_key, pad_value)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return _NeighborAttention.apply(*tensors, *grid, heads)
+    return torch.ops.simsid.neighbor_attention(*tensors, *grid, heads)
 
 
 def inspect_cases() -> Iterator[tuple[str, Callable[[], object]]]:
