@@ -11,7 +11,7 @@ from simsid.kernels.backend import TRITON_INSTALLED
 from simsid.kernels.launch import record_launches
 
 if TRITON_INSTALLED:
-    from simsid.kernels.residual_layer_norm.fused import plan
+    from simsid.kernels.residual_layer_norm import fused
 
 NAMES = ("x", "residual", "weight", "bias")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,12 +43,12 @@ def run(tensors, cotangent=None, backend="triton"):
 
 def assert_fused_is_right(tensors, scale=4.0):
     cotangent = draw(*tensors["x"].shape, dtype=tensors["x"].dtype, seed=9)
-    fused, same = run(tensors, cotangent), run(tensors, cotangent, backend="torch")
+    got, same = run(tensors, cotangent), run(tensors, cotangent, backend="torch")
     exact = run({name: x.double() for name, x in tensors.items()}, cotangent, backend="torch")
     sign_is_sure = exact["out"].sub(same["out"].double()).abs() < 0.5 * exact["out"] + (exact["out"] == same["out"])
     assert sign_is_sure.float().mean() > 0.99, "the inputs put too many outputs next to ReLU's corner"
-    for name in fused:  # a gradient to x may be the small difference of numbers as large as the scale
-        assert_as_close_as_torch(name, fused[name], same[name], exact[name], slack=8.0, scale=scale)
+    for name in got:  # a gradient to x may be the small difference of numbers as large as the scale
+        assert_as_close_as_torch(name, got[name], same[name], exact[name], slack=8.0, scale=scale)
 
 
 def test_reference_equals_a_loop():
@@ -99,7 +99,7 @@ def test_fused_forward_and_backward(poisoned, shape, dtype):
 
 @needs_kernels
 def test_programs_of_more_than_one_row(poisoned, monkeypatch):
-    monkeypatch.setattr("simsid.kernels.residual_layer_norm.fused.PARTS", 3)
+    monkeypatch.setattr(fused, "PARTS", 3)
     assert_fused_is_right(inputs((7, 16)))
 
 
@@ -233,7 +233,7 @@ def test_a_second_derivative_is_one_clear_error():
 @needs_kernels
 def test_the_plan_holds_a_row_in_at_most_16_registers_a_thread():
     for features in range(1, 8193):
-        block, num_warps = plan(features)
+        block, num_warps = fused.plan(features)
         assert features <= block < 2 * features and num_warps in (1, 2, 4, 8, 16)
         assert block <= 16 * 32 * num_warps
 
@@ -241,10 +241,10 @@ def test_the_plan_holds_a_row_in_at_most_16_registers_a_thread():
 @needs_compiler
 def test_compiled_kernels_do_not_spill():
     reports, _ = inspect("--op", "residual_layer_norm", "--arch", "90", "--match", "D=8192 float32")
-    reports += inspect("--op", "residual_layer_norm", "--arch", "80", "--match", "D=512 bfloat16")[0]
-    assert len(reports) == 4
+    assert len(reports) == 2, "forward and backward"
     for report in reports:
-        name = f"{report['name']} sm_{report['arch']}"
-        assert report["stack"] == report["spills"] == report["atomics"] == 0, name
-        assert report["registers"] <= 128 and report["shared"] <= 4096, name
-        assert report["wide"] >= 5, name
+        assert report["stack"] == report["spills"] == report["atomics"] == 0, report["name"]
+        assert report["registers"] <= 128, f"{report['name']}: 16 warps have no more"
+        assert report["wide"] >= 20 and report["narrow"] == 2, (
+            f"{report['name']}: narrow are the row's statistics alone"
+        )
