@@ -35,23 +35,29 @@ _LOWEST = tl.constexpr(-(2**63))  # below every key of an item
 
 
 @triton.jit
-def _dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
-    """Add a @ b to the accumulator, as exactly as float32 where one side is float32."""
+def _multiply(b_a, b_b, b_acc, PRECISION: tl.constexpr):
+    """Add a @ b to the accumulator."""
     if _INTERPRETED:
         # The interpreter multiplies bf16 as raw bits; products of float32 copies are what the tensor cores compute.
         return tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), b_acc, input_precision="ieee")
+    return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
+    """Add a @ b to the accumulator, nearly as exactly as float32 does where one side is float32."""
     if b_a.dtype == b_b.dtype:
-        return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
+        return _multiply(b_a, b_b, b_acc, PRECISION)
     if b_a.dtype == tl.bfloat16:
         b_high = b_b.to(tl.bfloat16)
         b_low = (b_b - b_high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(b_a, b_high, tl.dot(b_a, b_low, b_acc))
+        return _multiply(b_a, b_high, _multiply(b_a, b_low, b_acc, PRECISION), PRECISION)
     if b_b.dtype == tl.bfloat16:
         b_high = b_a.to(tl.bfloat16)
         b_low = (b_a - b_high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(b_high, b_b, tl.dot(b_low, b_b, b_acc))
+        return _multiply(b_high, b_b, _multiply(b_low, b_b, b_acc, PRECISION), PRECISION)
     # A float16 pair would lose the low half of small numbers to underflow; TF32 holds every float16.
-    return tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), b_acc, input_precision=PRECISION)
+    return _multiply(b_a.to(tl.float32), b_b.to(tl.float32), b_acc, PRECISION)
 
 
 @triton.jit

@@ -47,8 +47,8 @@ def gradients(function, z, M, g):
 
 
 def slack_of(query):
-    """Roundings of float32 that the gradients' cancellations may cost; on a GPU a bf16 query meets M to 2^-17."""
-    return 512.0 if query == BFLOAT16 and DEVICE.type == "cuda" else 16.0
+    """Roundings of float32 that cancellations may cost; a bf16 query meets float32 as a pair of bf16, to 2^-16."""
+    return 512.0 if query == BFLOAT16 else 16.0
 
 
 def compare(z, M, g, k, noise=None, threshold="inclusive", temperature=1.0, scale=0.0):
@@ -63,14 +63,15 @@ def compare(z, M, g, k, noise=None, threshold="inclusive", temperature=1.0, scal
 
     exact = gradients(reference, z.double(), M.double(), g.double())
     same, got = gradients(reference, z, M, g), gradients(fused, z, M, g)
+    slack = slack_of(z.dtype) / min(temperature, 1.0)
     for name in exact:
-        assert_as_close_as_torch(name, got[name], same[name], exact[name], slack_of(z.dtype), scale)
+        assert_as_close_as_torch(name, got[name], same[name], exact[name], slack, scale)
     return got
 
 
 # Shrinking would take minutes in the interpreter; the shapes are small as they are.
 @settings(
-    max_examples=16,
+    max_examples=12,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
@@ -95,14 +96,31 @@ def test_any_shape_and_option(B, L, N, D, k, dtypes, threshold, temperature, sha
 
 
 @pytest.mark.parametrize("dtypes", PAIRS, ids=lambda pair: "-".join(str(dtype)[6:] for dtype in pair))
-@pytest.mark.parametrize("B", [3, 17, 40], ids=["one tile", "one wide tile", "many tiles"])
-def test_every_dtype_and_gradient_kernel(B, dtypes):
-    z, M, g, _ = draw(B, 1, 20, 40, *dtypes)
+def test_every_dtype_by_every_gradient_kernel(dtypes):
+    z, M, g, _ = draw(3, 1, 20, 40, *dtypes)
+    joint = compare(z, M, g, 3)
+
+    def fused(z, M):
+        return space_aware_memory(z, M, 3, backend="triton")
+
+    apart = {
+        "dz": torch.autograd.grad(fused(z.requires_grad_(), M), z, g)[0],
+        "dM": torch.autograd.grad(fused(z.detach(), M.requires_grad_()), M, g)[0],
+    }
+    for name, value in apart.items():
+        rounding = 2 * torch.finfo(value.dtype).eps + slack_of(z.dtype) * 2.0**-24
+        assert (value - joint[name]).abs().max() <= rounding * joint[name].abs().max()
+
+
+@pytest.mark.parametrize("B", [17, 33], ids=["one wide tile", "two tiles"])
+def test_larger_batches(B):
+    z, M, g, _ = draw(B, 1, 20, 24)
     compare(z, M, g, 3)
 
 
 def test_features_over_several_splits():
-    z, M, g, _ = draw(2, 1, 20, 1111)
+    z, M, g, _ = draw(2, 1, 20, 300)
+    assert plan.plan_scores(2, 1, 20, 300).splits == 3
     compare(z, M, g, 5)
 
 
@@ -221,13 +239,13 @@ def test_an_expanded_gradient():
 
 
 def test_two_runs_are_bitwise_equal():
-    z, M, g, _ = draw(5, 2, 30, 200)
+    z, M, g, _ = draw(3, 1, 20, 150)
     first, second = compare(z, M, g, 5), compare(z, M, g, 5)
     assert all(first[name].equal(second[name]) for name in first)
 
 
 def test_a_film_does_not_depend_on_the_batch_around_it():
-    z, M, _, _ = draw(16, 2, 30, 600)
+    z, M, _, _ = draw(16, 1, 20, 300)
     together = space_aware_memory(z, M, 5, backend="triton")
     for b in (0, 7, 15):
         alone = space_aware_memory(z[b : b + 1], M, 5, backend="triton")
