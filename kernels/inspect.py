@@ -8,9 +8,10 @@ off. What they would have launched is compiled with the specialisations that Tri
 
 import argparse
 import dataclasses
+import hashlib
 import importlib
+import inspect
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simsid.kernels.backend import interpreter_on
 from simsid.kernels.launch import Launch, record_launches
 
 OPS = ("space_aware_memory", "neighbor_attention", "residual_layer_norm")
@@ -167,6 +169,44 @@ def variants(op: str) -> list[Variant]:
     return list(found.values())
 
 
+def digest(variant: Variant, arch: int) -> str:
+    """Return a hash of all that decides the machine code: Triton, the kernel's source, its helpers, the variant."""
+    import triton
+
+    module = sys.modules[variant.kernel.fn.__module__]
+    parts = [triton.__version__, str(arch), repr(variant.key)]
+    for name, value in sorted(vars(module).items()):
+        if isinstance(value, triton.runtime.JITFunction) and (name.startswith("_") or value is variant.kernel):
+            parts.append(inspect.getsource(value.fn))
+        elif isinstance(value, triton.language.constexpr):
+            parts.append(f"{name} = {value.value}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def report_all(chosen: Iterable[tuple[Variant, int]], known: dict[str, Report]) -> dict[str, Report]:
+    """Return reports by digest; compile the variants that `known` does not hold."""
+    reports = {}
+    for variant, arch in chosen:
+        key = digest(variant, arch)
+        reports[key] = (
+            dataclasses.replace(known[key], name=variant.name) if key in known else compile_ahead(variant, arch)
+        )
+    return reports
+
+
+def as_json(reports: dict[str, Report]) -> str:
+    """Write reports by digest and Triton's version as JSON, a line each."""
+    import triton
+
+    lines = (f"  {json.dumps(key)}: {json.dumps(dataclasses.asdict(report))}" for key, report in reports.items())
+    return f'{{\n "triton": "{triton.__version__}",\n "reports": {{\n' + ",\n".join(lines) + "\n }\n}\n"
+
+
+def load(path: str) -> dict[str, Report]:
+    """Read what `as_json` wrote."""
+    return {key: Report(**fields) for key, fields in json.loads(pathlib.Path(path).read_text())["reports"].items()}
+
+
 def problems(report: Report) -> list[str]:
     """Name what no kernel of this package may have: a stack, spills, atomics, too many registers or bytes."""
     limits = {
@@ -198,24 +238,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--op", action="append", choices=OPS, help="default: all")
     parser.add_argument("--arch", action="append", type=int, choices=ARCHITECTURES, help="default: all")
     parser.add_argument("--match", default="", help="only the variants whose name contains this")
+    parser.add_argument("--known", metavar="FILE", help="take the reports of unchanged variants from this JSON")
+    parser.add_argument("--update", metavar="FILE", help="like --known, and write all reports back to it")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     chosen = parser.parse_args(arguments)
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    if interpreter_on():
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
-    reports = [
-        compile_ahead(variant, arch)
+    wanted = [
+        (variant, arch)
         for op in chosen.op or OPS
         for variant in variants(op)
         if chosen.match in variant.name
         for arch in chosen.arch or ARCHITECTURES
     ]
+    known = chosen.known or chosen.update
+    reports = report_all(wanted, load(known) if known and pathlib.Path(known).exists() else {})
+    if chosen.update:
+        pathlib.Path(chosen.update).write_text(as_json(reports))
     if chosen.json:
-        import triton
-
-        print(json.dumps({"triton": triton.__version__, "reports": [dataclasses.asdict(r) for r in reports]}))
+        print(as_json(reports), end="")
     else:
-        print(table(reports))
-    faults = [f"{report.name} sm_{report.arch}: {problem}" for report in reports for problem in problems(report)]
+        print(table(reports.values()))
+    faults = [f"{report.name} sm_{report.arch}: {fault}" for report in reports.values() for fault in problems(report)]
     print(*faults, sep="\n", end="\n" if faults else "", file=sys.stderr)
     return 1 if faults else 0
 

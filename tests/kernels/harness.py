@@ -1,5 +1,6 @@
 """What the tests of both kernels share: where to run, how close is close, and the compiler's reports."""
 
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -12,7 +13,9 @@ import torch
 from simsid.kernels.backend import TRITON_INSTALLED, interpreter_on, why_not_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BASELINE = pathlib.Path(__file__).with_name("instructions.json")
+# What the compiler made of every variant. After a change of a kernel that is meant:
+# python -m simsid.kernels.inspect --update tests/kernels/compiled.json
+BASELINE = pathlib.Path(__file__).with_name("compiled.json")
 
 needs_kernels = pytest.mark.skipif(why_not_triton(DEVICE) is not None, reason=str(why_not_triton(DEVICE)))
 needs_compiler = pytest.mark.skipif(not TRITON_INSTALLED, reason="Triton is not installed")
@@ -55,27 +58,32 @@ def inspect(*arguments):
     )
     assert done.stdout, done.stderr
     result = json.loads(done.stdout)
-    return result["reports"], result["triton"]
+    return list(result["reports"].values()), result["triton"]
+
+
+def inspect_every_variant(op):
+    """Return the reports of all variants of `op`: stored ones where nothing changed, the rest compiled now.
+
+    Another version of Triton than the baseline's changes everything, so that only the main case is compiled.
+    """
+    if json.loads(BASELINE.read_text())["triton"] == importlib.metadata.version("triton"):
+        return inspect("--op", op, "--known", str(BASELINE))[0]
+    return inspect("--op", op, "--match", "[A fp32]", "--arch", "90")[0]
 
 
 def assert_no_growth(reports, triton_version, room=1.05):
-    """Assert that no variant has more instructions than the stored baseline of this Triton version allows.
-
-    `python tests/kernels/harness.py` writes the baseline anew, for a change that is meant.
-    """
-    stored = json.loads(BASELINE.read_text())
-    if stored["triton"] != triton_version:
-        pytest.skip(f"the baseline is of Triton {stored['triton']}, this is {triton_version}")
-    grown = {}
+    """Assert that no variant has more instructions, registers or shared memory than the baseline, but for `room`."""
+    baseline = json.loads(BASELINE.read_text())
+    if baseline["triton"] != triton_version:
+        pytest.skip(f"the baseline is of Triton {baseline['triton']}, this is {triton_version}")
+    stored = {(report["name"], report["arch"]): report for report in baseline["reports"].values()}
     for report in reports:
-        key = f"{report['name']} sm_{report['arch']}"
-        assert key in stored["instructions"], f"{key} has no baseline: run python tests/kernels/harness.py"
-        if report["instructions"] > room * stored["instructions"][key]:
-            grown[key] = (stored["instructions"][key], report["instructions"])
-    assert not grown, f"more instructions than the baseline: {grown}"
-
-
-if __name__ == "__main__":
-    reports, version = inspect()
-    counts = {f"{report['name']} sm_{report['arch']}": report["instructions"] for report in reports}
-    BASELINE.write_text(json.dumps({"triton": version, "instructions": counts}, indent=1) + "\n")
+        key = report["name"], report["arch"]
+        assert key in stored, (
+            f"{key} is not in {BASELINE.name}: run python -m simsid.kernels.inspect --update {BASELINE}"
+        )
+        known = stored[key]
+        for count in ("instructions", "registers", "shared"):
+            assert report[count] <= room * known[count], (
+                f"{key}: {report[count]} {count}, the baseline has {known[count]}"
+            )
