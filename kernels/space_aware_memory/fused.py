@@ -117,17 +117,17 @@ def memory_scores_kernel(
     L,
     N,
     D,
+    chunk,  # features a split
     stride_q_b,
     stride_q_l,
     stride_m_l,
     stride_m_n,
-    CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Multiply queries and items over CHUNK features; items are the rows, the side that suits the tensor cores."""
+    """Multiply queries and items over one chunk of features; items are the rows, the side that suits tensor cores."""
     tiles_b, tiles_n = tl.cdiv(B, BLOCK_B), tl.cdiv(N, BLOCK_N)
     i_b, i_rest = tl.program_id(0) % tiles_b, tl.program_id(0) // tiles_b
     i_n, i_l = i_rest % tiles_n, (i_rest // tiles_n).to(tl.int64)
@@ -137,8 +137,8 @@ def memory_scores_kernel(
     p_m = memory_ptr + i_l * stride_m_l + o_n.to(tl.int64)[:, None] * stride_m_n
     p_q = query_ptr + i_l * stride_q_l + o_b.to(tl.int64)[:, None] * stride_q_b
     b_s = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
-    for start in range(0, CHUNK, BLOCK_D):
-        o_d = tl.program_id(1) * CHUNK + start + tl.arange(0, BLOCK_D)
+    for start in range(0, chunk, BLOCK_D):
+        o_d = tl.program_id(1) * chunk + start + tl.arange(0, BLOCK_D)
         m_d = o_d < D
         b_m = tl.load(p_m + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
         b_q = tl.load(p_q + o_d[None, :], mask=m_b[:, None] & m_d[None, :], other=0.0)
@@ -371,7 +371,7 @@ def memory_items_gradient_kernel(
 
 
 def _precision() -> str:
-    """Products of two float32 numbers: three TF32 products, or one where the user lets PyTorch do so too."""
+    """Return how two float32 numbers are multiplied: by three TF32 products, or one where PyTorch may do so too."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
@@ -382,17 +382,17 @@ def _rows(tensor: Tensor, shared: bool) -> Tensor:
     return tensor.reshape(-1, 1, tensor.shape[-1]) if shared else tensor
 
 
-def _blocks(plan: GradientPlan) -> dict[str, int | str]:
+def _blocks(plan: GradientPlan, precision: str) -> dict[str, int | str]:
     """Return the constants of a gradient kernel."""
     return {
         "BLOCK_B": plan.block_b,
         "BLOCK_N": plan.block_n,
         "BLOCK_D": plan.block_d,
-        "PRECISION": _precision(),
+        "PRECISION": precision,
     }
 
 
-def _scores(query: Tensor, memory: Tensor) -> Tensor:
+def _scores(query: Tensor, memory: Tensor, precision: str) -> Tensor:
     """Return the partial sums `[splits, B, L, N]` of the products of queries and items."""
     B, L, D = query.shape
     N = memory.shape[1]
@@ -410,21 +410,28 @@ def _scores(query: Tensor, memory: Tensor) -> Tensor:
         L=L,
         N=N,
         D=D,
+        chunk=plan.chunk,
         stride_q_b=query.stride(0),
         stride_q_l=query.stride(1),
         stride_m_l=memory.stride(0),
         stride_m_n=memory.stride(1),
-        CHUNK=plan.chunk,
         BLOCK_N=plan.block_n,
         BLOCK_B=plan.block_b,
         BLOCK_D=plan.block_d,
-        PRECISION=_precision(),
+        PRECISION=precision,
     )
     return partial
 
 
 def memory_forward(
-    query: Tensor, memory: Tensor, topk: int, exclusive: bool, noise: Tensor | None, temperature: float, save: bool
+    query: Tensor,
+    memory: Tensor,
+    topk: int,
+    exclusive: bool,
+    noise: Tensor | None,
+    temperature: float,
+    save: bool,
+    precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the output and, if `save`, the probabilities `[B, L, N]`, negative where the item was kept."""
     shape = query.shape
@@ -439,7 +446,7 @@ def memory_forward(
     kept = min(topk, N)
     plan = plan_rows(N, D, kept)
     with on_device(query):
-        partial = _scores(query, memory)
+        partial = _scores(query, memory, precision or _precision())
         launch(
             memory_select_kernel,
             (B * L, ceil_div(D, plan.block_d)),
@@ -469,7 +476,14 @@ def memory_forward(
 
 
 def memory_backward(
-    grad: Tensor, query: Tensor, memory: Tensor, p: Tensor, temperature: float, need_query: bool, need_memory: bool
+    grad: Tensor,
+    query: Tensor,
+    memory: Tensor,
+    p: Tensor,
+    temperature: float,
+    need_query: bool,
+    need_memory: bool,
+    precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of query and memory; one that is not needed has no elements."""
     dquery = torch.empty(query.shape if need_query else (0,), dtype=query.dtype, device=query.device)
@@ -481,9 +495,10 @@ def memory_backward(
     B, L, D = query.shape
     N = memory.shape[1]
     rows = plan_rows(N, D, 1)
+    precision = precision or _precision()
     joint = plan_joint_gradient(B) if need_query and need_memory else None
     with on_device(query):
-        partial = _scores(grad, memory)
+        partial = _scores(grad, memory, precision)
         coefficient = p.new_empty(2, B, L, N)
         launch(
             memory_softmax_gradient_kernel,
@@ -523,7 +538,7 @@ def memory_backward(
                 **sizes,
                 **of_rows,
                 **of_items,
-                **_blocks(joint),
+                **_blocks(joint, precision),
             )
             return dquery, dmemory
         if need_query:
@@ -538,7 +553,7 @@ def memory_backward(
                 dquery_ptr=dquery,
                 **sizes,
                 **of_items,
-                **_blocks(plan),
+                **_blocks(plan, precision),
             )
         if need_memory:
             plan = plan_items_gradient(B)
@@ -553,7 +568,7 @@ def memory_backward(
                 dmemory_ptr=dmemory,
                 **sizes,
                 **of_rows,
-                **_blocks(plan),
+                **_blocks(plan, precision),
             )
     return dquery, dmemory
 
@@ -643,42 +658,55 @@ def space_aware_memory_fused(
 
 
 def inspect_cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yield names and calls, on meta tensors, that launch every variant the plans can choose."""
+    """Yield names and calls, on meta tensors, that launch the variants the plans can choose."""
 
     def case(
-        shape: tuple[int, int, int, int],
+        B: int,
+        L: int,
+        N: int,
+        D: int,
         query: torch.dtype = torch.float32,
         memory: torch.dtype = torch.float32,
         topk: int = 5,
         exclusive: bool = False,
         noise: bool = False,
-        gradients: bool = True,
+        needs: tuple[str, ...] = ("zM",),
+        precision: str = "tf32x3",
     ) -> Callable[[], None]:
         def call() -> None:
-            B, L, N, D = shape
             z = torch.empty(B, L, D, dtype=query, device="meta")
             M = torch.empty(L, N, D, dtype=memory, device="meta")
-            _, p = memory_forward(z, M, topk, exclusive, z.new_empty(B, L, N) if noise else None, 1.0, gradients)
-            if gradients:
-                for needs in ((True, True), (True, False), (False, True)):
-                    memory_backward(z, z, M, p, 1.0, *needs)
+            more = z.new_empty(B, L, N) if noise else None
+            _, p = memory_forward(z, M, topk, exclusive, more, 1.0, bool(needs), precision)
+            for need in needs:
+                memory_backward(z, z, M, p, 1.0, "z" in need, "M" in need, precision)
 
         return call
 
-    shapes = {"A": (16, 16, 100, 512), "B": (16, 16, 100, 8192), "C": (256, 16, 500, 2048), "S": (16, 4, 200, 2048)}
-    for name, shape in shapes.items():
-        yield f"{name} fp32", case(shape)
-        yield f"{name} bf16", case(shape, torch.bfloat16)
-    yield "A bf16 memory", case(shapes["A"], torch.bfloat16, torch.bfloat16)
-    yield "A fp16", case(shapes["A"], torch.float16)
-    yield "A fp16 memory", case(shapes["A"], torch.float16, torch.float16)
-    yield "A exclusive", case(shapes["A"], exclusive=True)
-    yield "A noise", case(shapes["A"], noise=True)
-    yield "A inference", case(shapes["A"], gradients=False)
-    yield "Q", case((1, 16, 100, 512))
-    yield "B=32", case((32, 16, 100, 512))
-    yield "N=4096", case((16, 16, 4096, 512), topk=16)
-    yield "N=8192", case((16, 16, 8192, 512))
-    yield "k=64", case(shapes["A"], topk=64)
-    yield "odd", case((3, 5, 37, 203))
-    yield "tiny", case((2, 3, 4, 3), topk=1)
+    float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
+    pairs = {
+        "fp32": (float32, float32),
+        "bf16": (bfloat16, float32),
+        "fp16": (float16, float32),
+        "bf16 memory too": (bfloat16, bfloat16),
+        "fp16 memory too": (float16, float16),
+    }
+    for name, pair in pairs.items():
+        yield f"A {name}", case(16, 16, 100, 512, *pair, needs=("zM", "z", "M"))
+        yield f"A {name} batch 32", case(32, 16, 100, 512, *pair, needs=("zM", "z", "M"))
+        yield f"A {name} batch 64", case(64, 16, 100, 512, *pair)
+    for name in ("fp32", "bf16"):
+        yield f"B {name}", case(16, 16, 100, 8192, *pairs[name])
+        yield f"C {name}", case(256, 16, 500, 2048, *pairs[name])
+        yield f"S {name}", case(16, 4, 200, 2048, *pairs[name])
+    yield "A fp32 tf32", case(16, 16, 100, 512, precision="tf32")
+    yield "A fp32 exclusive", case(16, 16, 100, 512, exclusive=True)
+    yield "A fp32 noise", case(16, 16, 100, 512, noise=True)
+    yield "A fp32 inference", case(16, 16, 100, 512, needs=())
+    yield "A fp32 k=1", case(16, 16, 100, 512, topk=1)
+    yield "A fp32 k=64", case(16, 16, 100, 512, topk=64)
+    yield "N=4096 fp32", case(16, 16, 4096, 512, topk=16)
+    yield "N=8192 fp32", case(16, 16, 8192, 512)
+    yield "odd fp32", case(3, 5, 37, 203, needs=("zM", "z", "M"))
+    yield "odd bf16", case(3, 5, 37, 203, bfloat16)
+    yield "tiny fp32", case(2, 3, 4, 3, topk=1)
