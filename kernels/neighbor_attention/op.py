@@ -6,10 +6,12 @@ from torch import Tensor
 from simsid.kernels.backend import choose_backend
 from simsid.kernels.checks import check_tensor
 from simsid.kernels.neighbor_attention.reference import neighbor_attention_reference
+from simsid.kernels.ranges import named_range
 
 MAX_LOCATIONS = 256  # of a grid in one Triton program; larger grids run in PyTorch
 
 
+@named_range
 def neighbor_attention(
     query: Tensor,
     key: Tensor,

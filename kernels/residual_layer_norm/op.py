@@ -5,11 +5,13 @@ from torch import Tensor
 
 from simsid.kernels.backend import choose_backend
 from simsid.kernels.checks import check_tensor
+from simsid.kernels.ranges import named_range
 from simsid.kernels.residual_layer_norm.reference import residual_layer_norm_reference
 
 MAX_FEATURES = 8192  # of a row that one Triton program holds in registers; longer rows run in PyTorch
 
 
+@named_range
 def residual_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, backend: str = "auto"
 ) -> Tensor:

@@ -245,6 +245,4 @@ def test_compiled_kernels_do_not_spill():
     for report in reports:
         assert report["stack"] == report["spills"] == report["atomics"] == 0, report["name"]
         assert report["registers"] <= 128, f"{report['name']}: 16 warps have no more"
-        assert report["wide"] >= 20 and report["narrow"] == 2, (
-            f"{report['name']}: narrow are the row's statistics alone"
-        )
+        assert report["wide"] >= 20 and report["narrow"] == 2, f"{report['name']}: only statistics are narrow"
