@@ -2,8 +2,9 @@
 
     python -m simsid.kernels.inspect --op space_aware_memory --arch 90
 
-Each op's `fused.py` has `inspect_cases()`: names and host calls that are run on meta tensors with launching switched
-off. What they would have launched is compiled with the specialisations that Triton's launcher would choose.
+Each op's `fused.py` has `inspect_cases()`: names and host calls, and the architectures they are for where that matters.
+The calls are run on meta tensors with launching switched off. What they would have launched is compiled with the
+specialisations that Triton's launcher would choose.
 """
 
 import argparse
@@ -54,6 +55,7 @@ class Variant:
     divisible: tuple[str, ...]
     num_warps: int
     num_stages: int
+    architectures: tuple[int, ...] = ARCHITECTURES
 
     @property
     def key(self) -> tuple:
@@ -160,12 +162,15 @@ def compile_ahead(variant: Variant, arch: int) -> Report:
 def variants(op: str) -> list[Variant]:
     """Return every distinct variant that the inspection cases of `op` would launch."""
     found: dict[tuple, Variant] = {}
-    for case, call in importlib.import_module(f"simsid.kernels.{op}.fused").inspect_cases():
+    for case, call, *architectures in importlib.import_module(f"simsid.kernels.{op}.fused").inspect_cases():
         with record_launches(run=False) as launches:
             call()
         for launched in launches:
             variant = specialise(f"{launched.kernel.__name__.strip('_')} [{case}]", launched)
-            found.setdefault(variant.key, variant)
+            if architectures:
+                earlier = found[variant.key].architectures if variant.key in found else ()
+                variant = dataclasses.replace(variant, architectures=tuple(sorted({*earlier, *architectures[0]})))
+            found[variant.key] = dataclasses.replace(variant, name=found.get(variant.key, variant).name)
     return list(found.values())
 
 
@@ -250,6 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
         for variant in variants(op)
         if chosen.match in variant.name
         for arch in chosen.arch or ARCHITECTURES
+        if arch in variant.architectures
     ]
     known = chosen.known or chosen.update
     reports = report_all(wanted, load(known) if known and pathlib.Path(known).exists() else {})

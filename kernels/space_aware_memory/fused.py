@@ -12,6 +12,7 @@ are arithmetic and a plain matrix product is hard to beat.
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -181,7 +182,6 @@ def memory_select_kernel(
     b_score = _score_of(b_top)
     greatest = _score_of(tl.max(b_top, 0))
     key_of_last = tl.max(tl.where(o_k == TOPK - 1, b_top, _LOWEST), 0)
-
     # The softmax's denominator cancels out of the weights. A NaN or infinity on top makes every exponential NaN.
     b_e = tl.where(o_k < TOPK, tl.exp(b_score - greatest), 0.0)
     if EXCLUSIVE:
@@ -190,30 +190,31 @@ def memory_select_kernel(
     b_w = b_e / tl.where(total == 0.0, 1.0, total)
 
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    # The index is in range for every kept item whatever the scores; the bound guards the lanes beyond TOPK.
+    # In range for every kept item whatever the scores; the bound guards the lanes beyond TOPK.
     b_index = tl.minimum(0x7FFFFFFF - (b_top & 0x7FFFFFFF), N - 1)
     p_m = memory_ptr + (i_row % L) * stride_m_l + b_index[:, None] * stride_m_n + o_d[None, :]
     m_m = (o_k < TOPK)[:, None] & (b_w != 0.0)[:, None] & (o_d < D)[None, :]
     b_m = tl.load(p_m, mask=m_m, other=0.0).to(tl.float32)
     tl.store(out_ptr + i_row * D + o_d, tl.sum(b_w[:, None] * b_m, 0), mask=o_d < D)
 
-    if p_ptr is not None and tl.program_id(1) == 0:
-        total = 0.0
-        for i_tile in range(TILES):
-            if TILES > 1:
+    if p_ptr is not None:  # noqa: SIM102 - decided when compiling, the next one when running
+        if tl.program_id(1) == 0:
+            total = 0.0
+            for i_tile in range(TILES):
+                if TILES > 1:
+                    o_n = i_tile * BLOCK_N + o_tile
+                    b_s = _logits(partial_ptr, noise_ptr, i_row, rows, o_n, o_n < N, N, temperature, SPLITS)
+                total += tl.sum(tl.exp(b_s - greatest), 0)
+            for i_tile in range(TILES):
                 o_n = i_tile * BLOCK_N + o_tile
-                b_s = _logits(partial_ptr, noise_ptr, i_row, rows, o_n, o_n < N, N, temperature, SPLITS)
-            total += tl.sum(tl.exp(b_s - greatest), 0)
-        for i_tile in range(TILES):
-            o_n = i_tile * BLOCK_N + o_tile
-            if TILES > 1:
-                b_s = _logits(partial_ptr, noise_ptr, i_row, rows, o_n, o_n < N, N, temperature, SPLITS)
-            b_p = tl.exp(b_s - greatest) / total
-            if EXCLUSIVE:
-                m_kept = b_s > _score_of(key_of_last)
-            else:
-                m_kept = _keys(b_s, o_n, o_n < N) >= key_of_last
-            tl.store(p_ptr + i_row * N + o_n, tl.where(m_kept, -b_p, b_p), mask=o_n < N)
+                if TILES > 1:
+                    b_s = _logits(partial_ptr, noise_ptr, i_row, rows, o_n, o_n < N, N, temperature, SPLITS)
+                b_p = tl.exp(b_s - greatest) / total
+                if EXCLUSIVE:
+                    m_kept = b_s > _score_of(key_of_last)
+                else:
+                    m_kept = _keys(b_s, o_n, o_n < N) >= key_of_last
+                tl.store(p_ptr + i_row * N + o_n, tl.where(m_kept, -b_p, b_p), mask=o_n < N)
 
 
 @triton.jit(do_not_specialize=_ANY_SIZE)
@@ -370,9 +371,17 @@ def memory_items_gradient_kernel(
     tl.store(dmemory_ptr + (i_l * N + o_n[:, None]) * D + o_d[None, :], b_dm, mask=m_n[:, None] & m_d)
 
 
-def _precision() -> str:
-    """Return how two float32 numbers are multiplied: by three TF32 products, or one where PyTorch may do so too."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+class _Target(NamedTuple):
+    """What the host code must know of the GPU and of PyTorch's settings."""
+
+    precision: str  # of a product of two float32 numbers: "tf32x3", or "tf32" where PyTorch may do so too
+    warp_groups: bool  # whole warp groups multiply, which the plans differ by
+
+
+def _target(device: torch.device) -> _Target:
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    on_gpu = device.type == "cuda"
+    return _Target(precision, not on_gpu or torch.cuda.get_device_capability(device)[0] in (9, 10))
 
 
 def _rows(tensor: Tensor, shared: bool) -> Tensor:
@@ -382,21 +391,21 @@ def _rows(tensor: Tensor, shared: bool) -> Tensor:
     return tensor.reshape(-1, 1, tensor.shape[-1]) if shared else tensor
 
 
-def _blocks(plan: GradientPlan, precision: str) -> dict[str, int | str]:
+def _blocks(plan: GradientPlan, target: _Target) -> dict[str, int | str]:
     """Return the constants of a gradient kernel."""
     return {
         "BLOCK_B": plan.block_b,
         "BLOCK_N": plan.block_n,
         "BLOCK_D": plan.block_d,
-        "PRECISION": precision,
+        "PRECISION": target.precision,
     }
 
 
-def _scores(query: Tensor, memory: Tensor, precision: str) -> Tensor:
+def _scores(query: Tensor, memory: Tensor, target: _Target) -> Tensor:
     """Return the partial sums `[splits, B, L, N]` of the products of queries and items."""
     B, L, D = query.shape
     N = memory.shape[1]
-    plan = plan_scores(B, L, N, D)
+    plan = plan_scores(B, L, N, D, target.warp_groups)
     partial = query.new_empty(plan.splits, B, L, N, dtype=torch.float32)
     launch(
         memory_scores_kernel,
@@ -418,7 +427,7 @@ def _scores(query: Tensor, memory: Tensor, precision: str) -> Tensor:
         BLOCK_N=plan.block_n,
         BLOCK_B=plan.block_b,
         BLOCK_D=plan.block_d,
-        PRECISION=precision,
+        PRECISION=target.precision,
     )
     return partial
 
@@ -431,7 +440,7 @@ def memory_forward(
     noise: Tensor | None,
     temperature: float,
     save: bool,
-    precision: str | None = None,
+    target: _Target | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the output and, if `save`, the probabilities `[B, L, N]`, negative where the item was kept."""
     shape = query.shape
@@ -446,7 +455,7 @@ def memory_forward(
     kept = min(topk, N)
     plan = plan_rows(N, D, kept)
     with on_device(query):
-        partial = _scores(query, memory, precision or _precision())
+        partial = _scores(query, memory, target or _target(query.device))
         launch(
             memory_select_kernel,
             (B * L, ceil_div(D, plan.block_d)),
@@ -483,7 +492,7 @@ def memory_backward(
     temperature: float,
     need_query: bool,
     need_memory: bool,
-    precision: str | None = None,
+    target: _Target | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of query and memory; one that is not needed has no elements."""
     dquery = torch.empty(query.shape if need_query else (0,), dtype=query.dtype, device=query.device)
@@ -495,10 +504,10 @@ def memory_backward(
     B, L, D = query.shape
     N = memory.shape[1]
     rows = plan_rows(N, D, 1)
-    precision = precision or _precision()
+    target = target or _target(query.device)
     joint = plan_joint_gradient(B) if need_query and need_memory else None
     with on_device(query):
-        partial = _scores(grad, memory, precision)
+        partial = _scores(grad, memory, target)
         coefficient = p.new_empty(2, B, L, N)
         launch(
             memory_softmax_gradient_kernel,
@@ -538,11 +547,11 @@ def memory_backward(
                 **sizes,
                 **of_rows,
                 **of_items,
-                **_blocks(joint, precision),
+                **_blocks(joint, target),
             )
             return dquery, dmemory
         if need_query:
-            plan = plan_query_gradient(B)
+            plan = plan_query_gradient(B, target.warp_groups)
             launch(
                 memory_query_gradient_kernel,
                 (ceil_div(B, plan.block_b) * ceil_div(D, plan.block_d), L),
@@ -553,10 +562,10 @@ def memory_backward(
                 dquery_ptr=dquery,
                 **sizes,
                 **of_items,
-                **_blocks(plan, precision),
+                **_blocks(plan, target),
             )
         if need_memory:
-            plan = plan_items_gradient(B)
+            plan = plan_items_gradient(B, target.warp_groups)
             launch(
                 memory_items_gradient_kernel,
                 (ceil_div(N, plan.block_n) * ceil_div(D, plan.block_d), L),
@@ -568,7 +577,7 @@ def memory_backward(
                 dmemory_ptr=dmemory,
                 **sizes,
                 **of_rows,
-                **_blocks(plan, precision),
+                **_blocks(plan, target),
             )
     return dquery, dmemory
 
@@ -657,8 +666,15 @@ def space_aware_memory_fused(
     return torch.ops.simsid.space_aware_memory(*arguments, False)[0]
 
 
-def inspect_cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yield names and calls, on meta tensors, that launch the variants the plans can choose."""
+def inspect_cases() -> Iterator[tuple[str, Callable[[], None], tuple[int, ...]]]:
+    """Yield names and calls, on meta tensors, that launch the variants the plans can choose, and on what GPUs."""
+    for warp_groups, architectures in ((True, (90, 100)), (False, (80,))):
+        for name, call in _cases(warp_groups):
+            yield name, call, architectures
+
+
+def _cases(warp_groups: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yield names and calls for one kind of GPU."""
 
     def case(
         B: int,
@@ -673,13 +689,15 @@ def inspect_cases() -> Iterator[tuple[str, Callable[[], None]]]:
         needs: tuple[str, ...] = ("zM",),
         precision: str = "tf32x3",
     ) -> Callable[[], None]:
+        target = _Target(precision, warp_groups)
+
         def call() -> None:
             z = torch.empty(B, L, D, dtype=query, device="meta")
             M = torch.empty(L, N, D, dtype=memory, device="meta")
             more = z.new_empty(B, L, N) if noise else None
-            _, p = memory_forward(z, M, topk, exclusive, more, 1.0, bool(needs), precision)
+            _, p = memory_forward(z, M, topk, exclusive, more, 1.0, bool(needs), target)
             for need in needs:
-                memory_backward(z, z, M, p, 1.0, "z" in need, "M" in need, precision)
+                memory_backward(z, z, M, p, 1.0, "z" in need, "M" in need, target)
 
         return call
 

@@ -71,17 +71,22 @@ def ceil_div(number: int, divisor: int) -> int:
     return -(-number // divisor)
 
 
-def plan_scores(batch: int, locations: int, items: int, features: int) -> ScorePlan:
-    """Plan the score kernel; what decides the order of summation depends on the memory's shape alone."""
+def plan_scores(batch: int, locations: int, items: int, features: int, warp_groups: bool) -> ScorePlan:
+    """Plan the score kernel; what decides the order of summation depends on the memory's shape alone.
+
+    `warp_groups`: products are made by a whole warp group (sm_90, sm_100) out of shared memory. Single warps take them
+    out of registers: 64 features a step cost 252 of those with 32 queries, and a stack with 64.
+    """
     block_n = 64  # the M side of a warp-group MMA; splitting the items costs no reading of M
-    block_d = 64 if features > 32 else max(16, power_of_two(features))  # 256 bytes of float32 a row and stage
+    step = min(64, max(16, power_of_two(features)))
     programs = locations * ceil_div(items, block_n)
     # Two programs for each of some 130 multiprocessors, from the memory alone; 128 features amortise a program's
     # start, and 32 partial sums are as many as the next kernel should read.
-    splits = min(power_of_two(ceil_div(256, programs)), 32, ceil_div(features, max(128, block_d)))
-    chunk = ceil_div(ceil_div(features, splits), block_d) * block_d
+    splits = min(power_of_two(ceil_div(256, programs)), 32, ceil_div(features, 128))
+    chunk = ceil_div(ceil_div(features, splits), step) * step
     # Each tile of queries reads all of M again, from the L2 cache at best.
     block_b = min(64, max(16, power_of_two(batch)))
+    block_d = step if warp_groups else min(32, step)
     return ScorePlan(block_n, block_b, block_d, chunk, ceil_div(features, chunk), num_warps=4, num_stages=3)
 
 
@@ -107,13 +112,16 @@ def plan_joint_gradient(batch: int) -> GradientPlan | None:
     return GradientPlan(block_b=32, block_n=16, block_d=32, num_warps=4, num_stages=3)
 
 
-def plan_query_gradient(batch: int) -> GradientPlan:
-    """Plan the kernel that makes dz alone; 64 queries suit warp-group MMA, more items than 32 cost a stack."""
-    block_b = min(64, max(16, power_of_two(batch)))
+def plan_query_gradient(batch: int, warp_groups: bool) -> GradientPlan:
+    """Plan the kernel that makes dz alone; 64 queries suit a warp group, and cost single warps all their registers."""
+    block_b = min(64 if warp_groups else 32, max(16, power_of_two(batch)))
     return GradientPlan(block_b, block_n=32, block_d=64, num_warps=4, num_stages=3)
 
 
-def plan_items_gradient(batch: int) -> GradientPlan:
-    """Plan the kernel that makes dM alone; 64 items suit warp-group MMA, queries are walked in tiles."""
-    block_b = min(32, max(16, power_of_two(batch)))
+def plan_items_gradient(batch: int, warp_groups: bool) -> GradientPlan:
+    """Plan the kernel that makes dM alone, walking the queries in tiles; 64 items suit a warp group.
+
+    By single warps, 32 queries a step cost a stack.
+    """
+    block_b = min(32 if warp_groups else 16, max(16, power_of_two(batch)))
     return GradientPlan(block_b, block_n=64, block_d=64, num_warps=4, num_stages=2)

@@ -120,7 +120,7 @@ def test_larger_batches(B):
 
 def test_features_over_several_splits():
     z, M, g, _ = draw(2, 1, 20, 300)
-    assert plan.plan_scores(2, 1, 20, 300).splits == 3
+    assert plan.plan_scores(2, 1, 20, 300, True).splits == 3
     compare(z, M, g, 5)
 
 
