@@ -1,5 +1,8 @@
 """The choice of backend and its reason."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -77,3 +80,19 @@ def test_the_reason_is_logged(caplog):
 def test_an_unknown_backend_is_one_error():
     with pytest.raises(ValueError, match="backend must be one of 'auto', 'triton', 'torch', got 'cuda'"):
         choose_backend("cuda", CPU)
+
+
+CALL = "import torch; from simsid.kernels import space_aware_memory as op; z, M = torch.ones(1, 1, 2), torch.ones(1, 3, 2); "
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        CALL + "op(z, M); import sys; assert 'triton' not in sys.modules",
+        "import sys; sys.modules['triton'] = None; " + CALL + "op(z, M)",
+    ],
+    ids=["not imported before it is needed", "not installed"],
+)
+def test_the_ops_need_no_triton(script):
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
