@@ -30,10 +30,11 @@ from simsid.kernels.launch import Launch, record_launches
 OPS = ("space_aware_memory", "neighbor_attention", "residual_layer_norm")
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory one program may ask for
-# Bytes of stack. For sm_100 ptxas parks a value or two to fit another program on a multiprocessor, even where it then
-# uses 72 registers; told to use up to 224 it parks none, at the price of that program.
-STACK_LIMIT = {80: 0, 90: 0, 100: 16}
-SPILL_LIMIT = {80: 0, 90: 0, 100: 8}  # instructions
+# Bytes of stack and instructions that use it. ptxas parks a value or two to fit another program on a multiprocessor,
+# even where it then uses 72 registers; told to use up to 224 it parks none, at the price of that program.
+STACK_LIMIT = {80: 16, 90: 0, 100: 16}
+SPILL_LIMIT = {80: 12, 90: 0, 100: 12}
+
 
 _TYPES = {
     torch.float64: "fp64",
