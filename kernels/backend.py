@@ -10,7 +10,7 @@ import torch
 from simsid.kernels.checks import check_choice
 
 BACKENDS = ("auto", "triton", "torch")
-OLDEST_CAPABILITY = (8, 0)  # the kernels use asynchronous copies and bf16 tensor cores, which came with sm_80
+OLDEST_MAJOR = 8  # the kernels use asynchronous copies and bf16 tensor cores, which came with sm_80
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 _logger = logging.getLogger(__name__)
@@ -38,9 +38,10 @@ def why_not_triton(device: torch.device) -> str | None:
         return f"Triton kernels run on CUDA, and the tensors are on {device.type}"
     if torch.version.hip is not None:
         return "the kernels were never tried on ROCm"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_CAPABILITY:
-        return f"compute capability {capability[0]}.{capability[1]} is older than 8.0"
+    # Not get_device_capability, which torch.compile does not fold into a constant.
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major < OLDEST_MAJOR:
+        return f"compute capability {properties.major}.{properties.minor} is older than {OLDEST_MAJOR}.0"
     return None
 
 

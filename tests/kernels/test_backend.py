@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ def gpu(monkeypatch):
     monkeypatch.setattr(module, "TRITON_INSTALLED", True)
     monkeypatch.setattr(torch.version, "hip", None)
 
-    def pretend(capability):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    def pretend(major, minor):
+        properties = types.SimpleNamespace(major=major, minor=minor)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
-    pretend((9, 0))
+    pretend(9, 0)
     return pretend
 
 
@@ -34,7 +36,7 @@ def test_auto_takes_torch_where_the_op_refuses(gpu):
 
 
 def test_auto_takes_torch_on_an_old_gpu(gpu):
-    gpu((7, 5))
+    gpu(7, 5)
     assert choose_backend("auto", CUDA) == Choice("torch", "compute capability 7.5 is older than 8.0")
 
 
