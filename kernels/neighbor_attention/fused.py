@@ -27,26 +27,36 @@ from simsid.kernels.launch import launch, on_device
 
 
 @triton.jit
-def _neighbors(SIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Locations [1, BLOCK_L] and the neighbour in each of their eight slots, with masks; how many are missing.
+def _step(o_slot, o_l, SIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The neighbour in a slot of a location, and whether both exist.
 
     Slot n of location l is the location at offset n from l (SIGN 1), or the one from which l is at offset n (SIGN -1).
     """
-    o_l = tl.arange(0, BLOCK_L)[None, :]
-    o_slot = tl.arange(0, 8)[:, None]
     o_cell = o_slot + (o_slot >= 4).to(tl.int32)  # 0 to 8 without the centre, 4
+    i_to = o_l // COLUMNS + SIGN * (o_cell // 3 - 1)
+    j_to = o_l % COLUMNS + SIGN * (o_cell % 3 - 1)
+    m_to = (i_to >= 0) & (i_to < ROWS) & (j_to >= 0) & (j_to < COLUMNS) & (o_l < ROWS * COLUMNS)
+    return tl.where(m_to, i_to * COLUMNS + j_to, 0), m_to
+
+
+@triton.jit
+def _neighbors(SIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Neighbours and mask as `[8, BLOCK_L]`, for the weights, and as rows `[8 * BLOCK_L, 1]`, for loads."""
+    o_to, m_to = _step(tl.arange(0, 8)[:, None], tl.arange(0, BLOCK_L)[None, :], SIGN, ROWS, COLUMNS)
+    o_row = tl.arange(0, 8 * BLOCK_L)[:, None]
+    o_row_to, m_row_to = _step(o_row // BLOCK_L, o_row % BLOCK_L, SIGN, ROWS, COLUMNS)
+    return o_to, m_to, o_row_to, m_row_to
+
+
+@triton.jit
+def _missing(o_l, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """How many neighbours of a location lie outside the grid."""
     i = o_l // COLUMNS
     j = o_l % COLUMNS
-    i_to = i + SIGN * (o_cell // 3 - 1)
-    j_to = j + SIGN * (o_cell % 3 - 1)
-    m_l = o_l < ROWS * COLUMNS
-    m_to = (i_to >= 0) & (i_to < ROWS) & (j_to >= 0) & (j_to < COLUMNS) & m_l
-    o_to = tl.where(m_to, i_to * COLUMNS + j_to, 0)
     rows_seen = 3 - (i == 0).to(tl.int32) - (i == ROWS - 1).to(tl.int32)
     columns_seen = 3 - (j == 0).to(tl.int32) - (j == COLUMNS - 1).to(tl.int32)
     # Rows of the tile beyond the grid have no neighbour, like a location alone: that path keeps them finite.
-    n_pad = tl.where(m_l, 9 - rows_seen * columns_seen, 8).to(tl.float32)
-    return o_l, m_l, o_to, m_to, n_pad, m_l & (n_pad > 0)
+    return tl.where(o_l < ROWS * COLUMNS, 9 - rows_seen * columns_seen, 8).to(tl.float32)
 
 
 @triton.jit
@@ -70,9 +80,21 @@ def _softmax(b_s, m_to, b_s_pad, n_pad, HAS_PAD: tl.constexpr):
 
 
 @triton.jit
-def _load(p, m):
-    """Load zeros where masked, as float32 at once: the interpreter's bf16 arithmetic is that of raw bits."""
-    return tl.load(p, mask=m, other=0.0).to(tl.float32)
+def _load(p, m, SLOTS: tl.constexpr):
+    """Load rows `[SLOTS * BLOCK_L, BLOCK_W]` as `[SLOTS, BLOCK_L, BLOCK_W]`, zeros where masked.
+
+    Rows are loaded in two dimensions, because versions of Triton order the threads of a three-dimensional load
+    differently, and those that spread them over the slots need shared memory at every step. Float32 at once: the
+    interpreter's bf16 arithmetic is that of raw bits.
+    """
+    b = tl.load(p, mask=m, other=0.0).to(tl.float32)
+    return tl.reshape(b, (SLOTS, b.shape[0] // SLOTS, b.shape[1]))
+
+
+@triton.jit
+def _store(p, b, m):
+    """Store `[1, BLOCK_L, BLOCK_W]` in the pointer's dtype."""
+    tl.store(p, tl.reshape(b, (b.shape[1], b.shape[2])).to(p.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -100,34 +122,37 @@ def neighbor_attention_forward_kernel(
 ):
     i_b = (tl.program_id(0) // heads).to(tl.int64)
     i_h = tl.program_id(0) % heads
-    o_l, m_l, o_to, m_to, n_pad, m_pad = _neighbors(1, ROWS, COLUMNS, BLOCK_L)
+    _, m_to, o_row_to, m_row_to = _neighbors(1, ROWS, COLUMNS, BLOCK_L)
+    n_pad = _missing(tl.arange(0, BLOCK_L)[None, :], ROWS, COLUMNS)
+    o_l = tl.arange(0, BLOCK_L)[:, None]
+    m_l = o_l < ROWS * COLUMNS
 
-    p_q = query_ptr + i_b * stride_q_b + i_h * WIDTH + o_l[:, :, None] * stride_q_l
-    p_k = key_ptr + i_b * stride_k_b + i_h * WIDTH + o_to[:, :, None] * stride_k_l
+    p_q = query_ptr + i_b * stride_q_b + i_h * WIDTH + o_l * stride_q_l
+    p_k = key_ptr + i_b * stride_k_b + i_h * WIDTH + o_row_to * stride_k_l
+    p_v = value_ptr + i_b * stride_v_b + i_h * WIDTH + o_row_to * stride_v_l
+    p_out = out_ptr + (i_b * (ROWS * COLUMNS) + o_l) * (heads * WIDTH) + i_h * WIDTH
     if HAS_PAD:  # spread over the locations, or the load would bring a layout of its own and conversions to it
-        p_pad_k = pad_key_ptr + i_h * WIDTH + o_l[:, :, None] * 0
-        p_pad_v = pad_value_ptr + i_h * WIDTH + o_l[:, :, None] * 0
+        p_pad_k = pad_key_ptr + i_h * WIDTH + o_l * 0
+        p_pad_v = pad_value_ptr + i_h * WIDTH + o_l * 0
+        m_pad = m_l & (_missing(o_l, ROWS, COLUMNS) > 0)
     b_s = tl.zeros((8, BLOCK_L), tl.float32)
     b_s_pad = tl.zeros((1, BLOCK_L), tl.float32)
     for start in range(0, WIDTH, BLOCK_W):
-        o_w = start + tl.arange(0, BLOCK_W)[None, None, :]
+        o_w = start + tl.arange(0, BLOCK_W)[None, :]
         m_w = o_w < WIDTH
-        b_q = _load(p_q + o_w, m_l[:, :, None] & m_w)
-        b_s += tl.sum(b_q * _load(p_k + o_w, m_to[:, :, None] & m_w), axis=2)
+        b_q = _load(p_q + o_w, m_l & m_w, 1)
+        b_s += tl.sum(b_q * _load(p_k + o_w, m_row_to & m_w, 8), axis=2)
         if HAS_PAD:
-            b_s_pad += tl.sum(b_q * _load(p_pad_k + o_w, m_pad[:, :, None] & m_w), axis=2)
+            b_s_pad += tl.sum(b_q * _load(p_pad_k + o_w, m_pad & m_w, 1), axis=2)
     b_w, b_w_pad = _softmax(b_s * scale, m_to, b_s_pad * scale, n_pad, HAS_PAD)
 
-    p_v = value_ptr + i_b * stride_v_b + i_h * WIDTH + o_to[:, :, None] * stride_v_l
-    p_out = out_ptr + (i_b * (ROWS * COLUMNS) + o_l[:, :, None]) * (heads * WIDTH) + i_h * WIDTH
     for start in range(0, WIDTH, BLOCK_W):
-        o_w = start + tl.arange(0, BLOCK_W)[None, None, :]
+        o_w = start + tl.arange(0, BLOCK_W)[None, :]
         m_w = o_w < WIDTH
-        b_v = _load(p_v + o_w, m_to[:, :, None] & m_w)
-        b_out = tl.sum(b_w[:, :, None] * b_v, axis=0)[None, :, :]
+        b_out = tl.sum(b_w[:, :, None] * _load(p_v + o_w, m_row_to & m_w, 8), axis=0)[None, :, :]
         if HAS_PAD:
-            b_out += b_w_pad[:, :, None] * _load(p_pad_v + o_w, m_pad[:, :, None] & m_w)
-        tl.store(p_out + o_w, b_out.to(out_ptr.dtype.element_ty), mask=m_l[:, :, None] & m_w)
+            b_out += b_w_pad[:, :, None] * _load(p_pad_v + o_w, m_pad & m_w, 1)
+        _store(p_out + o_w, b_out, m_l & m_w)
 
 
 @triton.jit
@@ -162,29 +187,33 @@ def neighbor_attention_backward_kernel(
 ):
     i_b = (tl.program_id(0) // heads).to(tl.int64)
     i_h = tl.program_id(0) % heads
-    o_l, m_l, o_to, m_to, n_pad, m_pad = _neighbors(1, ROWS, COLUMNS, BLOCK_L)
+    _, m_to, o_row_to, m_row_to = _neighbors(1, ROWS, COLUMNS, BLOCK_L)
+    n_pad = _missing(tl.arange(0, BLOCK_L)[None, :], ROWS, COLUMNS)
+    o_l = tl.arange(0, BLOCK_L)[:, None]
+    m_l = o_l < ROWS * COLUMNS
 
     p_g = grad_ptr + i_b * stride_g_b + i_h * WIDTH
     p_q = query_ptr + i_b * stride_q_b + i_h * WIDTH
-    p_k = key_ptr + i_b * stride_k_b + i_h * WIDTH
-    p_v = value_ptr + i_b * stride_v_b + i_h * WIDTH
+    p_k = key_ptr + i_b * stride_k_b + i_h * WIDTH + o_row_to * stride_k_l
+    p_v = value_ptr + i_b * stride_v_b + i_h * WIDTH + o_row_to * stride_v_l
     if HAS_PAD:
-        p_pad_k = pad_key_ptr + i_h * WIDTH + o_l[:, :, None] * 0
-        p_pad_v = pad_value_ptr + i_h * WIDTH + o_l[:, :, None] * 0
+        p_pad_k = pad_key_ptr + i_h * WIDTH + o_l * 0
+        p_pad_v = pad_value_ptr + i_h * WIDTH + o_l * 0
+        m_pad = m_l & (_missing(o_l, ROWS, COLUMNS) > 0)
     b_s = tl.zeros((8, BLOCK_L), tl.float32)
     b_dw = tl.zeros((8, BLOCK_L), tl.float32)
     b_s_pad = tl.zeros((1, BLOCK_L), tl.float32)
     b_dw_pad = tl.zeros((1, BLOCK_L), tl.float32)
     for start in range(0, WIDTH, BLOCK_W):
-        o_w = start + tl.arange(0, BLOCK_W)[None, None, :]
+        o_w = start + tl.arange(0, BLOCK_W)[None, :]
         m_w = o_w < WIDTH
-        b_q = _load(p_q + o_l[:, :, None] * stride_q_l + o_w, m_l[:, :, None] & m_w)
-        b_g = _load(p_g + o_l[:, :, None] * stride_g_l + o_w, m_l[:, :, None] & m_w)
-        b_s += tl.sum(b_q * _load(p_k + o_to[:, :, None] * stride_k_l + o_w, m_to[:, :, None] & m_w), axis=2)
-        b_dw += tl.sum(b_g * _load(p_v + o_to[:, :, None] * stride_v_l + o_w, m_to[:, :, None] & m_w), axis=2)
+        b_q = _load(p_q + o_l * stride_q_l + o_w, m_l & m_w, 1)
+        b_g = _load(p_g + o_l * stride_g_l + o_w, m_l & m_w, 1)
+        b_s += tl.sum(b_q * _load(p_k + o_w, m_row_to & m_w, 8), axis=2)
+        b_dw += tl.sum(b_g * _load(p_v + o_w, m_row_to & m_w, 8), axis=2)
         if HAS_PAD:
-            b_s_pad += tl.sum(b_q * _load(p_pad_k + o_w, m_pad[:, :, None] & m_w), axis=2)
-            b_dw_pad += tl.sum(b_g * _load(p_pad_v + o_w, m_pad[:, :, None] & m_w), axis=2)
+            b_s_pad += tl.sum(b_q * _load(p_pad_k + o_w, m_pad & m_w, 1), axis=2)
+            b_dw_pad += tl.sum(b_g * _load(p_pad_v + o_w, m_pad & m_w, 1), axis=2)
     b_w, b_w_pad = _softmax(b_s * scale, m_to, b_s_pad * scale, n_pad, HAS_PAD)
 
     b_mean = tl.sum(tl.where(m_to, b_w * b_dw, 0.0), axis=0)[None, :] + b_w_pad * b_dw_pad
@@ -192,30 +221,26 @@ def neighbor_attention_backward_kernel(
     b_ds_pad = b_w_pad * (b_dw_pad - b_mean) * scale
 
     # From here on a location is a neighbour: slot n of it holds what the location it is neighbour n of gives it.
-    _, _, o_from, m_from, _, _ = _neighbors(-1, ROWS, COLUMNS, BLOCK_L)
+    o_from, m_from, o_row_from, m_row_from = _neighbors(-1, ROWS, COLUMNS, BLOCK_L)
     b_w_from = tl.where(m_from, tl.gather(b_w, o_from, axis=1), 0.0)
     b_ds_from = tl.where(m_from, tl.gather(b_ds, o_from, axis=1), 0.0)
-    o_out = (i_b * (ROWS * COLUMNS) + o_l[:, :, None]) * (heads * WIDTH) + i_h * WIDTH
+    o_out = (i_b * (ROWS * COLUMNS) + o_l) * (heads * WIDTH) + i_h * WIDTH
     for start in range(0, WIDTH, BLOCK_W):
-        o_w = start + tl.arange(0, BLOCK_W)[None, None, :]
+        o_w = start + tl.arange(0, BLOCK_W)[None, :]
         m_w = o_w < WIDTH
-        m_out = m_l[:, :, None] & m_w
-        b_k = _load(p_k + o_to[:, :, None] * stride_k_l + o_w, m_to[:, :, None] & m_w)
-        b_dq = tl.sum(b_ds[:, :, None] * b_k, axis=0)[None, :, :]
+        b_dq = tl.sum(b_ds[:, :, None] * _load(p_k + o_w, m_row_to & m_w, 8), axis=0)[None, :, :]
         if HAS_PAD:
-            b_dq += b_ds_pad[:, :, None] * _load(p_pad_k + o_w, m_pad[:, :, None] & m_w)
-            b_q = _load(p_q + o_l[:, :, None] * stride_q_l + o_w, m_out)
-            b_g = _load(p_g + o_l[:, :, None] * stride_g_l + o_w, m_out)
+            b_dq += b_ds_pad[:, :, None] * _load(p_pad_k + o_w, m_pad & m_w, 1)
+            b_q = _load(p_q + o_l * stride_q_l + o_w, m_l & m_w, 1)
+            b_g = _load(p_g + o_l * stride_g_l + o_w, m_l & m_w, 1)
             p_pad = grad_pads_ptr + i_b * (heads * WIDTH) + i_h * WIDTH + o_w
-            tl.store(p_pad, tl.sum(b_ds_pad[:, :, None] * b_q, axis=1)[:, None, :], mask=m_w)
-            tl.store(p_pad + batch_features, tl.sum(b_w_pad[:, :, None] * b_g, axis=1)[:, None, :], mask=m_w)
-        tl.store(grad_query_ptr + o_out + o_w, b_dq.to(grad_query_ptr.dtype.element_ty), mask=m_out)
-        b_q_from = _load(p_q + o_from[:, :, None] * stride_q_l + o_w, m_from[:, :, None] & m_w)
-        b_dk = tl.sum(b_ds_from[:, :, None] * b_q_from, axis=0)[None, :, :]
-        tl.store(grad_key_ptr + o_out + o_w, b_dk.to(grad_key_ptr.dtype.element_ty), mask=m_out)
-        b_g_from = _load(p_g + o_from[:, :, None] * stride_g_l + o_w, m_from[:, :, None] & m_w)
-        b_dv = tl.sum(b_w_from[:, :, None] * b_g_from, axis=0)[None, :, :]
-        tl.store(grad_value_ptr + o_out + o_w, b_dv.to(grad_value_ptr.dtype.element_ty), mask=m_out)
+            tl.store(p_pad, tl.sum(b_ds_pad[:, :, None] * b_q, axis=1), mask=m_w)
+            tl.store(p_pad + batch_features, tl.sum(b_w_pad[:, :, None] * b_g, axis=1), mask=m_w)
+        _store(grad_query_ptr + o_out + o_w, b_dq, m_l & m_w)
+        b_q_from = _load(p_q + o_row_from * stride_q_l + o_w, m_row_from & m_w, 8)
+        _store(grad_key_ptr + o_out + o_w, tl.sum(b_ds_from[:, :, None] * b_q_from, axis=0)[None, :, :], m_l & m_w)
+        b_g_from = _load(p_g + o_row_from * stride_g_l + o_w, m_row_from & m_w, 8)
+        _store(grad_value_ptr + o_out + o_w, tl.sum(b_w_from[:, :, None] * b_g_from, axis=0)[None, :, :], m_l & m_w)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +258,7 @@ def plan(locations: int, width: int, element_size: int) -> Plan:
     One 16-byte access a thread must cover the tile of locations x features exactly, and one warp a location's row.
     Then the eight slots of a feature lie in one thread, sums over slots need no exchange and sums over features only
     shuffles; a tile smaller than that puts slots into other warps, and the forward kernel goes from no barrier to 36.
-    Eight warps: 255 registers a thread, of which the backward kernel takes up to 184; with 16 it spills.
+    Eight warps: 255 registers a thread, of which the backward kernel takes up to 210; with 16 it spills.
     """
     block_l = triton.next_power_of_2(locations)
     vector = 16 // element_size
