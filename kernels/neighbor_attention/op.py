@@ -1,12 +1,17 @@
 """The neighbour-attention op: contract, checks and choice of backend."""
 
+import torch
 from torch import Tensor
 
 from simsid.kernels.backend import choose_backend
 from simsid.kernels.checks import check_tensor
 from simsid.kernels.neighbor_attention.reference import neighbor_attention_reference
+from simsid.kernels.ranges import named_range
+
+MAX_LOCATIONS = 256  # of a grid in one Triton program; larger grids run in PyTorch
 
 
+@named_range
 def neighbor_attention(
     query: Tensor,
     key: Tensor,
@@ -60,5 +65,16 @@ def neighbor_attention(
     if pad_key is not None:
         check_tensor("pad_key", pad_key, (features,), like=query)
         check_tensor("pad_value", pad_value, (features,), like=query)
-    choose_backend(backend)
-    return neighbor_attention_reference(query, key, value, tuple(grid), heads, pad_key, pad_value)
+    if choose_backend(backend, query.device, _refusal(query)).backend == "triton":
+        from simsid.kernels.neighbor_attention.fused import neighbor_attention_fused as run
+    else:
+        run = neighbor_attention_reference
+    return run(query, key, value, tuple(grid), heads, pad_key, pad_value)
+
+
+def _refusal(query: Tensor) -> str | None:
+    if query.dtype == torch.float64:
+        return "float64 has no kernel"
+    if query.shape[1] > MAX_LOCATIONS:
+        return f"{query.shape[1]} locations are more than the {MAX_LOCATIONS} that one program can hold"
+    return None

@@ -4,11 +4,14 @@ from torch import Tensor
 
 from simsid.kernels.backend import choose_backend
 from simsid.kernels.checks import check_choice, check_tensor
+from simsid.kernels.ranges import named_range
+from simsid.kernels.space_aware_memory.plan import refuse
 from simsid.kernels.space_aware_memory.reference import space_aware_memory_reference
 
 THRESHOLDS = ("inclusive", "exclusive")
 
 
+@named_range
 def space_aware_memory(
     query: Tensor,
     memory: Tensor,
@@ -35,6 +38,13 @@ def space_aware_memory(
     The gradient is straight-through: the gradient of `w` is applied to `p`, so that items outside the top-k learn too.
     Nothing is differentiated through the selection, the division or the noise.
 
+    Precision: scores, probabilities and sums are float32, whatever autocast says. The kernels multiply two float32
+    numbers by three TF32 products, which selects as float32 does, or by one where PyTorch is allowed TF32
+    (`torch.set_float32_matmul_precision("high")`); a bfloat16 query meets a float32 memory as a pair of bfloat16
+    numbers, to 2^-16. With the kernels the output for a query is the same, bit for bit, in every run and every batch.
+    They have no second derivative (the reference has). An item that is not kept adds nothing even if it is infinite,
+    where the reference multiplies it by 0.
+
     Args:
         query: `[B, L, D]`, float16 to float64.
         memory: `[L, N, D]`, one set of items a location, or `[1, N, D]`, shared by all; on the query's device.
@@ -52,6 +62,7 @@ def space_aware_memory(
     Raises:
         TypeError: a dtype or type that is not listed above.
         ValueError: a shape, device, `topk`, `threshold`, `temperature` or `backend` outside these ranges.
+        RuntimeError: `backend="triton"` where the kernels cannot run, with the reason.
     """
     check_tensor("query", query, ("B", "L", "D"))
     _, locations, features = query.shape
@@ -69,5 +80,9 @@ def space_aware_memory(
         check_tensor("noise", noise, (query.shape[0], locations, memory.shape[1]), like=query)
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a positive number, got {temperature!r}")
-    choose_backend(backend)
+    refusal = refuse(query.dtype, memory.dtype, locations, memory.shape[1], topk)
+    if choose_backend(backend, query.device, refusal).backend == "triton":
+        from simsid.kernels.space_aware_memory.fused import space_aware_memory_fused
+
+        return space_aware_memory_fused(query, memory, topk, threshold, noise, temperature)
     return space_aware_memory_reference(query, memory, topk, threshold, noise, temperature)

@@ -29,7 +29,8 @@ def shrink(logits: Tensor, p: Tensor, topk: int, threshold: str) -> Tensor:
         kept = logits > ordered[..., k - 1 : k]
     w = torch.where(kept, p, 0.0)
     total = w.sum(-1, keepdim=True)
-    return torch.where(kept.any(-1, keepdim=True), w / total, 0.0)
+    # Where nothing stays the weights are 0, but those of a row with a NaN are NaN: 0 p says both.
+    return torch.where(kept.any(-1, keepdim=True), w / total, 0.0 * p)
 
 
 def space_aware_memory_reference(

@@ -1,0 +1,128 @@
+"""Launch plans of the space-aware memory: pure functions from sizes to tiles, with the reason beside each choice."""
+
+import dataclasses
+
+import torch
+
+MOST_ITEMS_IN_ONE_TILE = 4096  # one row of int64 keys in the registers of 8 warps; above it, tile after tile
+MOST_KEPT = (
+    64  # every kept item costs a pass over the row's keys; from here on a dense product with p is the better plan
+)
+MOST_LOCATIONS = 65535  # the second axis of a launch grid
+JOINT_BATCH = 32  # up to here one program holds all queries of its location, so dz and dM share one reading of M
+QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refuse(query: torch.dtype, memory: torch.dtype, locations: int, items: int, topk: int) -> str | None:
+    """Return why the kernels do not take these arguments, or None."""
+    if query not in QUERY_DTYPES:
+        return f"a query of {query} has no kernel"
+    if memory not in (query, torch.float32):
+        return f"a memory of {memory} with a query of {query} has no kernel"
+    if locations > MOST_LOCATIONS:
+        return f"{locations} locations are more than a launch's {MOST_LOCATIONS}"
+    if min(topk, items) > MOST_KEPT:
+        return f"{min(topk, items)} kept items are more than the kernel's {MOST_KEPT}"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScorePlan:
+    """Tiles of `s = z M`: `splits` programs share one product, each with `chunk` features."""
+
+    block_n: int
+    block_b: int
+    block_d: int
+    chunk: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RowPlan:
+    """Tiles of the kernels that hold one row of N probabilities."""
+
+    block_n: int
+    tiles: int
+    block_k: int
+    block_d: int
+    num_warps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientPlan:
+    """Tiles of a kernel that makes dz, dM, or both."""
+
+    block_b: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+def power_of_two(number: int) -> int:
+    """Return the smallest power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    """Divide and round up."""
+    return -(-number // divisor)
+
+
+def plan_scores(batch: int, locations: int, items: int, features: int, warp_groups: bool) -> ScorePlan:
+    """Plan the score kernel; what decides the order of summation depends on the memory's shape alone.
+
+    `warp_groups`: products are made by a whole warp group (sm_90, sm_100) out of shared memory. Single warps take them
+    out of registers: 64 features a step cost 252 of those with 32 queries, and a stack with 64.
+    """
+    block_n = 64  # the M side of a warp-group MMA; splitting the items costs no reading of M
+    step = min(64, max(16, power_of_two(features)))
+    programs = locations * ceil_div(items, block_n)
+    # Two programs for each of some 130 multiprocessors, from the memory alone; 128 features amortise a program's
+    # start, and 32 partial sums are as many as the next kernel should read.
+    splits = min(power_of_two(ceil_div(256, programs)), 32, ceil_div(features, 128))
+    chunk = ceil_div(ceil_div(features, splits), step) * step
+    # Each tile of queries reads all of M again, from the L2 cache at best.
+    block_b = min(64, max(16, power_of_two(batch)))
+    block_d = step if warp_groups else min(32, step)
+    return ScorePlan(block_n, block_b, block_d, chunk, ceil_div(features, chunk), num_warps=4, num_stages=3)
+
+
+def plan_rows(items: int, features: int, kept: int) -> RowPlan:
+    """Plan the kernels that take one row of N items a program; selection is repeated for each block of features."""
+    block_n = min(MOST_ITEMS_IN_ONE_TILE, max(16, power_of_two(items)))
+    block_k = power_of_two(kept)
+    # 8192 gathered numbers are 64 registers a thread; wide blocks repeat the selection less often.
+    block_d = min(max(16, power_of_two(features)), 1024, 8192 // block_k)
+    return RowPlan(
+        block_n, ceil_div(items, block_n), block_k, block_d, num_warps=4 if max(block_n, block_d) <= 1024 else 8
+    )
+
+
+def plan_joint_gradient(batch: int) -> GradientPlan | None:
+    """Plan the kernel that makes dz and dM in one pass over M, or None where its queries do not fit one program."""
+    if batch > JOINT_BATCH:
+        return None
+    # Bound by bandwidth: small tiles, so that four programs fit a multiprocessor (32 items need twice the registers,
+    # and for bf16 queries a stack).
+    if batch <= 16:
+        return GradientPlan(block_b=16, block_n=16, block_d=64, num_warps=4, num_stages=3)
+    # The tiles are half as large: one more of them on its way. (Three stages also cost bf16 queries a stack on sm_90.)
+    return GradientPlan(block_b=32, block_n=16, block_d=32, num_warps=4, num_stages=4)
+
+
+def plan_query_gradient(batch: int, warp_groups: bool) -> GradientPlan:
+    """Plan the kernel that makes dz alone; 64 queries suit a warp group, and cost single warps all their registers."""
+    block_b = min(64 if warp_groups else 32, max(16, power_of_two(batch)))
+    return GradientPlan(block_b, block_n=32, block_d=64, num_warps=4, num_stages=3)
+
+
+def plan_items_gradient(batch: int, warp_groups: bool) -> GradientPlan:
+    """Plan the kernel that makes dM alone, walking the queries in tiles; 64 items suit a warp group.
+
+    By single warps, 32 queries a step cost a stack.
+    """
+    block_b = min(32 if warp_groups else 16, max(16, power_of_two(batch)))
+    return GradientPlan(block_b, block_n=64, block_d=64, num_warps=4, num_stages=2)

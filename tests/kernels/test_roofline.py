@@ -1,0 +1,79 @@
+"""The counted cost of the ops, and the launches it names against those that the host code makes."""
+
+import pytest
+import torch
+from harness import needs_compiler
+
+from simsid.kernels import roofline
+from simsid.kernels.launch import record_launches
+from simsid.kernels.neighbor_attention.reference import neighbor_index
+
+SHAPES = {
+    "A": (16, 16, 100, 512),
+    "B": (16, 16, 100, 8192),
+    "C": (256, 16, 500, 2048),
+    "S": (16, 4, 200, 2048),
+    "Q": (1, 16, 100, 512),
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "forward", "backward"), [("A", 4.4e6, 8.2e6), ("B", 69e6, 130e6), ("C", 141e6, 240e6)]
+)
+def test_bytes_of_the_memory(shape, forward, backward):
+    assert roofline.space_aware_memory_forward(*SHAPES[shape]).bytes == pytest.approx(forward, rel=0.02)
+    assert roofline.space_aware_memory_backward(*SHAPES[shape]).bytes == pytest.approx(backward, rel=0.02)
+
+
+def test_the_floor_is_the_slower_of_bytes_and_arithmetic():
+    forward = roofline.space_aware_memory_forward(*SHAPES["B"])
+    assert forward.floor(3e12, 60e12) == pytest.approx(23e-6, rel=0.02)
+    assert roofline.space_aware_memory_forward(*SHAPES["C"]).floor(3e12, 60e12) == pytest.approx(141e-6, rel=0.02)
+    assert (forward + forward).floor(3e12, 60e12) == pytest.approx(2 * forward.floor(3e12, 60e12))
+
+
+def test_what_is_not_needed_costs_nothing():
+    full = roofline.space_aware_memory_backward(2, 3, 10, 8)
+    queue = roofline.space_aware_memory_backward(2, 3, 10, 8, need_memory=False)
+    assert full.bytes - queue.bytes == 4 * (3 * 10 * 8 + 2 * 3 * 8)
+    assert full.flops - queue.flops == 2 * (2 * 3 * 10 * 8 + 5 * 2 * 3 * 8)
+    inference = roofline.space_aware_memory_forward(2, 3, 10, 8, save=False)
+    assert roofline.space_aware_memory_forward(2, 3, 10, 8).bytes - inference.bytes == 4 * 2 * 3 * 10
+    shared = roofline.space_aware_memory_forward(2, 3, 10, 8, shared=True, save=False)
+    assert inference.bytes - shared.bytes == 4 * 2 * 10 * 8
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 5), (2, 2), (3, 4), (8, 8)])
+def test_pairs_of_neighbors(grid):
+    pairs = int((neighbor_index(grid) < grid[0] * grid[1]).sum())
+    assert roofline.neighbor_attention_forward(1, grid, 1).flops == 4 * pairs
+    assert roofline.neighbor_attention_backward(1, grid, 1).flops == 10 * pairs
+
+
+@needs_compiler
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shared", [False, True])
+def test_launches_of_the_memory(shape, needs, shared):
+    from simsid.kernels.space_aware_memory.fused import memory_backward, memory_forward
+
+    B, L, N, D = SHAPES[shape]
+    z, M = torch.empty(B, L, D, device="meta"), torch.empty(1 if shared else L, N, D, device="meta")
+    with record_launches(run=False) as forward:
+        _, p = memory_forward(z, M, 5, False, None, 1.0, True)
+    with record_launches(run=False) as backward:
+        memory_backward(z, z, M, p, 1.0, *needs)
+    assert len(forward) == roofline.space_aware_memory_forward(B, L, N, D, shared=shared).launches
+    options = {"shared": shared, "need_query": needs[0], "need_memory": needs[1]}
+    assert len(backward) == roofline.space_aware_memory_backward(B, L, N, D, **options).launches
+
+
+@needs_compiler
+def test_launches_of_neighbor_attention():
+    from simsid.kernels.neighbor_attention.fused import inspect_cases
+
+    counted = {"forward": roofline.neighbor_attention_forward, "backward": roofline.neighbor_attention_backward}
+    for name, call in inspect_cases():
+        with record_launches(run=False) as launches:
+            call()
+        assert len(launches) == counted[name.split()[0]](1, (4, 4), 8).launches, name
