@@ -89,11 +89,13 @@ def _gpu() -> list[Finding]:
 
 
 def _kernels() -> list[Finding]:
-    where = "on the CPU" if not torch.cuda.is_available() else "everywhere"
-    findings = [
-        Finding("note", f"kernel {name}", f"PyTorch reference {where}: this version has no fused kernel")
-        for name in ("space_aware_memory", "neighbor_attention")
-    ]
+    from simsid import kernels
+    from simsid.kernels.backend import choose_backend
+
+    choice = choose_backend("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    fused = choice.backend == "triton"
+    runs = "Triton, on CUDA tensors" if fused else f"PyTorch: {choice.reason}"
+    findings = [Finding("ok" if fused else "note", f"kernel {name}", runs) for name in kernels.__all__]
     version = _version("triton")
     text = version or "missing; only fused kernels on an NVIDIA GPU use it"
     linux = platform.system() == "Linux"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simsid.config import Config
-from simsid.kernels import neighbor_attention
+from simsid.kernels import neighbor_attention, residual_layer_norm
 from simsid.memory import SpaceAwareMemory
 
 
@@ -68,6 +68,7 @@ class InpaintingBlock(nn.Module):
         super().__init__()
         C, D, L, P = config.deepest_channels, config.bottleneck_features, config.locations, config.patches
         self.locations, self.patches, self.rho, self.kind = L, P, config.rho, config.inpainting
+        self.backend = backend
         self.entry = nn.Sequential(nn.Conv2d(C, C // 4, 1, bias=False), nn.BatchNorm2d(C // 4))
         self.memory = SpaceAwareMemory(config, L, config.items, D, queue=config.memory == "queue", backend=backend)
         if self.kind == "attention":
@@ -95,14 +96,18 @@ class InpaintingBlock(nn.Module):
         f = F.relu(self.entry(x)).reshape(B, self.locations, -1)
         n = retrieved = self.memory(f)
         if self.kind != "memory":
-            n = F.relu(self.norm1(self._mix(f, n)) + n)
-            n = F.relu(self.norm2(self.feed_forward(n)) + n)
+            n = self._add(self._mix(f, n), n, self.norm1)
+            n = self._add(self.feed_forward(n), n, self.norm2)
         planes = self.index_planes.to(n.dtype).repeat(B, 1)[:, :, None, None].expand(-1, -1, h, w)
         y = F.relu(self.exit(torch.cat([n.reshape(BL, -1, h, w), planes], dim=1)))
         if self.training and self.rho < 1:
             keep = torch.rand(BL, 1, h, w, device=x.device) < self.rho
             y = torch.where(keep, y, x)
         return Inpainted(y, f, retrieved)
+
+    def _add(self, x: Tensor, n: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """Return ReLU(LN(x) + n)."""
+        return residual_layer_norm(x, n, norm.weight, norm.bias, norm.eps, backend=self.backend)
 
     def _mix(self, f: Tensor, n: Tensor) -> Tensor:
         if self.kind == "attention":
