@@ -127,7 +127,7 @@ def _dicom_decoders() -> list[Finding]:
         "JPEG 2000": (uid.JPEG2000, EXTRA),
         "JPEG-LS": (uid.JPEGLSLossless, EXTRA),
         "RLE": (uid.RLELossless, EXTRA),
-        "JPEG lossless": (uid.JPEGLosslessSV1, "pip install python-gdcm"),
+        "JPEG lossless": (uid.JPEGLosslessSV1, EXTRA),
     }
     return [
         Finding("ok", f"decoder DICOM {name}", "pydicom has one")

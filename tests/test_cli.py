@@ -353,7 +353,7 @@ def test_demo(simsid, tmp_path):
     for signal in tiny.model().signal_names:
         assert signal in done.out
     page = self_contained(tmp_path / "demo" / "report.html")
-    assert "misordered" in page.lower() and "For research use only" in page
+    assert "misordered" in page.lower() and "esearch use only" in page
     assert Model.load(tmp_path / "demo").config.signal == "local_residual"
     assert len(tiny.metrics(tmp_path / "demo")) == 1
 

@@ -211,7 +211,7 @@ def fork(run, resume, die_at):
 test_resume.fit(work / "whole", images, val=val, **options)
 moment, killed, rng = 0, 0, random.Random()
 while True:
-    moment += rng.randint(1, 3)
+    moment += rng.randint(1, 4)
     run = work / "run"
     if fork(run, False, moment) == 0:
         break
@@ -231,7 +231,7 @@ print(json.dumps({"killed": killed}))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize(("seconds", "least"), [(0.0, 10), (30.0, 4)])
+@pytest.mark.parametrize(("seconds", "least"), [(0.0, 8), (30.0, 3)])
 def test_killed_at_any_write(tmp_path, seconds, least):
     command = [sys.executable, "-c", KILLER, os.path.dirname(__file__), str(tmp_path), str(seconds)]
     done = subprocess.run(command, env=tiny.ENVIRONMENT, capture_output=True, text=True, timeout=900)

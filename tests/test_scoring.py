@@ -36,8 +36,8 @@ def test_a_score_depends_on_the_film_alone(model, films):
     spread = model.calibration.std[name]
     for size in (1, 3, 16):
         for score in scoring.score_files(model, films, batch_size=size):
-            # An untrained discriminator hardly tells images apart: its spread is close to a float's last digits.
-            assert abs(score.signals[name] - alone[score.path].signals[name]) < 1e-5 * spread + 1e-6
+            # A trained discriminator's spread is above 1; an untrained one hardly tells images apart.
+            assert abs(score.signals[name] - alone[score.path].signals[name]) < 1e-5 * max(spread, 1)
     one = alone[films[0]]
     assert 0 < one.score < 1 and set(one.signals) == set(model.signal_names)
     assert one.score == model.calibration.probability(name, np.array([one.signals[name]]))[0]
