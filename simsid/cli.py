@@ -88,7 +88,7 @@ class Demo:
 
     output: Output = pathlib.Path("simsid-demo")
     """Folder for the trained model and report.html; an earlier demo there is replaced."""
-    epochs: int = 12
+    epochs: int = 7
     """Passes over the training images."""
     images: int = 2000
     """Normal training images to draw."""

@@ -75,7 +75,9 @@ class Config:
     """Keep the teacher's gradient out of the encoder."""
     score_statistics: Literal["per_image", "running"] = "per_image"
     """What the discriminator normalises with when it scores: each image's own statistics, or the running ones."""
-    signal: Literal["discriminator", "residual", "local_residual", "memory_distance"] = "discriminator"
+    signal: Literal["discriminator", "residual", "local_residual", "focal_residual", "memory_distance"] = (
+        "discriminator"
+    )
     """The anomaly signal that `score` and thresholds use."""
     aspect: Literal["stretch", "pad", "crop"] = "stretch"
     """How a film that is not square becomes square; the papers stretch it."""
@@ -173,12 +175,12 @@ class Config:
 
     @classmethod
     def digit_anatomy(cls, **changes: object) -> "Config":
-        """DigitAnatomy at a laptop's size: 96 pixels, 3 x 3 patches, 3 levels, width 8, scored by local residual.
+        """DigitAnatomy at a laptop's size: 96 pixels, 3 x 3 patches, 3 levels, width 8, scored by focal residual.
 
         Two items a look-up: of five the network learns to mix a blank cell, so that missing digits go unnoticed. The
         temperature keeps more items in use, which a short training at a high learning rate otherwise abandons.
         """
-        base = cls(image_size=96, patches=3, levels=3, width=8, topk=2, temperature=8.0, signal="local_residual")
+        base = cls(image_size=96, patches=3, levels=3, width=8, topk=2, temperature=8.0, signal="focal_residual")
         return base.replace(**changes)
 
     @classmethod

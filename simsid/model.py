@@ -221,6 +221,7 @@ class Model(nn.Module):
             "discriminator_running": lambda: -discriminator(student),
             "residual": lambda: signals.residual(images, student),
             "local_residual": lambda: signals.local_residual(images, student),
+            "focal_residual": lambda: signals.focal_residual(images, student),
             "memory_distance": lambda: signals.memory_distance(found.query, found.retrieved),
         }
         return {name: compute[name]() for name in names}

@@ -37,6 +37,7 @@ SIGNALS = {
     "discriminator_running": "the papers' score, normalised with the running statistics of training",
     "residual": "mean squared difference between input and reconstruction",
     "local_residual": "largest difference between input and reconstruction after 8 x 8 average pooling",
+    "focal_residual": "mean difference between input and reconstruction over the worst twentieth of 8 x 8 squares",
     "memory_distance": "how far the image's features lie from what the memory of normal patches returns, "
     "largest over locations",
 }

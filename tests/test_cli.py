@@ -354,7 +354,7 @@ def test_demo(simsid, tmp_path):
         assert signal in done.out
     page = self_contained(tmp_path / "demo" / "report.html")
     assert "misordered" in page.lower() and "esearch use only" in page
-    assert Model.load(tmp_path / "demo").config.signal == "local_residual"
+    assert Model.load(tmp_path / "demo").config.signal == "focal_residual"
     assert len(tiny.metrics(tmp_path / "demo")) == 1
 
     (tmp_path / "mine").mkdir()

@@ -21,7 +21,7 @@ def test_presets_are_the_papers():
     assert not simsid.gumbel_noise and simsid.temperature == 1.0 and simsid.signal == "discriminator"
     assert simsid == Config()
     assert (squid.patches, squid.items, squid.decoder_items, squid.memory, squid.rho) == (2, 200, 200, "queue", 0.95)
-    assert (digits.image_size, digits.patches, digits.levels, digits.signal) == (96, 3, 3, "local_residual")
+    assert (digits.image_size, digits.patches, digits.levels, digits.signal) == (96, 3, 3, "focal_residual")
     assert not Config.memae().space_aware and Config.memae().shrinkage == "hard"
     assert Config.autoencoder().inpainting == "none" and Config.autoencoder().decoder_memories == 0
 

@@ -260,7 +260,7 @@ def test_signals_are_what_they_are_called():
 
 def test_signals_refuse_what_they_cannot_give():
     model = tiny.model(inpainting="none")
-    assert "memory_distance" not in model.signal_names and len(model.signals(tiny.images(1))) == 4
+    assert "memory_distance" not in model.signal_names and len(model.signals(tiny.images(1))) == 5
     for name in ("memory_distance", "nonsense"):
         with pytest.raises(ValueError, match=f"signal must be one of discriminator_per_image, .*, got '{name}'"):
             model.signals(tiny.images(1), [name])
@@ -270,7 +270,7 @@ def test_signals_refuse_what_they_cannot_give():
 
 
 @pytest.mark.parametrize("statistics", ["per_image", "running"])
-@pytest.mark.parametrize("signal", ["discriminator", "residual", "local_residual", "memory_distance"])
+@pytest.mark.parametrize("signal", ["discriminator", "residual", "local_residual", "focal_residual", "memory_distance"])
 def test_score(signal, statistics):
     model, batch = lively(signal=signal, score_statistics=statistics), images(12)
     model.calibrate(batch[:8])

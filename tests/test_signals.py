@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from simsid.signals import SIGNALS, Calibration, heat_map, local_residual, memory_distance, residual
+from simsid.signals import SIGNALS, Calibration, focal_residual, heat_map, local_residual, memory_distance, residual
 
 
 @pytest.fixture
@@ -34,6 +34,16 @@ def test_local_residual(pair, size):
     for b in range(3):
         windows = [error[b, i : i + 8, j : j + 8].mean() for i in range(0, size, 8) for j in range(0, size, 8)]
         assert found[b].item() == pytest.approx(max(windows), rel=1e-12)
+
+
+@pytest.mark.parametrize(("size", "worst"), [(48, 2), (40, 2), (32, 1)])
+def test_focal_residual(pair, size, worst):
+    images, made = (x[..., :size, :size] for x in pair)
+    found = focal_residual(images, made)
+    error = (images.double() - made.double()).numpy()[:, 0] ** 2
+    for b in range(3):
+        windows = [error[b, i : i + 8, j : j + 8].mean() for i in range(0, size, 8) for j in range(0, size, 8)]
+        assert found[b].item() == pytest.approx(np.mean(sorted(windows)[-worst:]), rel=1e-12)
 
 
 def test_memory_distance():
