@@ -176,11 +176,27 @@ def test_same_seed_same_weights(changes):
     first, again, other = (tiny.model(**changes) for _ in range(3))
     images = tiny.images(9)
     fit(first, images, seed=3, epochs=2)
-    torch.rand(5)  # what the user draws in between is the user's own affair
+    # What the user seeds and draws in between is the user's own affair.
+    torch.manual_seed(99)
+    torch.rand(5)
     fit(again, images, seed=3, epochs=2)
     fit(other, images, seed=4, epochs=2)
     assert same(weights(first), weights(again))
     assert not same(weights(first), weights(other))
+
+
+def test_every_iteration_draws_its_own_numbers(monkeypatch):
+    drawn = {}
+    for seed in (0, 1):
+        numbers = drawn[seed] = []
+        monkeypatch.setattr(
+            training, "augment", lambda images, numbers=numbers, **_: (numbers.append(torch.rand(1).item()), images)[1]
+        )
+        for _ in range(2):
+            fit(tiny.model(), tiny.images(12), epochs=2, seed=seed)
+    for numbers in drawn.values():
+        assert numbers[:6] == numbers[6:] and len(set(numbers)) == 6
+    assert not set(drawn[0]) & set(drawn[1])
 
 
 def test_fitting_again_starts_anew():
@@ -418,6 +434,16 @@ def test_tensorboard_events_are_written(tmp_path):
 def test_images_and_criteria_that_do_not_fit_are_refused(images, val, options, message):
     with pytest.raises(ValueError, match=message):
         fit(tiny.model(), images, val, **options)
+
+
+def test_losses_are_an_epochs_means(monkeypatch):
+    def step(self, images, number):
+        return {"real": float(number), **({"student": 10.0 * number} if number % 2 == 0 else {})}
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    first, second = fit(tiny.model(), tiny.images(12), epochs=2).epochs
+    assert (first["loss_real"], first["loss_student"]) == (1.0, 10.0)
+    assert (second["loss_real"], second["loss_student"]) == (4.0, 40.0)
 
 
 def test_history_is_plain_values(tmp_path):
