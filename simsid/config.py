@@ -281,7 +281,7 @@ class TrainingConfig:
     seed: int = 0
     """Seed of everything drawn in training."""
     checkpoint_seconds: float = 30.0
-    """Write the training state at the end of an epoch if the last one is at least this old; the work lost to a kill."""
+    """Write the training state once the last one is this old, the most work that a kill can lose; 0 at every iteration."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder (needs the extra `tensorboard`)."""
 
