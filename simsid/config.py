@@ -281,7 +281,7 @@ class TrainingConfig:
     seed: int = 0
     """Seed of everything drawn in training."""
     checkpoint_seconds: float = 30.0
-    """Write the training state once the last one is this old, the most work that a kill can lose; 0 at every iteration."""
+    """Write the training state once the last one is this old, the work lost to a kill; 0 at every iteration."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder (needs the extra `tensorboard`)."""
 
