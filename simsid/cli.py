@@ -366,7 +366,9 @@ class Score:
         if limit is None:
             print("no threshold: the model was calibrated without held-out normal films")
         elif scored:
-            print(f"{alarms} above the threshold for {self.false_alarm_rate:.3g} false alarms a normal film")
+            print(
+                f"{alarms} above the threshold, which {self.false_alarm_rate:.3g} of held-out normal films may exceed"
+            )
         if top:
             print(f"report: {report}")
         print(f"scores: {output / 'scores.csv'}")
