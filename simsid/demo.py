@@ -18,10 +18,10 @@ def data(seed: int, images: int, mnist: pathlib.Path | None = None) -> DigitAnat
 
 
 def training(epochs: int, seed: int) -> TrainingConfig:
-    """Return the demonstration's training: ten times the papers' learning rate, for a tenth of their updates.
+    """Return the demonstration's training: ten times the papers' learning rate, since a few epochs must do.
 
     Without weight decay: Adam scales the decay of an item that is never looked up to the size of a full step, and at
-    this learning rate the memory would have vanished within an epoch.
+    such a learning rate the in-painting memory's items end at zero.
     """
     return TrainingConfig(
         epochs=epochs,

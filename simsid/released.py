@@ -58,8 +58,9 @@ def read_released(path: str | os.PathLike) -> dict[str, Tensor]:
         raise ConversionError(
             f"{os.fspath(path)} is damaged or holds more than tensors, and nothing but tensors is read"
         ) from None
-    except Exception as error:  # a damaged file fails in the unpickler in a dozen ways
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # a damaged file fails in the unpickler in a dozen ways, some with no words of their own
+        strerror = getattr(error, "strerror", None)
+        reason = strerror or "it is damaged, or torch.save did not write it"
         raise ConversionError(f"{os.fspath(path)} cannot be read as a PyTorch state dictionary: {reason}") from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
