@@ -1,0 +1,299 @@
+"""SimSID and SQUID written out: the same weights and the same numbers as `simsid.Model`, computed naively.
+
+What the benchmarks measure against, in the manner of the released code: a Python loop over the locations of every
+memory, the eight neighbours of every location copied into a window and projected there, the teacher computed at every
+iteration and in inference, a gradient graph for iterations that need none, a discriminator that is not frozen in the
+generator's step, a host synchronisation for every loss, Adam as PyTorch's defaults run it, contiguous float32, and
+scoring image by image.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from simsid import Model, TrainingConfig, signals
+from simsid.data import Record, augment, load_images
+from simsid.discriminator import Discriminator
+from simsid.generator import Encoded, Generator
+from simsid.inpainting import InpaintingBlock, NeighborAttention
+from simsid.layers import ConvBlock
+from simsid.memory import DecoderMemory, SpaceAwareMemory
+from simsid.model import Reconstruction
+from simsid.patches import merge, split
+from simsid.scoring import Score, preparation, threshold
+
+PAPERS = {"distillation": True, "inpainting": "attention", "border": "zero", "shrinkage": "topk", "gumbel_noise": False}
+AROUND = [(row, column) for row in (0, 1, 2) for column in (0, 1, 2) if (row, column) != (1, 1)]
+
+
+class Baseline:
+    """A model's modules in the written-out manner; the model becomes contiguous.
+
+    Raises:
+        ValueError: a configuration that is none of the papers' two methods'.
+    """
+
+    def __init__(self, model: Model) -> None:
+        for name, value in PAPERS.items():
+            if (got := getattr(model.config, name)) != value:
+                raise ValueError(f"the baseline computes {name}={value!r} only, got {got!r}")
+        self.model = model.to(memory_format=torch.contiguous_format)
+
+    def __call__(self, images: Tensor) -> Reconstruction:
+        """Reconstruct `[B, 1, H, W]`, by the teacher too whatever the mode."""
+        model = self.model
+        encoded = encode(model, split(images, model.config.patches))
+        x, query, retrieved = inpaint(model.student.inpainting, encoded.deepest)
+        student, features = decode(model.student, x, encoded.skips)
+        deepest, skips = encoded
+        if model.config.stop_gradient:
+            deepest, skips = deepest.detach(), [skip.detach() for skip in skips]
+        teacher, taught = decode(model.teacher, deepest, skips)
+        distillation = sum(F.mse_loss(mine, theirs) for mine, theirs in zip(features, taught))
+        return Reconstruction(student, teacher, distillation, query, retrieved)
+
+    def signals(self, images: Tensor, batch_size: int = 1) -> dict[str, np.ndarray]:
+        """Return the signals of `[B, 1, H, W]` as `Model.signals` does; the released evaluation has batches of one.
+
+        In larger batches the discriminator still normalises image by image, in one pass over all.
+        """
+        columns: dict[str, list[float]] = {name: [] for name in self.model.signal_names}
+        with torch.no_grad(), inference(self.model):
+            for batch in images.split(batch_size):
+                found, discriminator = self(batch), self.model.discriminator
+                logits = judge(discriminator, found.student, per_image=True), judge(discriminator, found.student)
+                for name, values in all_signals(batch, found, *logits).items():
+                    columns[name] += [value.item() for value in values]
+        return {name: np.array(values) for name, values in columns.items()}
+
+    def score_files(self, files: Iterable[Record | str], batch_size: int = 1) -> Iterator[Score]:
+        """Score readable files as `simsid.scoring.score_files` does, each batch read file by file before it."""
+        model, files = self.model, list(files)
+        limit, name = threshold(model), model.signal
+        for start in range(0, len(files), batch_size):
+            chosen = files[start : start + batch_size]
+            read = [load_images([file], workers=1, **preparation(model)) for file in chosen]
+            images = torch.cat([one.batch([0], model.device) for one in read])
+            found = self.signals(images, batch_size)
+            probability = model.calibrated().probability(name, found[name])
+            for i, one in enumerate(read):
+                values = {key: float(column[i]) for key, column in found.items()}
+                alarm = None if limit is None else values[name] > limit
+                yield Score(one.paths[0], score=float(probability[i]), alarm=alarm, signals=values)
+
+
+class BaselineStep:
+    """Updates a model as `simsid.step.TrainingStep` does, in the written-out manner."""
+
+    def __init__(self, model: Model, config: TrainingConfig | None = None) -> None:
+        self.baseline, self.config = Baseline(model), config or TrainingConfig()
+        self.seen: dict[str, list[float]] = {}
+        sides = {"generator": [], "discriminator": []}
+        for name, parameter in model.named_parameters():
+            sides["discriminator" if name.startswith("discriminator.") else "generator"].append(parameter)
+        options = {"lr": self.config.learning_rate, "betas": (0.5, 0.999)}
+        decay = self.config.generator_weight_decay
+        self.generator = torch.optim.Adam(sides["generator"], eps=1e-7, weight_decay=decay, **options)
+        self.discriminator = torch.optim.Adam(sides["discriminator"], eps=1e-8, **options)
+
+    def __call__(self, images: Tensor, number: int) -> None:
+        """Run iteration `number` on `[B, 1, H, W]` images, not yet augmented."""
+        config, model = self.config, self.baseline.model
+        images = augment(images, translate=config.translate, scale=config.scale)
+        found = self.baseline(images)
+
+        losses = {
+            "real": adversarial(judge(model.discriminator, images), 1.0),
+            "fake": adversarial(judge(model.discriminator, found.student.detach()), 0.0),
+        }
+        total = config.discriminator_weight * (losses["real"] + losses["fake"])
+        self.discriminator.zero_grad()
+        total.backward()
+        self.discriminator.step()
+
+        if number % config.generator_every == 0:
+            terms = {
+                "student": F.mse_loss(found.student, images),
+                "teacher": F.mse_loss(found.teacher, images),
+                "distillation": found.distillation,
+                "generator": adversarial(judge(model.discriminator, found.student), 1.0),
+            }
+            total = sum(getattr(config, f"{name}_weight") * term for name, term in terms.items())
+            self.generator.zero_grad()
+            total.backward()
+            self.generator.step()
+            losses |= terms
+            if model.queue is not None:
+                push(model.queue, found.query)
+        for name, loss in losses.items():
+            self.seen.setdefault(name, []).append(loss.item())
+
+    def means(self) -> dict[str, float]:
+        """Return each loss, unweighted, averaged over the iterations so far."""
+        return {name: sum(values) / len(values) for name, values in self.seen.items()}
+
+
+@contextmanager
+def inference(model: Model) -> Iterator[None]:
+    """Put a model into inference mode for a moment."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def all_signals(images: Tensor, found: Reconstruction, per_image: Tensor, running: Tensor) -> dict[str, Tensor]:
+    """Return every signal `[B]` of `[B, 1, H, W]` by its reconstruction and the discriminator's logits on that."""
+    return {
+        "discriminator_per_image": -per_image,
+        "discriminator_running": -running,
+        "residual": signals.residual(images, found.student),
+        "local_residual": signals.local_residual(images, found.student),
+        "focal_residual": signals.focal_residual(images, found.student),
+        "memory_distance": signals.memory_distance(found.query, found.retrieved),
+    }
+
+
+def block(module: ConvBlock, x: Tensor) -> Tensor:
+    """Apply a residual block of three convolutions."""
+    c1 = F.relu(module.entry(x))
+    return F.relu(c1 + module.outer(F.relu(module.inner(c1))))
+
+
+def encode(model: Model, images: Tensor) -> Encoded:
+    """Encode patches `[B * L, 1, S, S]`."""
+    x = block(model.encoder.entry, images)
+    skips = []
+    for down in model.encoder.down:
+        skips.append(x)
+        x = block(down, x)
+    return Encoded(x, skips)
+
+
+def decode(generator: Generator, x: Tensor, skips: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Decode `[B * L, C, h, w]` to images and the feature map after each up block (and its memory)."""
+    features = []
+    for i, up in enumerate(generator.up):
+        skip = skips[len(skips) - 1 - i]
+        if i == generator.merge_at:
+            x = merge(x, generator.patches)
+        merged = i >= generator.merge_at
+        size = [n * generator.patches if merged else n for n in skip.shape[-2:]]
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        if i < generator.skip_levels:
+            x = torch.cat([merge(skip, generator.patches) if merged else skip, x], dim=1)
+        x = block(up, x)
+        if i < len(generator.memories):
+            x = remember(generator.memories[i], x)
+        features.append(x)
+    if generator.merge_at == len(generator.up):
+        x = merge(x, generator.patches)
+    return torch.tanh(generator.output(x)), features
+
+
+def look_up(memory: SpaceAwareMemory, query: Tensor) -> Tensor:
+    """Look `[B, L, D]` up, one location after the other."""
+    found = []
+    for location in range(query.shape[1]):
+        items = memory.items[location if len(memory.items) > 1 else 0]
+        p = torch.softmax(F.linear(query[:, location], items) / memory.temperature, dim=-1)
+        with torch.no_grad():
+            kth = p.topk(min(memory.topk, p.shape[1]), dim=-1).values[:, -1:]
+            kept = p * (p >= kth if memory.threshold == "inclusive" else p > kth)
+            w = F.normalize(kept, p=1, dim=-1)
+        found.append((p + (w - p).detach()) @ items)
+    return torch.stack(found, dim=1)
+
+
+def remember(memory: DecoderMemory, maps: Tensor) -> Tensor:
+    """Look a decoder's map `[B * L, C, h, w]` (`[B, C, H, W]` when merged) up."""
+    if memory.merged:
+        maps = split(maps, memory.patches)
+    windows = split(maps, 2) if memory.subpatch else maps
+    query = windows.reshape(-1, memory.locations, windows[0].numel())
+    found = look_up(memory.memory, query).reshape(windows.shape)
+    if memory.subpatch:
+        found = merge(found, 2)
+    return merge(found, memory.patches) if memory.merged else found
+
+
+def attend(module: NeighborAttention, query: Tensor, memory: Tensor) -> Tensor:
+    """Attend from `[B, L, D]` to a zero-bordered window of eight for every location, projected window by window."""
+    (rows, columns), D = module.grid, query.shape[-1]
+    padded = F.pad(memory.unflatten(1, module.grid), (0, 0, 1, 1, 1, 1))
+    windows = [
+        torch.stack([padded[:, row + i, column + j] for i, j in AROUND], dim=1)
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    keys = torch.stack(windows, dim=1).flatten(0, 1).transpose(0, 1)
+    key_weight, value_weight = module.key_value.weight.chunk(2)
+    attended, _ = F.multi_head_attention_forward(
+        query.reshape(1, -1, D),
+        keys,
+        keys,
+        embed_dim_to_check=D,
+        num_heads=module.heads,
+        in_proj_weight=None,
+        in_proj_bias=torch.cat([module.query.bias, module.key_value.bias]),
+        bias_k=None,
+        bias_v=None,
+        add_zero_attn=False,
+        dropout_p=0.0,
+        out_proj_weight=module.output.weight,
+        out_proj_bias=module.output.bias,
+        need_weights=False,
+        use_separate_proj_weight=True,
+        q_proj_weight=module.query.weight,
+        k_proj_weight=key_weight,
+        v_proj_weight=value_weight,
+    )
+    return attended.view_as(query)
+
+
+def inpaint(module: InpaintingBlock, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rebuild `[B * L, C, h, w]`; also returns the queries and their look-up, `[B, L, D]` each."""
+    BL, _, h, w = x.shape
+    B = BL // module.locations
+    f = F.relu(module.entry(x)).reshape(B, module.locations, -1)
+    n = retrieved = look_up(module.memory, f)
+    n = F.relu(module.norm1(attend(module.mixing, f, n)) + n)
+    n = F.relu(module.norm2(module.feed_forward(n)) + n)
+    planes = module.index_planes.repeat(B, 1)[:, :, None, None].expand(-1, -1, h, w)
+    y = F.relu(module.exit(torch.cat([n.reshape(BL, -1, h, w), planes], dim=1)))
+    if module.training and module.rho < 1:
+        keep = (torch.rand(BL, 1, h, w, device=x.device) < module.rho).to(x.dtype)
+        y = keep * y + (1 - keep) * x
+    return y, f, retrieved
+
+
+@torch.no_grad()
+def push(queue: SpaceAwareMemory, query: Tensor) -> None:
+    """Put a step's queries `[B, L, D]` into the queue, location by location and image by image."""
+    B, N = len(query), queue.items.shape[1]
+    pointer = int(queue.pointer.item())
+    for location in range(query.shape[1]):
+        for image in range(B):
+            queue.items[location, (pointer + image) % N] = query[image, location]
+    queue.pointer.fill_((pointer + B) % N)
+
+
+def judge(discriminator: Discriminator, images: Tensor, per_image: bool = False) -> Tensor:
+    """Return the logits `[B]`; `per_image` normalises each image with its own statistics."""
+    x = F.leaky_relu(discriminator.convolutions[0](images), 0.2)
+    for convolution, norm in zip(discriminator.convolutions[1:], discriminator.norms):
+        x = convolution(x)
+        x = F.instance_norm(x, weight=norm.weight, bias=norm.bias, eps=norm.eps) if per_image else norm(x)
+        x = F.leaky_relu(x, 0.2)
+    return F.linear(x.flatten(1), discriminator.output.weight, discriminator.output.bias)[:, 0]
+
+
+def adversarial(logits: Tensor, label: float) -> Tensor:
+    """Return the binary cross entropy against one label."""
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
