@@ -272,6 +272,10 @@ class TrainingConfig:
     """Augmentation: largest relative change of scale."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the convolutions; `"bfloat16"` is autocast."""
+    cuda_graph: bool = True
+    """On one GPU, record the iterations as CUDA graphs and replay them; else launch every kernel anew."""
+    compile: bool = False
+    """Let `torch.compile` make the networks' code, which takes minutes before the first iteration."""
     criterion: Literal["auto", "auc", "reconstruction", "last"] = "auto"
     """What chooses the epoch that is kept: validation AUC of the model's signal (the papers; needs labelled
     anomalies), reconstruction error of held-out normal images (needs none), or the last. `"auto"`: AUC where validation

@@ -56,8 +56,11 @@ class SpaceAwareMemory(nn.Module):
         )
 
     @torch.no_grad()
-    def push(self, query: Tensor) -> None:
-        """Put a step's queries `[B, L, D]` into the queue, in batch order; the oldest items give way."""
+    def push(self, query: Tensor, unless: Tensor | None = None) -> None:
+        """Put a step's queries `[B, L, D]` into the queue, in batch order; the oldest items give way.
+
+        Nothing changes where the boolean scalar `unless` holds, which is not read back from the device.
+        """
         if self.items.shape[0] == 1:
             query = query.flatten(0, 1)[:, None]
         N = self.items.shape[1]
@@ -65,8 +68,12 @@ class SpaceAwareMemory(nn.Module):
         # Queries beyond N would be overwritten at once, yet they move the pointer on like the others.
         first = self.pointer + max(query.shape[0] - N, 0)
         slots = (first + torch.arange(new.shape[1], device=self.items.device)) % N
+        moved = (self.pointer + query.shape[0]) % N
+        if unless is not None:
+            new = torch.where(unless, self.items[:, slots], new)
+            moved = torch.where(unless, self.pointer, moved)
         self.items[:, slots] = new
-        self.pointer.copy_((self.pointer + query.shape[0]) % N)
+        self.pointer.copy_(moved)
 
     def extra_repr(self) -> str:
         """Return the sizes for `print(model)`."""

@@ -20,14 +20,14 @@ from tqdm import tqdm
 
 from simsid import checkpoint, metrics
 from simsid.config import TrainingConfig
-from simsid.data import ImageSet, augment
-from simsid.losses import adversarial_loss, reconstruction_loss
+from simsid.data import ImageSet
+from simsid.kernels.ranges import stage
 from simsid.model import Model
 from simsid.runs import RunError, RunFolder
+from simsid.step import NonFiniteError, TrainingStep
 
-
-class NonFiniteError(FloatingPointError):
-    """Images, a loss or a gradient are NaN or infinite; nothing was updated with them, the last checkpoint is whole."""
+SHOWN_SECONDS = 0.5
+"""Between two looks at the losses for the progress bar; each waits for the device."""
 
 
 @dataclass
@@ -53,26 +53,17 @@ class _Progress:
     step: int = 0
     """Iterations done in all."""
     sums: dict[str, float] = field(default_factory=dict)
+    """Of each loss over this epoch's iterations; the step has them until the state is saved."""
     counts: dict[str, int] = field(default_factory=dict)
     history: History = field(default_factory=History)
     finished: bool = False
 
-    def add(self, losses: dict[str, float]) -> None:
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def means(self) -> dict[str, float]:
-        return {name: total / self.counts[name] for name, total in self.sums.items()}
-
 
 class Trainer:
-    """Trains a model: cosine schedule, alternating updates, validation, checkpoints, early stopping.
+    """Trains a model: cosine schedule, validation, checkpoints, early stopping; `TrainingStep` is one iteration.
 
-    Every iteration updates the discriminator (real, then fake, each normalised with its own batch); every second one
-    then updates the generator on the same reconstruction. All that is drawn in an iteration comes from a seed made of
-    `config.seed` and the iteration's number, so that a resumed run repeats an uninterrupted one.
-    Source: SimSID, section 3.5 and 4.2.
+    The order of the images comes from `config.seed` and the epoch, all that an iteration draws from its number, so that
+    a resumed run repeats an uninterrupted one. Source: SimSID, section 3.5 and 4.2.
 
     Args:
         model: trained in place, on the device it is on.
@@ -92,12 +83,11 @@ class Trainer:
         run: RunFolder | str | os.PathLike | None = None,
         progress: bool = False,
     ) -> None:
-        self.model = model.to(memory_format=torch.channels_last)
+        self.model = model
         self.config = config = config or TrainingConfig()
         self.run = run
         self.progress = progress
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
-        self._optimizers: dict[str, torch.optim.Adam] = {}
+        self._step: TrainingStep | None = None
         self._interrupted = False
         self._best: dict[str, Tensor] | None = None
         self._saved = 0.0
@@ -139,7 +129,9 @@ class Trainer:
         self, train: ImageSet, val: ImageSet | None, criterion: str, folder: RunFolder | None, *, resume: bool
     ) -> History:
         at, fingerprint = _Progress(), _fingerprint(train, val)
-        self._optimizers, self._best = self._fresh_optimizers(), None
+        train, val = _on_device(train, self.model.device), _on_device(val, self.model.device)
+        # Optimisers without a past.
+        self._step, self._best = TrainingStep(self.model, self.config), None
         # What normal films look like to other weights; none of the epochs kept on the way may carry it.
         self.model.calibration = None
         if folder is not None:
@@ -153,7 +145,7 @@ class Trainer:
             return at.history
         with (
             self._graceful_interrupt(),
-            torch.random.fork_rng(devices=self._cuda_devices()),
+            torch.random.fork_rng(devices=[self.model.device] if self.model.device.type == "cuda" else []),
             self._writer(folder, at) as board,
         ):
             if self._epochs(train, val, criterion, folder, at, fingerprint, board):
@@ -174,10 +166,11 @@ class Trainer:
         board: object | None,
     ) -> bool:
         """Run the remaining epochs; False when interrupted."""
-        config, history = self.config, at.history
+        config, history, step = self.config, at.history, self._step
         size = min(config.batch_size, len(train))
         per_epoch = len(train) // size
-        self._saved = time.monotonic()
+        self._saved = shown = time.monotonic()
+        step.reset(at.sums, at.counts)
         bar = tqdm(
             total=config.epochs * per_epoch,
             initial=at.step,
@@ -190,8 +183,10 @@ class Trainer:
         with bar:
             while at.epoch < config.epochs and not self._patience_over(at):
                 began = time.monotonic()
-                self._set_learning_rate(at.epoch)
+                rate = self._learning_rate(at.epoch)
+                step.set_learning_rate(rate)
                 order = np.random.default_rng([config.seed, 1, at.epoch]).permutation(len(train))
+                order = torch.from_numpy(order).to(train.pixels.device)
                 self.model.train()
                 while at.position < per_epoch:
                     if self._interrupted:
@@ -199,22 +194,25 @@ class Trainer:
                             self._save_state(folder, at, fingerprint)
                         history.interrupted = True
                         return False
-                    index = order[at.position * size : (at.position + 1) * size]
-                    at.add(self._step(train.batch(torch.from_numpy(index), self.model.device), at.step))
+                    with stage("data"):
+                        index = order[at.position * size : (at.position + 1) * size]
+                        images = train.batch(index, self.model.device)
+                    step(images, at.step)
                     at.position, at.step = at.position + 1, at.step + 1
                     bar.update()
-                    if self.progress and at.position % 5 == 0:
+                    # Reading the losses waits for the device.
+                    if self.progress and time.monotonic() - shown >= SHOWN_SECONDS:
                         bar.set_description(f"epoch {at.epoch + 1}/{config.epochs}", refresh=False)
-                        postfix = {name: f"{value:.4f}" for name, value in at.means().items()}
-                        bar.set_postfix(postfix, refresh=False)
+                        bar.set_postfix({name: f"{value:.4f}" for name, value in step.means().items()}, refresh=False)
+                        shown = time.monotonic()
                     # The end of an epoch is saved after its validation.
                     if at.position < per_epoch:
                         self._save_if_due(folder, at, fingerprint)
                 epoch = {
                     "epoch": at.epoch,
                     "step": at.step,
-                    "learning_rate": self._optimizers["generator"].param_groups[0]["lr"],
-                    **{f"loss_{name}": value for name, value in at.means().items()},
+                    "learning_rate": rate,
+                    **{f"loss_{name}": value for name, value in step.means().items()},
                     **self._validate(val),
                     "seconds": round(time.monotonic() - began, 3),
                 }
@@ -222,7 +220,8 @@ class Trainer:
                 history.epochs.append(epoch)
                 if better:
                     self._keep(folder)
-                at.epoch, at.position, at.sums, at.counts = at.epoch + 1, 0, {}, {}
+                at.epoch, at.position = at.epoch + 1, 0
+                step.reset()
                 if folder is not None:
                     folder.append_metrics(epoch)
                 self._save_if_due(folder, at, fingerprint)
@@ -232,68 +231,6 @@ class Trainer:
                 if self.progress:
                     bar.write(_line(epoch, better), file=sys.stderr)
         return True
-
-    def _step(self, images: Tensor, step: int) -> dict[str, float]:
-        """Run iteration `step` on `[B, 1, H, W]` images; returns the unweighted losses."""
-        config, model = self.config, self.model
-        # Before the forward pass: it would carry them into the running statistics of every normalisation.
-        if not images.isfinite().all():
-            raise NonFiniteError(f"step {step}: the images hold NaN or infinite pixels; nothing was updated with them")
-        self._seed(_seed(config.seed, 2, step))
-        images = augment(images, translate=config.translate, scale=config.scale)
-        images = images.contiguous(memory_format=torch.channels_last)
-        with_generator = step % config.generator_every == 0
-        autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
-
-        with autocast, torch.set_grad_enabled(with_generator):
-            found = model(images, teacher=with_generator and model.teacher is not None)
-        terms = {}
-        with autocast:
-            if with_generator:
-                terms["student"] = reconstruction_loss(images, found.student)
-                if found.teacher is not None:
-                    terms["teacher"] = reconstruction_loss(images, found.teacher)
-                    terms["distillation"] = found.distillation
-            losses = {
-                "real": adversarial_loss(model.discriminator(images), real=True),
-                "fake": adversarial_loss(model.discriminator(found.student.detach()), real=False),
-            }
-            total = config.discriminator_weight * (losses["real"] + losses["fake"])
-        # The generator's terms too: otherwise the discriminator would be updated before a bad one stops the training.
-        _require_finite({**terms, **losses}, step)
-        self._update("discriminator", total, step)
-
-        if with_generator:
-            # Frozen, so that the generator's backward pass computes no gradients of its weights.
-            model.discriminator.requires_grad_(False)
-            try:
-                with autocast:
-                    terms["generator"] = adversarial_loss(model.discriminator(found.student), real=True)
-                weighted = [getattr(config, f"{name}_weight") * term for name, term in terms.items()]
-                _require_finite(terms, step)
-                self._update("generator", torch.stack(weighted).sum(), step)
-            finally:
-                model.discriminator.requires_grad_(True)
-            losses |= terms
-            if model.queue is not None:
-                model.queue.push(found.query)
-        return {name: loss.item() for name, loss in losses.items()}
-
-    def _update(self, side: str, total: Tensor, step: int) -> None:
-        """Apply one optimiser step, unless the weighted loss or a gradient is not finite."""
-        _require_finite({f"weighted {side}": total}, step)
-        optimizer = self._optimizers[side]
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        parameters = [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
-        if not math.isfinite(torch.nn.utils.get_total_norm([p.grad for p in parameters]).item()):
-            for parameter in parameters:
-                if not parameter.grad.isfinite().all():
-                    name = self._names[parameter]
-                    raise NonFiniteError(
-                        f"step {step}: the gradient of {name} is not finite; nothing was updated with it"
-                    )
-        optimizer.step()
 
     def _validate(self, val: ImageSet | None) -> dict[str, float]:
         """Return reconstruction error of normal validation images, and each signal's AUC where there are anomalies."""
@@ -319,6 +256,9 @@ class Trainer:
                 raise ValueError(f"{name} images must be {size} x {size} pixels, as the model's, got {got}")
         if len(train) < 2:
             raise ValueError(f"training needs at least 2 images, got {len(train)}")
+        # Once, not in every iteration, where it would wait for the device. Integers are always finite.
+        if train.pixels.is_floating_point() and not train.pixels.isfinite().all():
+            raise NonFiniteError("the train images hold NaN or infinite pixels; nothing was trained")
         abnormal = val.labels == 1 if val is not None else np.zeros(0, bool)
         both, normal = bool(abnormal.any() and not abnormal.all()), bool((~abnormal).any())
         criterion = self.config.criterion
@@ -353,13 +293,11 @@ class Trainer:
         best = at.history.best_epoch
         return bool(self.config.patience) and best is not None and at.epoch - 1 - best >= self.config.patience
 
-    def _set_learning_rate(self, epoch: int) -> None:
-        """Set the cosine schedule's value; the last epoch comes close to the final rate."""
+    def _learning_rate(self, epoch: int) -> float:
+        """Return the cosine schedule's value; the last epoch comes close to the final rate."""
         config = self.config
         cosine = (1 + math.cos(math.pi * epoch / config.epochs)) / 2
-        rate = config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * cosine
-        for optimizer in self._optimizers.values():
-            optimizer.param_groups[0]["lr"] = rate
+        return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * cosine
 
     def _calibrate(
         self, train: ImageSet, val: ImageSet | None, folder: RunFolder | None, at: _Progress, fingerprint: str
@@ -392,11 +330,14 @@ class Trainer:
             self._saved = time.monotonic()
 
     def _save_state(self, folder: RunFolder, at: _Progress, fingerprint: str) -> None:
+        # First of all it raises what was not finite.
+        at.sums, at.counts = self._step.sums(), dict(self._step.counts)
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        for side, optimizer in self._optimizers.items():
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for side, optimizer in self._step.optimizers.items():
             for parameter, state in optimizer.state.items():
                 for key, value in state.items():
-                    tensors[f"optimizer.{side}.{key}.{self._names[parameter]}"] = value
+                    tensors[f"optimizer.{side}.{key}.{names[parameter]}"] = value
         document = {
             "progress": dataclasses.asdict(at),
             "data": fingerprint,
@@ -418,12 +359,13 @@ class Trainer:
         source = f"{folder.path}/last.json"
         own = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
         checkpoint.load_state(self.model, own, source)
-        for side, optimizer in self._optimizers.items():
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for side, optimizer in self._step.optimizers.items():
             prefix = f"optimizer.{side}."
             for parameter in optimizer.param_groups[0]["params"]:
                 state = {}
                 for key in ("step", "exp_avg", "exp_avg_sq"):
-                    value = tensors.get(f"{prefix}{key}.{self._names[parameter]}")
+                    value = tensors.get(f"{prefix}{key}.{names[parameter]}")
                     if value is None:
                         break
                     # The layout of the weights: another one takes another path through the arithmetic.
@@ -438,27 +380,6 @@ class Trainer:
             return _Progress(**progress)
         except (KeyError, TypeError) as error:
             raise checkpoint.CheckpointError(f"{source} is not a training state: {error}") from None
-
-    def _fresh_optimizers(self) -> dict[str, torch.optim.Adam]:
-        config, sides = self.config, {"generator": [], "discriminator": []}
-        for name, parameter in self.model.named_parameters():
-            sides["discriminator" if name.startswith("discriminator.") else "generator"].append(parameter)
-        adam = {"lr": config.learning_rate, "betas": (0.5, 0.999), "fused": True}
-        return {
-            "generator": torch.optim.Adam(
-                sides["generator"], eps=1e-7, weight_decay=config.generator_weight_decay, **adam
-            ),
-            "discriminator": torch.optim.Adam(sides["discriminator"], eps=1e-8, **adam),
-        }
-
-    def _seed(self, seed: int) -> None:
-        """Seed the CPU's generator and the model's device's; `torch.manual_seed` would touch every other GPU's too."""
-        torch.default_generator.manual_seed(seed)
-        for index in self._cuda_devices():
-            torch.cuda.default_generators[index].manual_seed(seed)
-
-    def _cuda_devices(self) -> list[int]:
-        return [self.model.device.index or 0] if self.model.device.type == "cuda" else []
 
     @contextmanager
     def _graceful_interrupt(self) -> Iterator[None]:
@@ -510,9 +431,21 @@ class _TensorSet:
     def select(self, index: np.ndarray) -> "_TensorSet":
         return _TensorSet(self.pixels[torch.as_tensor(index)])
 
+    def to(self, device: torch.device) -> "_TensorSet":
+        return _TensorSet(self.pixels.to(device))
+
 
 def _as_images(images: ImageSet | Tensor) -> ImageSet | _TensorSet:
     return _TensorSet(images) if isinstance(images, Tensor) else images
+
+
+def _on_device(images: ImageSet | _TensorSet | None, device: torch.device) -> ImageSet | _TensorSet | None:
+    """Keep images where they are trained on, if they take no more than a quarter of the memory that is free there."""
+    if images is None or device.type != "cuda":
+        return images
+    pixels = images.pixels
+    free, _ = torch.cuda.mem_get_info(device)
+    return images.to(device) if pixels.numel() * pixels.element_size() <= free // 4 else images
 
 
 def _summary_writer() -> type:
@@ -521,16 +454,6 @@ def _summary_writer() -> type:
     except ImportError:
         raise RunError("tensorboard=True needs TensorBoard: pip install 'simsid[tensorboard]'") from None
     return SummaryWriter
-
-
-def _require_finite(losses: dict[str, Tensor], step: int) -> None:
-    for name, loss in losses.items():
-        if not math.isfinite(loss.item()):
-            raise NonFiniteError(f"step {step}: the {name} loss is {loss.item()}; nothing was updated with it")
-
-
-def _seed(*parts: int) -> int:
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 
 def _fingerprint(train: ImageSet, val: ImageSet | None) -> str:

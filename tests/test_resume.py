@@ -14,6 +14,7 @@ import torch
 
 from simsid import Model, Trainer, TrainingConfig, checkpoint, cli
 from simsid.runs import RunError, RunFolder
+from simsid.step import TrainingStep
 
 EPOCHS = 6
 OPTIONS = [*tiny.OPTIONS, "--memory", "queue", "--rho", "0.8", "--epochs", str(EPOCHS), "--batch-size", "4"]
@@ -27,14 +28,14 @@ def fit(run, images, *, resume=False, val=None, **options):
 
 def interrupt_at(monkeypatch, steps, times=1):
     """Press Ctrl-C, that many times, while these steps run."""
-    real = Trainer._step
+    real = TrainingStep.__call__
 
     def step(self, images, number):
         for _ in range(times if number in steps else 0):
             signal.raise_signal(signal.SIGINT)
         return real(self, images, number)
 
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(TrainingStep, "__call__", step)
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +104,10 @@ def test_early_stopping_and_the_best_epoch_survive(monkeypatch, tmp_path):
     def run(folder, stops):
         def validate(self, val):
             real(self, val)
-            return {"val_reconstruction": values[self._epoch]}
+            return {"val_reconstruction": values[self._step.epoch]}
 
         def step(self, images, number):
-            self._epoch = number // 2
+            self.epoch = number // 2
             if number in stops:
                 stops.remove(number)
                 signal.raise_signal(signal.SIGINT)
@@ -114,8 +115,8 @@ def test_early_stopping_and_the_best_epoch_survive(monkeypatch, tmp_path):
 
         monkeypatch.setattr(Trainer, "_validate", validate)
         with monkeypatch.context() as patch:
-            real_step = Trainer._step
-            patch.setattr(Trainer, "_step", step)
+            real_step = TrainingStep.__call__
+            patch.setattr(TrainingStep, "__call__", step)
             resume = False
             while True:
                 history = fit(

@@ -44,7 +44,11 @@ def augment(
     theta[:, :, 2] = shift
     # Coordinates in half precision would be off by a pixel.
     dtype = torch.promote_types(images.dtype, torch.float32)
-    grid = F.affine_grid(theta.to(images.device, dtype), list(images.shape), align_corners=False)
+    theta = theta.to(dtype)
+    if images.is_cuda and not theta.is_cuda:
+        # From pinned memory, or the host would wait for all that the device still has to do.
+        theta = theta.pin_memory()
+    grid = F.affine_grid(theta.to(images.device, non_blocking=True), list(images.shape), align_corners=False)
     # grid_sample fills with zero; moving the darkest value there makes that the fill, edges blended towards it.
     lifted = images.to(dtype) - DARKEST
     moved = F.grid_sample(lifted, grid, padding_mode="zeros", align_corners=False) + DARKEST

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -75,7 +75,12 @@ class ImageSet:
 
         The values of an image are bitwise the same whether the set is uint8 or uint16, and on every device.
         """
-        return _to_float(_take(self.pixels, _places(index, len(self))).to(device))
+        pixels = _take(self.pixels, _places(index, len(self), self.pixels.device))
+        device = torch.device(device)
+        if device.type == "cuda" and not pixels.is_cuda:
+            # From pinned memory, or the host would wait for all that the device still has to do.
+            pixels = pixels.pin_memory()
+        return _to_float(pixels.to(device, non_blocking=True))
 
     def batches(self, size: int = 256) -> Iterator[Tensor]:
         """Yield all images in order, as `batch` returns them, `size` at a time."""
@@ -84,8 +89,12 @@ class ImageSet:
 
     def select(self, mask_or_index: Index) -> "ImageSet":
         """Return the images of a mask or of places, in that order, without the failures."""
-        places = _places(mask_or_index, len(self))
+        places = _places(mask_or_index, len(self), self.pixels.device)
         return ImageSet(_take(self.pixels, places), tuple(self.records[i] for i in places.tolist()))
+
+    def to(self, device: torch.device | str) -> "ImageSet":
+        """Return the set with its pixels on `device`, where `batch` and `batches` then need no copy."""
+        return replace(self, pixels=self.pixels.to(device))
 
 
 def load_images(
@@ -298,20 +307,20 @@ def _to_float(pixels: Tensor) -> Tensor:
     return (wide.to(torch.float32) - 32767.5) * (1 / 32767.5)
 
 
-def _places(index: Index, n: int) -> Tensor:
-    """Turn places, a slice or a mask into int64 places."""
+def _places(index: Index, n: int, device: torch.device) -> Tensor:
+    """Turn places, a slice or a mask into int64 places on `device`."""
     if isinstance(index, slice):
-        return torch.arange(n)[index]
+        return torch.arange(n, device=device)[index]
     places = torch.as_tensor(index)
     if places.dim() != 1:
         raise ValueError(f"the index must have one dimension, got {places.dim()}")
     if places.dtype == torch.bool:
         if len(places) != n:
             raise ValueError(f"the mask has {len(places)} values for {n} images")
-        return places.nonzero()[:, 0].cpu()
+        return places.nonzero()[:, 0].to(device)
     if places.is_floating_point() and len(places):
         raise ValueError(f"the index must be whole numbers or a mask, got {places.dtype}")
-    return places.to("cpu", torch.int64)
+    return places.to(device, torch.int64)
 
 
 def _take(pixels: Tensor, places: Tensor) -> Tensor:
