@@ -1,7 +1,7 @@
 """Radiographs and DigitAnatomy: lists of images, reading and decoding, augmentation."""
 
 from simsid.data.augmentation import augment
-from simsid.data.datasets import CheXpert, COVIDx, Dataset, Radiographs, ZhangLab, open_dataset
+from simsid.data.datasets import CheXpert, COVIDx, Dataset, Radiographs, ZhangLab, iter_records, open_dataset
 from simsid.data.digits import DigitAnatomy
 from simsid.data.images import ImageSet, load_images, stream_images
 from simsid.data.reading import DecodedImage, ReadError, read_image
@@ -22,6 +22,7 @@ __all__ = [
     "ScanReport",
     "ZhangLab",
     "augment",
+    "iter_records",
     "load_images",
     "open_dataset",
     "read_csv",

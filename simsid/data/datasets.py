@@ -1,15 +1,16 @@
 """Data sets as they are published, each a list of records."""
 
 import csv
+import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from simsid.data.folders import is_image, list_images
+from simsid.data.folders import is_image, iter_images, list_images
 from simsid.data.images import ImageSet, ImageSize, load_images
-from simsid.data.records import SPLITS, Record, read_csv, split_from_name
+from simsid.data.records import SPLITS, Record, iter_csv, read_csv, split_from_name
 
 Path = str | os.PathLike[str]
 
@@ -65,8 +66,7 @@ class Radiographs(Dataset):
 
     def __init__(self, folder: Path) -> None:
         folder = _folder(folder)
-        records = [Record(path, split=_split_below(folder, path)) for path in list_images(folder)]
-        super().__init__(records, folder)
+        super().__init__(_radiographs(folder), folder)
 
 
 class ZhangLab(Dataset):
@@ -205,6 +205,34 @@ def open_dataset(path: Path) -> Dataset:
         if kind.fits(_folder(path)):
             return kind(path)
     return Radiographs(path)
+
+
+def iter_records(path: Path) -> Iterator[Record]:
+    """Yield the images of a folder (as `Radiographs` has them), of a CSV list, or one image, never holding all.
+
+    The order is the same every time: that of the list, or that in which the folder is walked, each folder's files by
+    name and then its folders. A path that a list has twice is yielded twice.
+
+    Raises: at the call, ValueError where there is no image and OSError where the path cannot be read; later what is
+        wrong further down.
+    """
+    path = os.path.abspath(os.fspath(path))
+    if not os.path.isfile(path):
+        records = _radiographs(_folder(path))
+    elif path.lower().endswith(".csv"):
+        records = iter_csv(path)
+    elif is_image(path):
+        records = iter([Record(path)])
+    else:
+        raise ValueError(f"{path} is neither an image nor a CSV list of images")
+    first = next(records, None)
+    if first is None:
+        raise ValueError(f"{path} has no image")
+    return itertools.chain([first], records)
+
+
+def _radiographs(folder: str) -> Iterator[Record]:
+    return (Record(path, split=_split_below(folder, path)) for path in iter_images(folder))
 
 
 def _folder(path: Path) -> str:

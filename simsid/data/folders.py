@@ -15,14 +15,19 @@ _SKIPPED_FILES = frozenset(("DICOMDIR",))
 
 
 def walk(folder: str) -> Iterator[str]:
-    """Yield every file below a folder, sorted, without hidden ones; links are followed, each folder once."""
-    seen: set[tuple[int, int]] = set()
+    """Yield every file below a folder without hidden ones; links are followed, each folder once.
+
+    A folder's own files come first, by name, then its folders, by name. Held at a time are the names in the folders on
+    the way down, and one number for every folder seen; never all files.
+    """
+    seen: set[int] = set()
     for here, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
         status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:
+        identity = status.st_dev << 64 | status.st_ino
+        if identity in seen:
             folders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(identity)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _SKIPPED_FOLDERS)
         for name in sorted(files):
             if not name.startswith(".") and name not in _SKIPPED_FILES:
@@ -34,9 +39,14 @@ def is_image(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS or bool(identify_file(path))
 
 
+def iter_images(folder: str) -> Iterator[str]:
+    """Yield the images below a folder, in the order of `walk`."""
+    return filter(is_image, walk(folder))
+
+
 def list_images(folder: str) -> list[str]:
-    """Return the images below a folder, sorted."""
-    return [path for path in walk(folder) if is_image(path)]
+    """Return the images below a folder, in the order of `walk`."""
+    return list(iter_images(folder))
 
 
 def _raise(error: OSError) -> None:

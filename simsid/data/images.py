@@ -15,6 +15,8 @@ from simsid.data.records import Failure, Record
 
 ASPECTS = ("stretch", "pad", "crop")
 INTENSITIES = ("auto", "range", "minmax")
+# Failures that `stream_images` gathers at most: a folder of broken files must neither fill the memory nor look stuck.
+FAILURES_AT_ONCE = 256
 # Per cent of the pixels that "auto" may clip at either end where a file says no display range.
 CLIPPED = 0.1
 
@@ -163,8 +165,8 @@ def stream_images(
 ) -> Iterator[tuple[Tensor, list[Record], list[Failure]]]:
     """Decode images ahead in parallel and yield them in batches, in the order given and in bounded memory.
 
-    Every batch but the last has `batch_size` images; the last may have fewer, or none where only failures are left. The
-    values are bitwise those of `load_images` with the same options, which says what these mean.
+    Every batch has `batch_size` images; fewer, or none, only the last and one that comes with 256 failures. The values
+    are bitwise those of `load_images` with the same options, which says what these mean.
 
     Yields: ``[b, 1, H, W]`` float32 in [-1, 1], the b records, and the files that failed since the batch before.
     Raises: ValueError, at the call, for an unknown option; never for a file.
@@ -274,11 +276,11 @@ def _batches(
     for record, result in in_order(plan.read, records, workers, batch_size):
         if isinstance(result, Failure):
             failures.append(result)
-            continue
-        images.append(_to_float(torch.from_numpy(result)))
-        done.append(record)
-        if len(done) == batch_size:
-            yield torch.stack(images)[:, None], done, failures
+        else:
+            images.append(_to_float(torch.from_numpy(result)))
+            done.append(record)
+        if len(done) == batch_size or len(failures) == FAILURES_AT_ONCE:
+            yield torch.stack(images)[:, None] if images else empty, done, failures
             images, done, failures = [], [], []
     if done or failures:
         yield torch.stack(images)[:, None] if images else empty, done, failures

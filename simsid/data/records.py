@@ -5,7 +5,7 @@ import difflib
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 COLUMNS = ("path", "label", "split", "patient", "finding")
@@ -60,41 +60,54 @@ def read_csv(path: str | os.PathLike[str]) -> list[Record]:
 
     Only ``path`` is required; a relative one starts at the CSV file's folder. ``label`` is 0 or 1, normal or abnormal,
     or empty; ``split`` is train, val (valid, validation), test, or empty. Other columns are ignored, unless their name
-    looks like a misspelt one of these.
+    looks like a misspelt one of these. The text is UTF-8; paths may hold other bytes, which are taken as they are.
 
     Returns: the records in the order of the file, with absolute paths.
     Raises: ValueError naming line and column; OSError where the file cannot be opened.
     """
     path = os.fspath(path)
-    folder = os.path.dirname(os.path.abspath(path))
     records: list[Record] = []
     line_of: dict[str, int] = {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
+    for line, record in _numbered_rows(path):
+        if record.path in line_of:
+            raise ValueError(
+                f"{path}, line {line}, column path: {record.path!r} is already on line {line_of[record.path]}"
+            )
+        line_of[record.path] = line
+        records.append(record)
+    return records
+
+
+def iter_csv(path: str | os.PathLike[str]) -> Iterator[Record]:
+    """Yield the records that `read_csv` returns, one at a time and none of them kept.
+
+    A path that is listed twice is yielded twice. Raises: as `read_csv`, where the iterator comes to it.
+    """
+    return (record for _, record in _numbered_rows(os.fspath(path)))
+
+
+def _numbered_rows(path: str) -> Iterator[tuple[int, Record]]:
+    """Yield each record with its line."""
+    folder = os.path.dirname(os.path.abspath(path))
+    empty = True
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        reader = csv.reader(file, strict=True)
+        try:
             header = _check_header(path, next(reader, []))
             for row in reader:
-                if not any(cell.strip() for cell in row):
-                    continue
-                record = _parse_row(f"{path}, line {reader.line_num}", header, row, folder)
-                if record.path in line_of:
-                    raise ValueError(
-                        f"{path}, line {reader.line_num}, column path: {record.path!r} is already on line "
-                        f"{line_of[record.path]}"
-                    )
-                line_of[record.path] = reader.line_num
-                records.append(record)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-    if not records:
+                if any(cell.strip() for cell in row):
+                    yield reader.line_num, _parse_row(f"{path}, line {reader.line_num}", header, row, folder)
+                    empty = False
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    if empty:
         raise ValueError(f"{path} lists no image")
-    return records
 
 
 def _check_header(path: str, names: Sequence[str]) -> list[str]:
     header = [name.strip().lower() for name in names]
+    if not all(map(_is_text, header)):
+        raise ValueError(f"{path}, line 1: not UTF-8 text")
     if "path" not in header:
         raise ValueError(
             f"{path}, line 1: no column 'path' among {header}; the file must be comma-separated with a header such as "
@@ -117,6 +130,9 @@ def _parse_row(where: str, header: Sequence[str], row: Sequence[str], folder: st
     cells = {name: cell.strip() for name, cell in zip(header, row)}
     if not cells["path"]:
         raise ValueError(f"{where}, column path: empty")
+    for name in COLUMNS[1:]:
+        if not _is_text(cells.get(name, "")):
+            raise ValueError(f"{where}, column {name}: not UTF-8 text")
     label = cells.get("label", "").lower()
     if label not in _LABELS:
         raise ValueError(f"{where}, column label: expected 0, 1, normal, abnormal or nothing, got {label!r}")
@@ -130,6 +146,11 @@ def _parse_row(where: str, header: Sequence[str], row: Sequence[str], folder: st
         finding=cells.get("finding", ""),
         patient=cells.get("patient", ""),
     )
+
+
+def _is_text(cell: str) -> bool:
+    """Whether a cell was UTF-8; other bytes are read as lone surrogates, which only the name of a file may hold."""
+    return not any("\ud800" <= character <= "\udfff" for character in cell)
 
 
 def write_csv(
@@ -148,7 +169,7 @@ def write_csv(
             raise ValueError(f"extra column {name!r} is already a column of the list")
         if len(values) != len(records):
             raise ValueError(f"extra column {name!r} has {len(values)} values for {len(records)} records")
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow([*COLUMNS, *extra])
         for i, record in enumerate(records):

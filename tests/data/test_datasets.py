@@ -7,7 +7,7 @@ import pytest
 from sample_files import ramp, save, write_dicom
 from shared import ZHANGLAB, needs_zhanglab
 
-from simsid.data import CheXpert, COVIDx, Radiographs, Record, ZhangLab, open_dataset
+from simsid.data import CheXpert, COVIDx, Radiographs, Record, ZhangLab, iter_records, open_dataset
 
 
 def relative(dataset, folder):
@@ -73,6 +73,39 @@ def test_absent_and_empty_folders(tmp_path):
         Radiographs(tmp_path / "absent")
     with pytest.raises(ValueError, match="is no folder"):
         Radiographs(save(tmp_path / "a.png", ramp()))
+
+
+def test_records_come_one_by_one_and_in_the_same_order(tmp_path, monkeypatch):
+    for name in ("b", "a/z/c", "a/b", "c/d", "test/a"):
+        save(tmp_path / f"{name}.png", ramp())
+    assert list(iter_records(tmp_path)) == list(Radiographs(tmp_path).records)
+    assert relative(Radiographs(tmp_path), tmp_path) == ["b.png", "a/b.png", "a/z/c.png", "c/d.png", "test/a.png"]
+    assert list(iter_records(tmp_path / "b.png")) == [Record(str(tmp_path / "b.png"))]
+    (tmp_path / "list.csv").write_text("path,split\nb.png,\nb.png,\nb.png,odd\n")
+    records = iter_records(tmp_path / "list.csv")
+    assert [next(records), next(records)] == [Record(str(tmp_path / "b.png"))] * 2
+    with pytest.raises(ValueError, match="line 4, column split"):
+        next(records)
+
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
+    records = iter_records(tmp_path)
+    assert len(listed) == 1
+    assert [os.path.basename(next(records).path) for _ in range(2)] == ["b.png", "b.png"]
+    assert len(listed) == 2
+
+
+def test_records_of_what_holds_none(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "empty.csv").write_text("path\n")
+    for name, message in (
+        (".", "has no image"),
+        ("absent", "does not exist"),
+        ("notes.txt", "neither an image nor a CSV list"),
+        ("empty.csv", "lists no image"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            iter_records(tmp_path / name)
 
 
 def make_zhanglab(root):

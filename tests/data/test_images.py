@@ -1,5 +1,6 @@
 """Loading in parallel: values, depth, order, failures, bounded memory."""
 
+import itertools
 import threading
 
 import numpy as np
@@ -10,6 +11,7 @@ from sample_files import ramp, save, write_dicom
 
 import simsid.data.images
 from simsid.data import Failure, ImageSet, Record, load_images, stream_images
+from simsid.data.images import FAILURES_AT_ONCE
 from simsid.data.reading import read_image
 
 DEEP = ramp(40, 50, 65535, np.uint16)
@@ -334,6 +336,15 @@ def test_stream_of_failures_alone_yields_them(tmp_path):
     assert records == []
     assert [failure.path for failure in failures] == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
     assert list(stream_images([], 8)) == []
+
+
+def test_stream_of_endless_failures_does_not_gather_them_all(folder, tmp_path):
+    files = itertools.chain([folder[0]], itertools.repeat(tmp_path / "missing.png"))
+    stream = stream_images(files, 8, batch_size=4)
+    for first in (1, 0):
+        batch, records, failures = next(stream)
+        assert batch.shape == (first, 1, 8, 8) and len(records) == first and len(failures) == FAILURES_AT_ONCE
+    stream.close()
 
 
 def test_stream_reads_ahead_by_a_bounded_number_of_files(folder):

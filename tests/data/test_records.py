@@ -6,6 +6,7 @@ import random
 import pytest
 
 from simsid.data import Record, read_csv, split_by_patient, write_csv
+from simsid.data.records import iter_csv
 
 
 def write(path, text, encoding="utf-8"):
@@ -61,9 +62,28 @@ def test_errors_name_line_and_column(tmp_path, text, message):
     assert "list.csv" in str(caught.value)
 
 
-def test_other_encodings_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="not UTF-8"):
-        read_csv(write(tmp_path / "list.csv", "path\nübung.png\n", "latin-1"))
+def test_bytes_that_are_no_text_may_stand_in_paths_alone(tmp_path):
+    (tmp_path / "list.csv").write_bytes(b"path,label\n\xfcbung.png,1\n")
+    (record,) = read_csv(tmp_path / "list.csv")
+    assert os.fsencode(record.path) == os.fsencode(tmp_path) + b"/\xfcbung.png" and record.label == 1
+    write_csv(tmp_path / "copy.csv", [record])
+    assert read_csv(tmp_path / "copy.csv") == [record]
+    for column in ("label", "split", "patient", "finding"):
+        (tmp_path / "list.csv").write_bytes(f"path,{column}\na.png,".encode() + b"\xfc\n")
+        with pytest.raises(ValueError, match=f"line 2, column {column}: not UTF-8 text"):
+            read_csv(tmp_path / "list.csv")
+    with pytest.raises(ValueError, match="line 1: not UTF-8 text"):
+        read_csv(write(tmp_path / "list.csv", "path\nübung.png\n", "utf-16"))
+
+
+def test_a_list_is_read_row_by_row(tmp_path):
+    file = write(tmp_path / "list.csv", "path,label\na.png,0\na.png,0\nb.png,maybe\n")
+    rows = iter_csv(file)
+    assert [next(rows), next(rows)] == [Record(str(tmp_path / "a.png"), "", 0)] * 2
+    with pytest.raises(ValueError, match="line 4, column label"):
+        next(rows)
+    with pytest.raises(ValueError, match="lists no image"):
+        list(iter_csv(write(tmp_path / "list.csv", "path\n\n")))
 
 
 def test_what_is_written_reads_back(tmp_path):
