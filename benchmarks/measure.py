@@ -1,6 +1,10 @@
-"""Time on the device alone: CUDA graphs of many calls, with warm and with cold L2, and the copy speed to judge by."""
+"""Time on the device alone: CUDA graphs of many calls, with warm and with cold L2, and the copy speed to judge by.
+
+And the memory that a model holds, and the precision at which variants are compared.
+"""
 
 import functools
+import gc
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -79,3 +83,48 @@ def copy_bytes_per_second() -> float:
     target = torch.empty_like(source)
     calls = 10
     return 2 * COPY_BYTES / _seconds_per_call(capture(target.copy_, [(source,)] * calls), calls)
+
+
+class Held:
+    """The most memory a model takes on the GPU, weights, optimisers and recorded graphs included; nothing on a CPU.
+
+    Counted in what the allocator reserves, since a recorded graph keeps its memory between replays.
+    """
+
+    def __init__(self) -> None:
+        self.before = self._settle()
+
+    def restart(self) -> None:
+        """Begin anew, without what has been freed since."""
+        self._settle()
+
+    def row(self) -> dict[str, float]:
+        """Return the column for a table."""
+        if not torch.cuda.is_available():
+            return {}
+        return {"peak_mb": (torch.cuda.max_memory_reserved() - self.before) / 1e6}
+
+    @staticmethod
+    def _settle() -> int:
+        gc.collect()
+        if not torch.cuda.is_available():
+            return 0
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_reserved()
+
+
+def full_precision(check: Run) -> Run:
+    """Run a check without TensorFloat-32, in which another order of summation shows in the third digit."""
+
+    @functools.wraps(check)
+    def checked(*args: object) -> object:
+        matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        try:
+            return check(*args)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+    return checked

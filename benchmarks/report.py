@@ -6,7 +6,8 @@
 The table is Markdown. `device` is the time on the GPU of a call from a CUDA graph, warm and with a cold L2 cache;
 `wall` is a call from Python up to the end of its work; GB/s are the bytes that must move at least (kernels/roofline.py)
 over the cold device time, or over the wall time on a CPU; `speed-up` is against "batched", by warm device time where
-there is one.
+there is one. Rows of the whole model are a table of their own: wall time of the fastest round, an image's share of it,
+and `speed-up` and `memory` against the written-out baseline.
 """
 
 import argparse
@@ -15,14 +16,25 @@ import json
 import math
 import pathlib
 
-BASELINE = "batched"
-COLUMNS = (
+BASELINES = ("batched", "baseline")
+"""What a group's rows are compared with: an op's reference, and the whole model written out."""
+
+KERNEL_COLUMNS = (
     ("device µs", "device_us"),
     ("cold L2 µs", "device_cold_us"),
     ("wall µs", "wall_us"),
     ("GB/s", "gb_per_s"),
     ("% of copy", "percent_of_copy"),
     ("peak MB", "peak_mb"),
+)
+MODEL_COLUMNS = (
+    ("ms", "ms"),
+    ("ms an image", "image_ms"),
+    ("images/s", "images_per_s"),
+    ("GFLOP an image", "gflop_per_image"),
+    ("GFLOP/s", "gflop_per_s"),
+    ("peak MB", "peak_mb"),
+    ("papers' s", "papers_s"),
 )
 
 
@@ -36,12 +48,26 @@ def rows_of(results: dict) -> list[dict]:
 
 
 def group_of(row: dict) -> str:
-    """Return the group whose rows compare."""
-    return f"{row['op']} {row['shape']} {row['dtype']} {row['pass']}"
+    """Return the group whose rows compare; dtype and pass are an op's alone."""
+    return " ".join(row[key] for key in ("op", "shape", "dtype", "pass") if key in row)
+
+
+def _groups(rows: list[dict]) -> dict[str, list[dict]]:
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(group_of(row), []).append(row)
+    return groups
 
 
 def _time(row: dict) -> float:
-    return row.get("device_us", row["wall_us"])
+    """Return microseconds; of the whole model those of the fastest round, which other work disturbs least."""
+    return 1e3 * row["ms"] if "ms" in row else row.get("device_us", row["wall_us"])
+
+
+def _base(row: dict, members: list[dict]) -> dict | None:
+    """Return the row of its group that `row` is compared with."""
+    names = [row["against"]] if "against" in row else BASELINES
+    return next((member for member in members if member["variant"] in names), None)
 
 
 def _number(value: float | None) -> str:
@@ -52,21 +78,49 @@ def _number(value: float | None) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Return one Markdown table, groups in the order of the rows."""
-    shown = [(title, key) for title, key in COLUMNS if any(key in row for row in rows)]
-    lines = [["group", "variant", *(title for title, _ in shown), "speed-up"]]
-    for group, members in itertools.groupby(rows, group_of):
-        members = list(members)
-        base = next((_time(row) for row in members if row["variant"] == BASELINE), None)
+    """Return Markdown: a table of the kernels and one of the whole model, groups in the order of the rows."""
+    kernels, models = ([row for row in rows if ("images_per_s" in row) is whole] for whole in (False, True))
+    return "\n\n".join(_table(*part) for part in ((kernels, KERNEL_COLUMNS), (models, MODEL_COLUMNS)) if part[0])
+
+
+def _table(rows: list[dict], columns: tuple[tuple[str, str], ...]) -> str:
+    shown = [(title, key) for title, key in columns if any(key in row for row in rows)]
+    ratios = ["speed-up"]
+    if columns is MODEL_COLUMNS and any("peak_mb" in row for row in rows):
+        ratios.append("memory")
+    lines = [["group", "variant", *(title for title, _ in shown), *ratios]]
+    for group, members in _groups(rows).items():
         for row in members:
-            speedup = "" if base is None else f"{base / _time(row):.2f}x"
-            lines.append([group, row["variant"], *(_number(row.get(key)) for _, key in shown), speedup])
+            base = _base(row, members)
+            compared = [f"{_time(base) / _time(row):.2f}x" if base else ""]
+            if "memory" in ratios:
+                both = base is not None and "peak_mb" in base and "peak_mb" in row
+                compared.append(f"{row['peak_mb'] / base['peak_mb']:.2f}x" if both else "")
+            lines.append([group, row["variant"], *(_number(row.get(key)) for _, key in shown), *compared])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     return "\n".join(
         "| " + " | ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) + " |"
         for line in [lines[0], rule, *lines[1:]]
     )
+
+
+def epoch_lines(rows: list[dict]) -> list[str]:
+    """Return SimSID's seconds against SQUID's, of training and of inference, with the papers' beside them."""
+    lines = []
+    for group, members in _groups([row for row in rows if row["op"] == "epoch"]).items():
+        found = {tuple(row["variant"].split(", ")): row for row in members}
+        for method, variant in found:
+            other = found.get(("SQUID", variant))
+            if method != "SimSID" or other is None:
+                continue
+            ours, theirs, row = _time(found[method, variant]) / 1e6, _time(other) / 1e6, found[method, variant]
+            papers = f"{row['papers_s']:.1f} s against {other['papers_s']:.1f} s"
+            lines.append(
+                f"{group}, {variant}: SimSID {_number(ours)} s against SQUID {_number(theirs)} s, {theirs / ours:.2f}x "
+                f"as fast; the papers': {papers}, {other['papers_s'] / row['papers_s']:.2f}x"
+            )
+    return lines
 
 
 def plot(rows: list[dict], path: pathlib.Path, title: str) -> None:
@@ -78,7 +132,7 @@ def plot(rows: list[dict], path: pathlib.Path, title: str) -> None:
 
     panels: dict[tuple, list[dict]] = {}
     for row in rows:
-        panels.setdefault((row["op"], row["dtype"], row["pass"]), []).append(row)
+        panels.setdefault(tuple(row[key] for key in ("op", "dtype", "pass") if key in row), []).append(row)
     height = math.ceil(len(panels) / 2)
     figure, axes = pyplot.subplots(height, 2, figsize=(14, 3.6 * height), squeeze=False, layout="constrained")
     for axis, (panel, members) in itertools.zip_longest(axes.flat, panels.items(), fillvalue=(None, ())):
@@ -109,9 +163,10 @@ def main(arguments: list[str] | None = None) -> None:
     machine = results["machine_info"]
     versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
     title = f"{machine.get('device', machine['machine'])}: {versions}"
-    print(f"{title}\n\n{table(rows_of(results))}")
+    rows = rows_of(results)
+    print("\n".join([title, "", table(rows), *epoch_lines(rows)]))
     if chosen.plot is not None:
-        plot(rows_of(results), chosen.plot, title)
+        plot(rows, chosen.plot, title)
 
 
 if __name__ == "__main__":

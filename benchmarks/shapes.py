@@ -33,3 +33,15 @@ CPU = {
     "S": Shape(4, (2, 2), 100, 256),
     "Q": Shape(1, (4, 4), 50, 128),
 }
+
+
+class Sizes(NamedTuple):
+    """Of the whole model: its width, films of a folder and of an epoch's training and inference (None is all)."""
+
+    width: int
+    folder: int
+    train: int | None
+    test: int | None
+
+
+MODEL = {"cuda": Sizes(32, 512, None, None), "cpu": Sizes(8, 32, 32, 32)}

@@ -1,0 +1,245 @@
+"""The whole model against the written-out baseline: a training step, scoring, a folder of films, an epoch."""
+
+import copy
+import functools
+import time
+
+import measure
+import models
+import numpy as np
+import pytest
+import report
+import torch
+from baseline import Baseline
+from models import BASELINE, METHODS, PAPERS, PRODUCT, VARIANTS
+from shapes import MODEL
+
+from simsid.data import ZhangLab, load_images
+from simsid.losses import reconstruction_loss
+from simsid.model import BATCH
+from simsid.scoring import preparation
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LONG = 5.0  # seconds of a call from which on two rounds do
+
+EXACT = 1e-9  # the same arithmetic in another order, in float64
+DRIFT = {False: 1e-2, True: 5e-2}  # after Adam's first updates, which are the gradients' signs; in bf16
+SCORES = {False: 1e-3, True: 5e-2}
+
+
+@pytest.fixture
+def sizes(request, note):
+    chosen, width = MODEL[DEVICE.type], request.config.getoption("--width")
+    if DEVICE.type == "cpu":
+        note(f"no GPU: the whole model ran on the CPU, at width {width or chosen.width} (--width 32 is the papers')")
+    return chosen if width is None else chosen._replace(width=width)
+
+
+@pytest.fixture
+def model(request, sizes, leave_out):
+    """Return a function that builds a variant's model of a method, or leaves the benchmark out with the reason."""
+
+    def build(variant, method="SimSID"):
+        reason = models.left_out(VARIANTS[variant], DEVICE, request.config.getoption("--compile"))
+        if reason is not None:
+            leave_out(variant, reason)
+        torch._dynamo.reset()
+        assert_baseline_agrees(method, sizes.width)
+        return models.build(method, sizes.width, DEVICE, VARIANTS[variant].fused)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def films(tmp_path_factory):
+    """Return a folder of generated films."""
+    sizes = MODEL[DEVICE.type]
+    return models.write_films(tmp_path_factory.mktemp("films"), max(sizes.folder, sizes.train or 0, sizes.test or 0))
+
+
+@functools.cache
+def assert_baseline_agrees(method, width):
+    """The baseline's reconstructions, loss and gradients are the model's, in training, but for float64's rounding."""
+    ours = models.build(method, width, DEVICE).double().train()
+    theirs = copy.deepcopy(ours)
+    images = models.noise(4, ours.config.image_size, DEVICE).double()
+    results = []
+    for owner, reconstruct in ((ours, ours), (theirs, Baseline(theirs))):
+        torch.manual_seed(0)  # the masked shortcut's draws
+        found = reconstruct(images)
+        loss = sum(reconstruction_loss(images, made) for made in (found.student, found.teacher)) + found.distillation
+        parameters = [weight for name, weight in owner.named_parameters() if not name.startswith("discriminator.")]
+        gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
+        results.append([result.detach() for result in (found.student, found.teacher, loss, gradient)])
+    for mine, reference in zip(*results):
+        assert (mine - reference).norm() <= EXACT * reference.norm()
+
+
+@measure.full_precision
+def assert_step_agrees(variant, model, method="SimSID"):
+    """Losses over two pairs of iterations are the baseline's; works on copies."""
+    images, means = models.noise(4, model.config.image_size, DEVICE), []
+    reference = models.build(method, model.config.width, DEVICE)
+    for name, owner in ((BASELINE, reference), (variant, copy.deepcopy(model))):
+        step = models.training_step(name, owner, translate=0.0, scale=0.0)
+        for number in range(4):
+            step(images, number)
+        means.append(step.means())
+    theirs, mine = means
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert mine[name] == pytest.approx(value, rel=DRIFT["bf16" in variant]), name
+
+
+@measure.full_precision
+def assert_scores_agree(variant, score, want, images):
+    got = score(images)
+    assert got.keys() == want.keys()
+    for name, values in want.items():
+        worst = np.linalg.norm(got[name] - values) / np.linalg.norm(values)
+        assert worst <= SCORES["bf16" in variant], f"{name} is {worst:.2g} off"
+
+
+@pytest.fixture
+def timed(request, benchmark):
+    """Return a function that times a call with its work on the device: the seconds of the fastest round."""
+    options = request.config.option
+
+    def time_rounds(call):
+        def synchronized():
+            call()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+
+        for _ in range(2):  # the first also prepares
+            start = time.perf_counter()
+            synchronized()
+            took = time.perf_counter() - start
+            if took > LONG and DEVICE.type == "cpu":
+                break
+        fitting = int(float(options.benchmark_max_time) / took)
+        rounds = 2 if took > LONG else max(options.benchmark_min_rounds, fitting)
+        benchmark.pedantic(synchronized, rounds=rounds, iterations=1)
+        return benchmark.stats.stats.min
+
+    return time_rounds
+
+
+def record(benchmark, rows, row, seconds, images, gflop=None):
+    """Keep a row, per image and with the rates."""
+    row |= {"ms": 1e3 * seconds, "image_ms": 1e3 * seconds / images, "images_per_s": images / seconds}
+    if gflop is not None:
+        row |= {"gflop_per_image": gflop, "gflop_per_s": gflop * images / seconds}
+    benchmark.group = report.group_of(row)
+    benchmark.extra_info.update(row)
+    rows.append(row | {"wall_us": 1e6 * seconds})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_train_step(benchmark, timed, rows, sizes, model, variant):
+    """A pair of iterations: one that trains the generator too, one of the discriminator alone."""
+    held = measure.Held()
+    built = model(variant)
+    assert_step_agrees(variant, built)
+    held.restart()
+    step, numbers = models.training_step(variant, built), iter(range(0, 1 << 30, 2))
+    images = models.noise(BATCH, built.config.image_size, DEVICE)
+
+    def pair():
+        number = next(numbers)
+        step(images, number)
+        step(images, number + 1)
+
+    seconds = timed(pair)
+    row = {"op": "train_step", "shape": f"SimSID, width {sizes.width}, batch {BATCH}", "variant": variant}
+    gflop = models.gflop("train_step", "SimSID", sizes.width, variant == BASELINE)
+    record(benchmark, rows, row | held.row(), seconds, 2 * BATCH, gflop)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_inference(benchmark, timed, rows, sizes, model, variant, batch):
+    """Films in memory to every signal of each; the released evaluation has batches of one."""
+    held = measure.Held()
+    built = model(variant)
+    images = models.noise(BATCH, built.config.image_size, DEVICE)
+    want = models.scorer(BASELINE, models.build("SimSID", sizes.width, DEVICE), batch)(images)
+    assert_scores_agree(variant, models.scorer(variant, copy.deepcopy(built), batch), want, images)
+    held.restart()
+    score = models.scorer(variant, built, batch)
+    seconds = timed(lambda: score(images))
+    row = {"op": "inference", "shape": f"SimSID, width {sizes.width}, batch {batch}", "variant": variant}
+    gflop = models.gflop("inference", "SimSID", sizes.width, variant == BASELINE)
+    record(benchmark, rows, row | held.row(), seconds, BATCH, gflop)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_score_folder(benchmark, timed, rows, sizes, model, films, variant, batch):
+    """A folder of JPEG films to one row each, reading included."""
+    if batch == 1 and variant != BASELINE:
+        pytest.skip("only the released evaluation scores film by film")
+    built = model(variant)
+    score = models.folder_scorer(variant, built, batch)
+    reference = models.folder_scorer(BASELINE, models.build("SimSID", sizes.width, DEVICE), BATCH)
+    few = models.films_of(films, BATCH)
+    for mine, theirs in zip(score(few), reference(few), strict=True):
+        assert mine.path == theirs.path and mine.signals.keys() == theirs.signals.keys()
+        for name, value in theirs.signals.items():
+            assert mine.signals[name] == pytest.approx(value, rel=0.1, abs=0.01), name
+    seconds = timed(lambda: score(models.films_of(films, sizes.folder)))
+    shape = f"SimSID, width {sizes.width}, {sizes.folder} films of {' x '.join(map(str, models.FILM))}"
+    shown = variant if batch == BATCH else f"{variant}, batch {batch}"
+    record(benchmark, rows, {"op": "score_folder", "shape": shape, "variant": shown}, seconds, sizes.folder)
+
+
+@pytest.fixture(scope="session")
+def epoch_films(request, films):
+    """Return what an epoch trains on, what inference scores, how many films of each there are, and whose they are."""
+    folder, sizes = request.config.getoption("--data"), MODEL[DEVICE.type]
+    if folder is None:
+        every = models.films_of(films, None)
+        train, test, whose = every, every, "generated films"
+    else:
+        data = ZhangLab(folder)
+        train = [record.path for record in data.select("train") if record.label == 0]
+        test = [record.path for record in data.select("test") or data.select("val")]
+        whose = folder
+    return train[: sizes.train], test[: sizes.test], (len(train), len(test)), whose
+
+
+@pytest.mark.parametrize("variant", [BASELINE, PRODUCT])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("what", PAPERS)
+def test_epoch(benchmark, timed, rows, sizes, model, note, epoch_films, what, method, variant):
+    """Seconds of one epoch of training, films in memory, and of one pass of inference, reading included.
+
+    The baseline scores film by film, as the released evaluation does.
+    """
+    train, test, (all_train, all_test), whose = epoch_films
+    built = model(variant, method)
+    if what == "training":
+        count = len(train) // BATCH * BATCH
+        images = load_images(train, **preparation(built))
+        step = models.training_step(variant, built)
+
+        def epoch():
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+            for number, index in enumerate(order[:count].split(BATCH)):
+                step(images.batch(index, DEVICE), number)
+            step.means()
+    else:
+        count = len(test)
+        score = models.folder_scorer(variant, built, 1 if variant == BASELINE else BATCH)
+
+        def epoch():
+            score(test)
+
+    seconds = timed(epoch)
+    note(
+        f"epoch: width {sizes.width}, {len(train)} of {all_train} films trained on, {len(test)} of {all_test} scored, "
+        f"{whose}; the papers' seconds are ZhangLab's, whole, at width 32 on a GPU"
+    )
+    row = {"op": "epoch", "shape": f"{what}, {count} films", "variant": f"{method}, {variant}"}
+    row |= {"against": f"{method}, {BASELINE}", "papers_s": PAPERS[what][method]}
+    record(benchmark, rows, row, seconds, count)
