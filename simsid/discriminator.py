@@ -34,11 +34,11 @@ class Discriminator(nn.Module):
         """
         if statistics not in ("module", "per_image"):
             raise ValueError(f"statistics must be 'module' or 'per_image', got {statistics!r}")
-        x = F.leaky_relu(self.convolutions[0](images), 0.2)
+        x = F.leaky_relu(self.convolutions[0](images), 0.2, inplace=True)
         for convolution, norm in zip(self.convolutions[1:], self.norms):
             x = convolution(x)
             x = norm(x) if statistics == "module" else _instance_norm(x, norm)
-            x = F.leaky_relu(x, 0.2)
+            x = F.leaky_relu(x, 0.2, inplace=True)
         # A sum of each row, where a matrix product's order of summation depends on the row's place in the batch.
         x = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
         return (x * self.output.weight).sum(1) + self.output.bias

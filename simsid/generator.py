@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from simsid import patches
 from simsid.config import Config
 from simsid.inpainting import InpaintingBlock
+from simsid.kernels.ranges import stage
 from simsid.layers import ConvBlock
 from simsid.memory import DecoderMemory
 
@@ -43,12 +44,13 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Encoded:
         """Encode patches `[B * L, 1, S, S]`; skip `i` is the input of down block `i`."""
-        x = self.entry(images)
-        skips = []
-        for block in self.down:
-            skips.append(x)
-            x = block(x)
-        return Encoded(x, skips)
+        with stage("encoder"):
+            x = self.entry(images)
+            skips = []
+            for block in self.down:
+                skips.append(x)
+                x = block(x)
+            return Encoded(x, skips)
 
 
 class Generator(nn.Module):
@@ -82,7 +84,8 @@ class Generator(nn.Module):
         """Decode `[B * L, C, h, w]` and the encoder's skips."""
         x, query, retrieved = deepest, None, None
         if self.inpainting is not None:
-            x, query, retrieved = self.inpainting(x)
+            with stage("in-painting"):
+                x, query, retrieved = self.inpainting(x)
         features = []
         for i, block in enumerate(self.up):
             skip = skips[len(skips) - 1 - i]
@@ -96,7 +99,8 @@ class Generator(nn.Module):
                 x = torch.cat([skip, x], dim=1)
             x = block(x)
             if i < len(self.memories):
-                x = self.memories[i](x)
+                with stage(f"decoder memory {i}"):
+                    x = self.memories[i](x)
             features.append(x)
         if self.merge_at == len(self.up):
             x = patches.merge(x, self.patches)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from simsid.config import Config
 from simsid.kernels import neighbor_attention, residual_layer_norm
+from simsid.kernels.ranges import stage
 from simsid.memory import SpaceAwareMemory
 
 
@@ -93,13 +94,14 @@ class InpaintingBlock(nn.Module):
         """Rebuild `[B * L, C, h, w]`; in training with `rho < 1` some positions keep their input."""
         BL, _, h, w = x.shape
         B = BL // self.locations
-        f = F.relu(self.entry(x)).reshape(B, self.locations, -1)
-        n = retrieved = self.memory(f)
+        f = F.relu(self.entry(x), inplace=True).reshape(B, self.locations, -1)
+        with stage("in-painting memory"):
+            n = retrieved = self.memory(f)
         if self.kind != "memory":
             n = self._add(self._mix(f, n), n, self.norm1)
             n = self._add(self.feed_forward(n), n, self.norm2)
         planes = self.index_planes.to(n.dtype).repeat(B, 1)[:, :, None, None].expand(-1, -1, h, w)
-        y = F.relu(self.exit(torch.cat([n.reshape(BL, -1, h, w), planes], dim=1)))
+        y = F.relu(self.exit(torch.cat([n.reshape(BL, -1, h, w), planes], dim=1)), inplace=True)
         if self.training and self.rho < 1:
             keep = torch.rand(BL, 1, h, w, device=x.device) < self.rho
             y = torch.where(keep, y, x)

@@ -120,11 +120,15 @@ class DecoderMemory(nn.Module):
         )
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Look up `[B * L, C, h, w]`, or `[B, C, H, W]` when merged; the shape stays."""
+        """Look up `[B * L, C, h, w]`, or `[B, C, H, W]` when merged; shape and memory format stay."""
+        layout = torch.channels_last if patches.is_channels_last(maps) else torch.contiguous_format
         if self.merged:
             maps = patches.split(maps, self.patches)
         windows = patches.split(maps, 2) if self.subpatch else maps
         found = self.memory(windows.reshape(-1, self.locations, windows[0].numel())).reshape(windows.shape)
         if self.subpatch:
             found = patches.merge(found, 2)
-        return patches.merge(found, self.patches) if self.merged else found
+        if self.merged:
+            found = patches.merge(found, self.patches)
+        # Here, where the map is small: what follows would convert it after enlarging it.
+        return found.contiguous(memory_format=layout)

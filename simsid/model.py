@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import NoneType
 
@@ -10,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simsid import checkpoint, patches, signals
+from simsid import checkpoint, patches
 from simsid.config import Config, ConfigError
 from simsid.discriminator import Discriminator
 from simsid.generator import Encoder, Generator
+from simsid.inference import InferenceForm
+from simsid.kernels.ranges import stage
 from simsid.losses import distillation_loss
 from simsid.signals import SIGNALS, Calibration, CalibrationError
 
@@ -69,6 +70,8 @@ class Model(nn.Module):
         self.teacher = Generator(config, student=False) if config.distillation else None
         self.discriminator = Discriminator(config.image_size)
         self.calibration: Calibration | None = None
+        self._form: InferenceForm | None = None
+        self._trained = False
 
     @property
     def device(self) -> torch.device:
@@ -100,23 +103,33 @@ class Model(nn.Module):
         if self.training and self.config.pixel_inpainting:
             shown = self._blank(images)
         encoded = self.encoder(patches.split(shown, P))
-        student = self.student(encoded.deepest, encoded.skips)
+        with stage("student"):
+            student = self.student(encoded.deepest, encoded.skips)
         found = {"student": student.images, "query": student.query, "retrieved": student.retrieved}
         if self.teacher is not None and (self.training if teacher is None else teacher):
             deepest, skips = encoded
             if self.config.stop_gradient:
                 deepest, skips = deepest.detach(), [skip.detach() for skip in skips]
-            taught = self.teacher(deepest, skips)
+            with stage("teacher"):
+                taught = self.teacher(deepest, skips)
             found["teacher"] = taught.images
-            found["distillation"] = distillation_loss(student.features, taught.features)
+            with stage("distillation"):
+                found["distillation"] = distillation_loss(student.features, taught.features)
         return Reconstruction(**found)
+
+    def train(self, mode: bool = True) -> "Model":
+        """Switch between training and inference mode."""
+        # Replayed graphs change weights unnoticed; those of inference follow when it is next called.
+        self._trained = self._trained or mode or self.training
+        return super().train(mode)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """Return the student's reconstruction of `[B, 1, H, W]` in inference mode, on the images' device."""
-        with self._inference():
-            parts = [self(batch).student[:count] for batch, count in self._batches(images)]
-        return torch.cat(parts).to(images.device)
+        form = self._inference_form()
+        return torch.cat(
+            [form.reconstruct(batch)[:count].to(images.device, copy=True) for batch, count in self._batches(images)]
+        )
 
     @torch.inference_mode()
     def signals(
@@ -140,12 +153,14 @@ class Model(nn.Module):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         columns: dict[str, list[Tensor]] = {name: [] for name in names}
-        with self._inference():
-            for part in [images] if isinstance(images, Tensor) else images:
-                for batch, count in self._batches(part, batch_size):
-                    for name, values in self._signals(batch, names).items():
-                        columns[name].append(values[:count].double().cpu())
-        return {name: torch.cat(values).numpy() if values else np.zeros(0) for name, values in columns.items()}
+        form = self._inference_form()
+        for part in [images] if isinstance(images, Tensor) else images:
+            for batch, count in self._batches(part, batch_size):
+                found = form.signals(batch, names)
+                for name in names:
+                    # A copy, still on the device: the next batch is under way before this one is waited for.
+                    columns[name].append(found[name][:count].to(torch.float64, copy=True))
+        return {name: torch.cat(values).cpu().numpy() if values else np.zeros(0) for name, values in columns.items()}
 
     def score(self, images: Tensor) -> Tensor:
         """Return the anomaly score of `[B, 1, H, W]`: `[B]` float64 in 0..1, 1 is anomalous.
@@ -213,18 +228,12 @@ class Model(nn.Module):
         model.calibration = calibration
         return model.to(device).eval()
 
-    def _signals(self, images: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-        found = self(images)
-        student, discriminator = found.student, self.discriminator
-        compute = {
-            "discriminator_per_image": lambda: -discriminator(student, "per_image"),
-            "discriminator_running": lambda: -discriminator(student),
-            "residual": lambda: signals.residual(images, student),
-            "local_residual": lambda: signals.local_residual(images, student),
-            "focal_residual": lambda: signals.focal_residual(images, student),
-            "memory_distance": lambda: signals.memory_distance(found.query, found.retrieved),
-        }
-        return {name: compute[name]() for name in names}
+    def _inference_form(self) -> InferenceForm:
+        """Return the model as it is scored with, following its weights."""
+        if self._form is None or not self._form.update(self._trained):
+            self._form = InferenceForm(self)
+        self._trained = self.training
+        return self._form
 
     def _batches(self, images: Tensor, size: int = BATCH) -> Iterator[tuple[Tensor, int]]:
         """Yield batches of one size on the model's device, and how many images of each are not filling."""
@@ -257,13 +266,16 @@ class Model(nn.Module):
         if images.dim() != 4 or images.shape[1:] != (1, size, size) or not len(images):
             raise ValueError(f"images must have shape [B, 1, {size}, {size}], B at least 1, got {list(images.shape)}")
 
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        """Switch to inference mode for a moment."""
-        training = [module for module in self.modules() if module.training]
-        self.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+    def _apply(self, *arguments: object, **options: object) -> "Model":
+        self._form = None
+        return super()._apply(*arguments, **options)
+
+    def load_state_dict(self, *arguments: object, **options: object) -> object:
+        """Load weights, as every module does."""
+        # With `assign=True` they are other tensors from here on.
+        self._form = None
+        return super().load_state_dict(*arguments, **options)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what is made again where it is needed, so that copies are the model alone."""
+        return {**self.__dict__, "_form": None}

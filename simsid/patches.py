@@ -1,5 +1,6 @@
 """Cutting images into patches and putting them together again; patch index fastest in the batch."""
 
+import torch
 from torch import Tensor
 
 
@@ -12,8 +13,16 @@ def split(images: Tensor, patches: int) -> Tensor:
 
 
 def merge(maps: Tensor, patches: int) -> Tensor:
-    """Put `[B * P*P, C, h, w]` together to `[B, C, P*h, P*w]`; the inverse of `split`."""
+    """Put `[B * P*P, C, h, w]` together to `[B, C, P*h, P*w]`, in the same memory format; the inverse of `split`."""
     BL, C, h, w = maps.shape
     B = BL // (patches * patches)
+    if is_channels_last(maps):
+        grid = maps.permute(0, 2, 3, 1).view(B, patches, patches, h, w, C).permute(0, 1, 3, 2, 4, 5)
+        return grid.reshape(B, patches * h, patches * w, C).permute(0, 3, 1, 2)
     grid = maps.view(B, patches, patches, C, h, w).permute(0, 3, 1, 4, 2, 5)
     return grid.reshape(B, C, patches * h, patches * w)
+
+
+def is_channels_last(maps: Tensor) -> bool:
+    """Whether `[B, C, h, w]` lies in memory with the channels fastest, and not also in the usual order."""
+    return maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
