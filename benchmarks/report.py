@@ -92,7 +92,9 @@ def _table(rows: list[dict], columns: tuple[tuple[str, str], ...]) -> str:
     for group, members in _groups(rows).items():
         for row in members:
             base = _base(row, members)
-            compared = [f"{_time(base) / _time(row):.2f}x" if base else ""]
+            # Where the baseline was timed in turn with the row, these times compare.
+            base_time = 1e3 * row["baseline_ms"] if "baseline_ms" in row else base and _time(base)
+            compared = [f"{base_time / _time(row):.2f}x" if base_time else ""]
             if "memory" in ratios:
                 both = base is not None and "peak_mb" in base and "peak_mb" in row
                 compared.append(f"{row['peak_mb'] / base['peak_mb']:.2f}x" if both else "")
