@@ -247,7 +247,7 @@ class TrainingConfig:
     epochs: int = 200
     """Passes over the training images; also the length of the cosine schedule."""
     batch_size: int = 16
-    """Images of an iteration; what does not fill a batch waits for another epoch's order."""
+    """Images of an iteration, of all processes together; what does not fill a batch waits for another epoch's order."""
     learning_rate: float = 1e-4
     """Adam's learning rate in the first epoch, both sides."""
     final_learning_rate: float = 2e-5
@@ -276,6 +276,8 @@ class TrainingConfig:
     """On one GPU, record the iterations as CUDA graphs and replay them; else launch every kernel anew."""
     compile: bool = False
     """Let `torch.compile` make the networks' code, which takes minutes before the first iteration."""
+    sync_batchnorm: bool = False
+    """Among several processes, normalise with the whole batch's statistics; else each with its own share's."""
     criterion: Literal["auto", "auc", "reconstruction", "last"] = "auto"
     """What chooses the epoch that is kept: validation AUC of the model's signal (the papers; needs labelled
     anomalies), reconstruction error of held-out normal images (needs none), or the last. `"auto"`: AUC where validation

@@ -91,10 +91,6 @@ class RunFolder:
         """Write the training state, whole or not at all."""
         checkpoint.write(self.path, "last", tensors, {"kind": "simsid training state", **document})
 
-    def read_state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
-        """Read the training state."""
-        return checkpoint.read(self.path, "last")
-
     def write_metrics(self, epochs: list[dict[str, object]]) -> None:
         """Write metrics.jsonl anew, as after a resume: what a killed process wrote beyond its state goes."""
         lines = "".join(json.dumps(epoch) + "\n" for epoch in epochs)

@@ -9,6 +9,7 @@ from torch import Tensor
 from simsid import graphs
 from simsid.config import TrainingConfig
 from simsid.data import augment
+from simsid.distributed import Judgement, Team, data_parallel, synchronise_batch_norms
 from simsid.kernels.ranges import stage
 from simsid.losses import adversarial_loss, reconstruction_loss
 from simsid.model import Model, Reconstruction
@@ -39,19 +40,26 @@ class TrainingStep:
     Args:
         model: trained in place, on the device it is on; its convolutions are laid out channels-last.
         config: a `TrainingConfig`; None is the papers'.
+        team: the processes that train together, each on its share of every batch: gradients are averaged
+            (`DistributedDataParallel`), the queue takes all queries in rank order. Their iterations run eagerly.
     """
 
-    def __init__(self, model: Model, config: TrainingConfig | None = None) -> None:
+    def __init__(self, model: Model, config: TrainingConfig | None = None, team: Team | None = None) -> None:
         self.model = model.to(memory_format=torch.channels_last)
         self.config = config = config or TrainingConfig()
+        self.team = team = team or Team()
         self.device = model.device
+        if config.sync_batchnorm and team.size > 1:
+            synchronise_batch_norms(model)
         self.optimizers = _optimizers(model, config)
         self.counts: dict[str, int] = {}
         self._names = {parameter: name for name, parameter in model.named_parameters()}
-        self._generate, self._discriminate = model, model.discriminator
+        self._generate, self._judge, self._fool = model, Judgement(model.discriminator), model.discriminator
+        if team.size > 1:
+            self._generate, self._judge = data_parallel(model)
         if config.compile:
-            self._generate = torch.compile(model, dynamic=False)
-            self._discriminate = torch.compile(model.discriminator, dynamic=False)
+            calls = (self._generate, self._judge, self._fool)
+            self._generate, self._judge, self._fool = (torch.compile(call, dynamic=False) for call in calls)
         self._sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=self.device)
         # What was not finite first: a flag that Adam's kernel reads, the iteration, the update, and what it looked at.
         self._bad = torch.zeros((), device=self.device)
@@ -59,15 +67,20 @@ class TrainingStep:
         self._bad_values = torch.zeros(len(LOSSES) + 1 + len(self._names), device=self.device)
         self._checked: dict[int, list[str]] = {}
         self._replays: dict[bool, graphs.Replay] = {}
-        self._record = config.cuda_graph and self.device.type == "cuda"
+        self._record = config.cuda_graph and self.device.type == "cuda" and team.size == 1
 
     def __call__(self, images: Tensor, number: int) -> None:
-        """Run iteration `number` on `[B, 1, H, W]` images in -1..1, not yet augmented."""
-        seed_generators(_seed(self.config.seed, 2, number), self.device)
+        """Run iteration `number` on `[B, 1, H, W]` images in -1..1, this process's share, not yet augmented."""
+        config, team = self.config, self.team
+        seed_generators(_seed(config.seed, 2, number), self.device)
         with stage("augmentation"):
-            images = augment(images, translate=self.config.translate, scale=self.config.scale)
+            draws = None
+            if team.size > 1:
+                draws = team.share(torch.rand(len(images) * team.size, 3))
+                seed_generators(_seed(config.seed, 2, number, team.rank), self.device)
+            images = augment(images, translate=config.translate, scale=config.scale, draws=draws)
             images = images.contiguous(memory_format=torch.channels_last)
-        with_generator = number % self.config.generator_every == 0
+        with_generator = number % config.generator_every == 0
         self._number.fill_(number)
         self._run(images, with_generator)
         for name in self._trained(with_generator):
@@ -179,7 +192,7 @@ class TrainingStep:
             found = self._reconstruct(images, with_generator)
             terms = self._generator_terms(images, found) if with_generator else {}
             with stage("discriminator"):
-                real, fake = self._discriminate(images), self._discriminate(found.student.detach())
+                real, fake = self._judge(images, found.student.detach())
             losses = {"real": adversarial_loss(real, real=True), "fake": adversarial_loss(fake, real=False)}
         total = config.discriminator_weight * (losses["real"] + losses["fake"])
         # The generator's terms too: otherwise the discriminator would be updated before a bad one stops the training.
@@ -190,16 +203,17 @@ class TrainingStep:
             model.discriminator.requires_grad_(False)
             try:
                 with autocast, stage("discriminator"):
-                    terms["generator"] = adversarial_loss(self._discriminate(found.student), real=True)
+                    terms["generator"] = adversarial_loss(self._fool(found.student), real=True)
                 weighted = [getattr(config, f"{name}_weight") * term for name, term in terms.items()]
                 self._update("generator", torch.stack(weighted).sum(), terms, GENERATOR)
             finally:
                 model.discriminator.requires_grad_(True)
             losses |= terms
             if model.queue is not None:
-                model.queue.push(found.query, unless=self._bad.bool())
+                model.queue.push(self.team.concatenated(found.query.detach()), unless=self._bad.bool())
         names = self._trained(with_generator)
-        self._sums[: len(names)] += torch.stack([losses[name].detach() for name in names]).double()
+        values = torch.stack([losses[name].detach() for name in names]).double()
+        self._sums[: len(names)] += self.team.mean(values)
 
     def _reconstruct(self, images: Tensor, with_generator: bool) -> Reconstruction:
         with torch.set_grad_enabled(with_generator):

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import math
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -21,10 +22,15 @@ from tqdm import tqdm
 from simsid import checkpoint, metrics
 from simsid.config import TrainingConfig
 from simsid.data import ImageSet
+from simsid.distributed import Team
 from simsid.kernels.ranges import stage
 from simsid.model import Model
 from simsid.runs import RunError, RunFolder
+from simsid.signals import Calibration
 from simsid.step import NonFiniteError, TrainingStep
+
+AGREED_EVERY = 8
+"""Iterations on GPUs after which a team asks whether anyone pressed Ctrl-C."""
 
 SHOWN_SECONDS = 0.5
 """Between two looks at the losses for the progress bar; each waits for the device."""
@@ -70,6 +76,7 @@ class Trainer:
         config: a `TrainingConfig`; None is the papers'.
         run: a folder for metrics and checkpoints, or None to keep everything in memory.
         progress: show a progress bar.
+        team: the processes that train together; every one of them calls `fit` with the same images, rank 0 writes.
 
     Raises:
         RunError: `config.tensorboard` without a run folder or without TensorBoard.
@@ -82,11 +89,13 @@ class Trainer:
         *,
         run: RunFolder | str | os.PathLike | None = None,
         progress: bool = False,
+        team: Team | None = None,
     ) -> None:
         self.model = model
+        self.team = team or Team()
         self.config = config = config or TrainingConfig()
         self.run = run
-        self.progress = progress
+        self.progress = progress and self.team.main
         self._step: TrainingStep | None = None
         self._interrupted = False
         self._best: dict[str, Tensor] | None = None
@@ -117,10 +126,14 @@ class Trainer:
         """
         train, val = _as_images(train), _as_images(val) if val is not None and len(val) else None
         criterion = self._criterion(train, val)
+        # Before anything is written.
+        self._batch_size(train)
         if self.run is None:
             if resume:
                 raise RunError("resume=True needs the run folder to resume")
             return self._fit(train, val, criterion, None, resume=False)
+        if not self.team.main:
+            return self._fit(train, val, criterion, None, resume=resume)
         held = nullcontext(self.run) if isinstance(self.run, RunFolder) else RunFolder(self.run)
         with held as folder:
             return self._fit(train, val, criterion, folder, resume=resume)
@@ -131,14 +144,14 @@ class Trainer:
         at, fingerprint = _Progress(), _fingerprint(train, val)
         train, val = _on_device(train, self.model.device), _on_device(val, self.model.device)
         # Optimisers without a past.
-        self._step, self._best = TrainingStep(self.model, self.config), None
+        self._step, self._best = TrainingStep(self.model, self.config, self.team), None
         # What normal films look like to other weights; none of the epochs kept on the way may carry it.
         self.model.calibration = None
+        if folder is not None and not resume and folder.taken:
+            raise RunError(f"{folder.path} already holds a run or a model; resume it or choose another folder")
+        if resume:
+            at = self._restore(fingerprint) or at
         if folder is not None:
-            if resume and folder.started:
-                at = self._restore(folder, fingerprint)
-            elif not resume and folder.taken:
-                raise RunError(f"{folder.path} already holds a run or a model; resume it or choose another folder")
             folder.write_metrics(at.history.epochs)
         if at.finished:
             self._load_best(folder)
@@ -167,7 +180,7 @@ class Trainer:
     ) -> bool:
         """Run the remaining epochs; False when interrupted."""
         config, history, step = self.config, at.history, self._step
-        size = min(config.batch_size, len(train))
+        size = self._batch_size(train)
         per_epoch = len(train) // size
         self._saved = shown = time.monotonic()
         step.reset(at.sums, at.counts)
@@ -189,13 +202,13 @@ class Trainer:
                 order = torch.from_numpy(order).to(train.pixels.device)
                 self.model.train()
                 while at.position < per_epoch:
-                    if self._interrupted:
+                    if self._should_stop(at):
                         if folder is not None:
                             self._save_state(folder, at, fingerprint)
                         history.interrupted = True
                         return False
                     with stage("data"):
-                        index = order[at.position * size : (at.position + 1) * size]
+                        index = self.team.share(order[at.position * size : (at.position + 1) * size])
                         images = train.batch(index, self.model.device)
                     step(images, at.step)
                     at.position, at.step = at.position + 1, at.step + 1
@@ -236,8 +249,9 @@ class Trainer:
         """Return reconstruction error of normal validation images, and each signal's AUC where there are anomalies."""
         if val is None:
             return {}
+        self.team.follow_main(self.model)
         # Signals that are not finite are left out: there is no number to compare, and JSON has none to write.
-        found = self.model.signals(val.batches())
+        found = self._signals(val)
         found = {name: values for name, values in found.items() if np.isfinite(values).all()}
         abnormal, result = val.labels == 1, {}
         if "residual" in found and not abnormal.all():
@@ -246,6 +260,30 @@ class Trainer:
             for name, values in found.items():
                 result[f"val_auc_{name}"] = metrics.auc(abnormal.astype(int), values).value
         return result
+
+    def _signals(self, images: ImageSet) -> dict[str, np.ndarray]:
+        """Return the signals of all images, each measured by one member of the team."""
+        if self.team.size == 1:
+            return self.model.signals(images.batches())
+        own = range(self.team.rank, len(images), self.team.size)
+        parts = (images.batch(own[start : start + 256]) for start in range(0, len(own), 256))
+        return self.team.collected(self.model.signals(parts), len(images))
+
+    def _batch_size(self, train: ImageSet) -> int:
+        """Return the images of an iteration, which divide among the team."""
+        size, team = self.config.batch_size, self.team.size
+        if size % team or len(train) < team:
+            raise ValueError(
+                f"the batch size must be a multiple of the {team} processes, with an image for each, "
+                f"got batch_size={size} and {len(train)} images"
+            )
+        return min(size, len(train) // team * team)
+
+    def _should_stop(self, at: _Progress) -> bool:
+        """Return whether Ctrl-C was pressed; a team agrees, and on GPUs not at every iteration."""
+        if self.model.device.type == "cuda" and at.step % AGREED_EVERY and self.team.size > 1:
+            return False
+        return self.team.any(self._interrupted)
 
     def _criterion(self, train: ImageSet, val: ImageSet | None) -> str:
         """Check the images and return the criterion that chooses the epoch."""
@@ -303,8 +341,8 @@ class Trainer:
         self, train: ImageSet, val: ImageSet | None, folder: RunFolder | None, at: _Progress, fingerprint: str
     ) -> None:
         held = np.flatnonzero(val.labels != 1) if val is not None else []
-        holdout = val.select(held).batches() if len(held) else None
-        self.model.calibrate(train.batches(), holdout)
+        holdout = self._signals(val.select(held)) if len(held) else None
+        self.model.calibration = Calibration.fit(self._signals(train), holdout)
         if folder is not None:
             self.model.save(folder.path)
             self._save_state(folder, at, fingerprint)
@@ -312,7 +350,7 @@ class Trainer:
     def _keep(self, folder: RunFolder | None) -> None:
         if folder is not None:
             self.model.save(folder.path)
-        else:
+        elif self.team.main:
             self._best = copy.deepcopy(self.model.state_dict())
 
     def _load_best(self, folder: RunFolder | None) -> None:
@@ -322,6 +360,7 @@ class Trainer:
             self.model.calibration = best.calibration
         elif self._best is not None:
             self.model.load_state_dict(self._best)
+        self.team.follow_main(self.model, weights=True)
         self.model.eval()
 
     def _save_if_due(self, folder: RunFolder | None, at: _Progress, fingerprint: str) -> None:
@@ -346,17 +385,22 @@ class Trainer:
         }
         folder.write_state(tensors, document)
 
-    def _restore(self, folder: RunFolder, fingerprint: str) -> _Progress:
-        tensors, document = folder.read_state()
+    def _restore(self, fingerprint: str) -> _Progress | None:
+        """Load the run folder's state, if there is one; every member reads it, the first to write waits for all."""
+        path = self.run.path if isinstance(self.run, RunFolder) else pathlib.Path(self.run)
+        if not (path / "last.json").exists():
+            return None
+        tensors, document = checkpoint.read(path, "last")
+        # Settings that an older version did not have were at their defaults.
+        document["training"] = {**TrainingConfig().to_dict(), **document.get("training", {})}
         asked = {"config": self.model.config.to_dict(), "training": self.config.to_dict(), "data": fingerprint}
         for name, value in asked.items():
             if document.get(name) != value:
                 what = {"config": "another model configuration", "training": "another training configuration"}
                 raise RunError(
-                    f"{folder.path} was started with {what.get(name, 'other images')}; "
-                    f"resume it with the same, or start anew"
+                    f"{path} was started with {what.get(name, 'other images')}; resume it with the same, or start anew"
                 )
-        source = f"{folder.path}/last.json"
+        source = f"{path}/last.json"
         own = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
         checkpoint.load_state(self.model, own, source)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -402,7 +446,7 @@ class Trainer:
 
     @contextmanager
     def _writer(self, folder: RunFolder | None, at: _Progress) -> Iterator[object | None]:
-        if not self.config.tensorboard:
+        if not self.config.tensorboard or not self.team.main:
             yield None
             return
         # What a killed process showed beyond its state goes.

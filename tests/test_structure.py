@@ -15,7 +15,7 @@ TIERS = [
     {"runs", "report", "baselines", "released", "step"},
     {"model", "metrics", "data"},
     {"inference"},
-    {"losses", "signals", "checkpoint", "generator", "discriminator", "graphs"},
+    {"losses", "signals", "checkpoint", "generator", "discriminator", "graphs", "distributed"},
     {"inpainting", "memory"},
     {"layers", "patches"},
     {"kernels", "config"},

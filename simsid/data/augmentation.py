@@ -8,7 +8,12 @@ DARKEST = -1.0
 
 
 def augment(
-    images: Tensor, *, translate: float = 0.05, scale: float = 0.05, generator: torch.Generator | None = None
+    images: Tensor,
+    *,
+    translate: float = 0.05,
+    scale: float = 0.05,
+    generator: torch.Generator | None = None,
+    draws: Tensor | None = None,
 ) -> Tensor:
     """Shift and scale each image at random, bilinearly, filling with the darkest value.
 
@@ -23,6 +28,7 @@ def augment(
         scale: largest change of size as a share, in [0, 1).
         generator: where the 3 B numbers are drawn, on its own device, so that a CPU generator gives the same ones
             whatever the images' device; ``None`` is PyTorch's default generator on the CPU.
+        draws: ``[B, 3]`` in 0..1, those numbers (shift down, shift right, scale), instead of drawing them.
     Returns: ``[B, 1, H, W]``, same dtype and device; `images` itself where both ranges are 0.
     Raises: ValueError for a parameter outside its range or another shape.
     """
@@ -34,12 +40,16 @@ def augment(
         raise ValueError(f"scale must lie in [0, 1), got {scale}")
     if translate == 0 and scale == 0:
         return images
-    source = generator.device if generator is not None else "cpu"
-    draws = torch.rand(images.shape[0], 3, generator=generator, device=source) * 2 - 1
+    if draws is None:
+        source = generator.device if generator is not None else "cpu"
+        draws = torch.rand(images.shape[0], 3, generator=generator, device=source)
+    elif draws.shape != (len(images), 3):
+        raise ValueError(f"draws must be [{len(images)}, 3], got shape {list(draws.shape)}")
+    draws = draws * 2 - 1
     size = 1 + scale * draws[:, 2]
     # The sampling grid spans [-1, 1], two units for one image: a shift by a share t of the image is 2 t.
     shift = -2 * translate * draws[:, :2] / size[:, None]
-    theta = torch.zeros(images.shape[0], 2, 3, device=source)
+    theta = torch.zeros(images.shape[0], 2, 3, device=draws.device)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / size
     theta[:, :, 2] = shift
     # Coordinates in half precision would be off by a pixel.

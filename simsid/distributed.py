@@ -1,0 +1,166 @@
+"""Training by several processes that `torchrun` starts: one team, each member with its share of every batch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed.nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that train one model together; `Team()` is one process alone.
+
+    `rank` is this one's place among `size`. Rank 0 is the only one that writes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    @contextmanager
+    def gathered(cls, device: torch.device | str) -> "Iterator[Team]":
+        """Join the processes that torchrun started: NCCL between GPUs, gloo between CPUs."""
+        backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
+        distributed.init_process_group(backend)
+        try:
+            yield cls(distributed.get_rank(), distributed.get_world_size())
+        finally:
+            distributed.destroy_process_group()
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    def share(self, items: Tensor) -> Tensor:
+        """Return this member's part of a batch, one of `size` equal pieces in rank order."""
+        if len(items) % self.size:
+            raise ValueError(f"a batch must divide among {self.size} processes, got {len(items)} images")
+        count = len(items) // self.size
+        return items[self.rank * count : (self.rank + 1) * count]
+
+    def concatenated(self, part: Tensor) -> Tensor:
+        """Return every member's `part`, all of one shape, in rank order along the first axis."""
+        if self.size == 1:
+            return part
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        distributed.all_gather(parts, part.contiguous())
+        return torch.cat(parts)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over the members."""
+        if self.size == 1:
+            return values
+        values = values.clone()
+        distributed.all_reduce(values)
+        return values / self.size
+
+    def any(self, flag: bool) -> bool:
+        """Return whether any member says so; on the host, without waiting for a GPU."""
+        if self.size == 1:
+            return flag
+        found = torch.tensor(int(flag))
+        distributed.all_reduce(found)
+        return bool(found)
+
+    def collected(self, columns: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+        """Put together columns of which each member has places rank, rank + size, …; `count` values each, float64."""
+        if self.size == 1:
+            return columns
+        # Shares differ by one value at most; equal lengths travel, and the filling is cut off again.
+        longest = -(-count // self.size)
+        whole = {}
+        for name, values in columns.items():
+            padded = torch.zeros(longest, dtype=torch.float64)
+            padded[: len(values)] = torch.from_numpy(values)
+            whole[name] = self.concatenated(padded).view(self.size, longest).T.flatten()[:count].numpy()
+        return whole
+
+    @torch.no_grad()
+    def follow_main(self, model: nn.Module, *, weights: bool = False) -> None:
+        """Give every member rank 0's buffers (running statistics, which each measures on its own share), or all."""
+        if self.size > 1:
+            for tensor in [*model.buffers(), *(model.parameters() if weights else ())]:
+                distributed.broadcast(tensor, 0)
+
+
+class Judgement(nn.Module):
+    """A discriminator's logits on real and on fake images: one forward pass, as data-parallel training counts them."""
+
+    def __init__(self, discriminator: nn.Module) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits, `[B]` each; each batch is normalised with its own statistics."""
+        return self.discriminator(real), self.discriminator(fake)
+
+
+class _Reconstructing(nn.Module):
+    """A model without its discriminator, whose weights other iterations train."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(part for part in (model.encoder, model.student, model.teacher) if part is not None)
+        # In a tuple, which hides it: a module's attribute would bring the discriminator along.
+        self._model = (model,)
+
+    def forward(self, images: Tensor, teacher: bool) -> object:
+        return self._model[0](images, teacher=teacher)
+
+
+def data_parallel(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return callables for the model's forward pass and its discriminator's that average gradients over the team."""
+    # Buffers are not broadcast: between two forward passes of one backward that would overwrite what it needs.
+    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    parts = _Reconstructing(model), Judgement(model.discriminator)
+    generate, judge = (DistributedDataParallel(part, **options) for part in parts)
+    return generate, judge
+
+
+def synchronise_batch_norms(model: nn.Module) -> None:
+    """Let every BatchNorm of `model` measure the whole team's batch; in place, with the same names and weights."""
+    device = next(model.parameters()).device
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.BatchNorm2d:
+                if device.type == "cuda":
+                    setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+                else:
+                    setattr(module, name, _HostSyncBatchNorm.of(child))
+
+
+class _HostSyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the images of all members, on a CPU, where PyTorch has none."""
+
+    @classmethod
+    def of(cls, norm: nn.BatchNorm2d) -> "_HostSyncBatchNorm":
+        made = cls(norm.num_features, norm.eps, norm.momentum)
+        made.weight, made.bias = norm.weight, norm.bias
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            setattr(made, name, getattr(norm, name))
+        return made.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not distributed.is_initialized():
+            return super().forward(x)
+        count = x.numel() // x.shape[1] * distributed.get_world_size()
+        mean = _sum_over_team(x.sum((0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        variance = _sum_over_team(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+def _sum_over_team(values: Tensor) -> Tensor:
+    """Sum over the members; the gradient is the sum of theirs."""
+    return torch.distributed.nn.all_reduce(values)

@@ -1,0 +1,120 @@
+"""Training by two processes: what one computes alone, one writer, and an end when one of them dies."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import two_processes
+from torch import nn
+
+from simsid import Model, Trainer, TrainingConfig, checkpoint
+from simsid.distributed import Team
+
+
+def torchrun(*scenes, folder, timeout=240):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*launcher, two_processes.__file__, str(folder), *scenes],
+        env={**tiny.ENVIRONMENT, "PYTHONPATH": str(pathlib.Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What two processes leave that step, train, and are interrupted and resumed."""
+    folder = tmp_path_factory.mktemp("team")
+    done = torchrun("steps", "fit", "interrupt", folder=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", ["double", "single"])
+def test_two_processes_compute_what_one_does(folder, name):
+    """On the same batches, statistics synchronised: gradients, losses, weights, running statistics, queue.
+
+    In float64 all of it; in float32 the gradients, to its rounding, which the later iterations amplify.
+    """
+    dtype = {"double": torch.float64, "single": torch.float32}[name]
+    alone = two_processes.steps(Team(), dtype)
+    first, second = (checkpoint.read(folder / f"rank-{rank}", name)[0] for rank in (0, 1))
+    assert first.keys() == second.keys() == alone.keys()
+    assert not [key for key in first if not torch.equal(first[key], second[key])], "the members agree bit for bit"
+    assert first["state student.inpainting.memory.pointer"] == 8 % 6
+    checked = 0
+    for key, value in alone.items():
+        apart = (first[key].double() - value.double()).abs().max().item()
+        if name == "double":
+            assert apart <= 1e-9 * max(1.0, value.abs().max().item()), key
+        elif key.startswith("gradient"):
+            assert apart <= 1e-5 * max(1.0, value.abs().max().item()), key
+        checked += 1
+    assert checked > 200
+
+
+def test_one_member_writes_what_all_have(folder):
+    """With each member's own statistics the running ones are rank 0's; scores are measured in shares."""
+    (first, about), (second, about_second) = (checkpoint.read(folder / f"rank-{rank}", "fit") for rank in (0, 1))
+    assert not [key for key in first if not torch.equal(first[key], second[key])]
+    model = Model.load(folder / "run")
+    assert not [key for key, value in model.state_dict().items() if not torch.equal(first[key], value)]
+    for epoch, other in zip(about["epochs"], about_second["epochs"], strict=True):
+        assert {**epoch, "seconds": 0} == {**other, "seconds": 0}
+    assert about["calibration"] == about_second["calibration"] == model.calibration.to_dict()
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == about["epochs"] and len(lines) == 3
+    # Measured by one process: the same films, none twice, in the same order.
+    model.calibrate(tiny.images(12), tiny.images(5, 1))
+    assert about["calibration"]["holdout"] == model.calibration.to_dict()["holdout"]
+    assert about["calibration"]["mean"] == pytest.approx(model.calibration.mean, rel=1e-12)
+    assert about["calibration"]["count"] == 12
+
+
+def test_an_interrupted_team_goes_on(folder):
+    first, _ = checkpoint.read(folder / "run", "last")
+    again, about = checkpoint.read(folder / "again", "last")
+    assert about["progress"]["finished"] and about["progress"]["step"] == 9
+    # Each member's own running statistics are not kept; all that is trained is as without the interruption.
+    trained = [key for key in first if "running" not in key]
+    assert not [key for key in trained if not torch.equal(first[key], again[key])]
+
+
+def test_a_member_that_dies_ends_the_job(tmp_path):
+    began = time.monotonic()
+    done = torchrun("death", folder=tmp_path, timeout=100)
+    assert done.returncode != 0 and time.monotonic() - began < 60
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    assert done.stderr.index("rank 1 is about to die") < done.stderr.index("Signal 9 (SIGKILL)")
+    assert checkpoint.read(tmp_path / "dead", "last")[1]["progress"]["step"] <= 4
+
+
+def test_a_batch_divides_among_the_team():
+    model, images = tiny.model(), tiny.images(8)
+    with pytest.raises(ValueError, match=r"multiple of the 3 processes, .* got batch_size=16 and 8 images"):
+        Trainer(model, TrainingConfig(epochs=1), team=Team(0, 3)).fit(images)
+    with pytest.raises(ValueError, match=r"got batch_size=16 and 8 images"):
+        Trainer(model, TrainingConfig(epochs=1), team=Team(0, 16)).fit(images)
+    with pytest.raises(ValueError, match=r"must divide among 3 processes, got 8 images"):
+        Team(1, 3).share(images)
+    assert torch.equal(Team(1, 2).share(images), images[4:])
+
+
+def test_alone_nothing_is_exchanged():
+    team, values = Team(), torch.arange(3.0)
+    assert team.main and team.any(True) and not team.any(False)
+    assert team.mean(values) is values and team.concatenated(values) is values and team.share(values).equal(values)
+    columns = {"residual": np.arange(3.0)}
+    assert team.collected(columns, 3) is columns
+    step = two_processes.steps(team, torch.float32, count=1)
+    assert "state encoder.entry.entry.1.running_mean" in step
+    model = tiny.model()
+    Trainer(model, TrainingConfig(epochs=1, sync_batchnorm=True)).fit(tiny.images(4))
+    assert {type(module) for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {nn.BatchNorm2d}
