@@ -1,5 +1,6 @@
 """Training by several processes that `torchrun` starts: one team, each member with its share of every batch."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,8 +117,9 @@ class _Reconstructing(nn.Module):
 
 def data_parallel(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """Return callables for the model's forward pass and its discriminator's that average gradients over the team."""
-    # Buffers are not broadcast: between two forward passes of one backward that would overwrite what it needs.
-    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    # Buffers are not broadcast in forward passes, where the backward pass still needs them; PyTorch renamed the option.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    options = {"forward_sync_buffers" if renamed else "broadcast_buffers": False, "gradient_as_bucket_view": True}
     parts = _Reconstructing(model), Judgement(model.discriminator)
     generate, judge = (DistributedDataParallel(part, **options) for part in parts)
     return generate, judge

@@ -13,14 +13,14 @@ import torch
 import two_processes
 from torch import nn
 
-from simsid import Model, Trainer, TrainingConfig, checkpoint
+from simsid import Model, Trainer, TrainingConfig, checkpoint, cli
 from simsid.distributed import Team
 
 
-def torchrun(*scenes, folder, timeout=240):
+def torchrun(*program, timeout=240):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*launcher, two_processes.__file__, str(folder), *scenes],
+        [*launcher, *map(str, program)],
         env={**tiny.ENVIRONMENT, "PYTHONPATH": str(pathlib.Path(__file__).parent)},
         capture_output=True,
         text=True,
@@ -32,7 +32,7 @@ def torchrun(*scenes, folder, timeout=240):
 def folder(tmp_path_factory):
     """What two processes leave that step, train, and are interrupted and resumed."""
     folder = tmp_path_factory.mktemp("team")
-    done = torchrun("steps", "fit", "interrupt", folder=folder)
+    done = torchrun(two_processes.__file__, folder, "steps", "fit", "interrupt")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -89,11 +89,34 @@ def test_an_interrupted_team_goes_on(folder):
 
 def test_a_member_that_dies_ends_the_job(tmp_path):
     began = time.monotonic()
-    done = torchrun("death", folder=tmp_path, timeout=100)
+    done = torchrun(two_processes.__file__, tmp_path, "death", timeout=100)
     assert done.returncode != 0 and time.monotonic() - began < 60
     assert "Signal 9 (SIGKILL)" in done.stderr
     assert done.stderr.index("rank 1 is about to die") < done.stderr.index("Signal 9 (SIGKILL)")
     assert checkpoint.read(tmp_path / "dead", "last")[1]["progress"]["step"] <= 4
+
+
+def test_the_command_line(tmp_path):
+    """`torchrun -m simsid train`: one run folder, one report, one voice; a mistake is one sentence a process."""
+    films = tiny.zhanglab(tmp_path / "films", train=20)
+    command = ["-m", "simsid", "train", films, "-o", tmp_path / "run", "--epochs", "2", *tiny.OPTIONS]
+    done = torchrun(*command, "--batch-size", "8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("kept epoch") == done.stdout.count("training on 18 images") == 1
+    assert (tmp_path / "run" / "report.html").exists() and len(tiny.metrics(tmp_path / "run")) == 2
+    assert Model.load(tmp_path / "run").calibration.count == 18
+    done = torchrun(*command, "--batch-size", "5")
+    assert done.returncode != 0
+    assert "simsid: rank 0: " in done.stderr and "already holds a run or a model" in done.stderr
+
+
+def test_other_commands_are_for_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["doctor"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "simsid: rank 1: doctor runs as one process; start it without torchrun\n"
 
 
 def test_a_batch_divides_among_the_team():
