@@ -82,7 +82,8 @@ class TrainingStep:
             images = images.contiguous(memory_format=torch.channels_last)
         with_generator = number % config.generator_every == 0
         self._number.fill_(number)
-        self._run(images, with_generator)
+        with stage("iteration of both" if with_generator else "iteration of the discriminator"):
+            self._run(images, with_generator)
         for name in self._trained(with_generator):
             self.counts[name] = self.counts.get(name, 0) + 1
         if self.device.type == "cpu":

@@ -2,6 +2,7 @@
 
 import functools
 
+import nvtx
 import pytest
 import tiny
 import torch
@@ -140,6 +141,39 @@ def test_after_something_not_finite_nothing_moves(monkeypatch):
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     changed = [name for name in before if not name.endswith(statistics) and not torch.equal(before[name], after[name])]
     assert not changed
+
+
+def test_every_stage_is_a_range(monkeypatch):
+    """What `nsys` shows of an iteration and of scoring: each stage once, nested as the work is."""
+    seen, open_ranges = [], []
+
+    class Domain:
+        def get_event_attributes(self, message):
+            return message
+
+        def push_range(self, name):
+            open_ranges.append(name)
+            seen.append("/".join(open_ranges))
+
+        def pop_range(self):
+            open_ranges.pop()
+
+    monkeypatch.setattr(nvtx, "get_domain", {"simsid": Domain()}.__getitem__)
+    step = train(2)
+    assert not open_ranges and seen[0] == "augmentation"
+    both, alone = seen[1 : seen.index("augmentation", 1)], seen[seen.index("augmentation", 1) + 1 :]
+    stages = [name.split("/", 1)[1] for name in both[1:]]
+    top = [name for name in stages if "/" not in name]
+    assert top[:5] == ["encoder", "student", "teacher", "distillation", "losses"]
+    assert top[5:8] == ["discriminator", "discriminator backward", "discriminator optimizer"]
+    assert top[8:] == ["discriminator", "generator backward", "generator optimizer"]
+    assert {"student/in-painting/in-painting memory", "student/decoder memory 0", "student/decoder memory 1"} < {
+        *stages
+    }
+    assert alone[0] == "iteration of the discriminator" and not [name for name in alone if "teacher" in name]
+    seen.clear()
+    step.model.eval().signals(tiny.images(1))
+    assert [name for name in seen if "/" not in name] == ["encoder", "student", "signals"]
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
