@@ -23,8 +23,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LONG = 5.0  # seconds of a call from which on two rounds do
 
 EXACT = 1e-9  # the same arithmetic in another order, in float64
-DRIFT = {False: 1e-2, True: 5e-2}  # after Adam's first updates, which are the gradients' signs; in bf16
+LOSSES = {False: 1e-4, True: 5e-2}  # relative, in float32 and in bf16
 SCORES = {False: 1e-3, True: 5e-2}
+# Adam's first updates are its gradients' signs, which rounding decides where a gradient is all but zero. At this rate
+# that moves no loss by 1e-4, yet every update shows: without the discriminator's its losses are 1e-2 off.
+SLOW = 1e-6
 
 
 @pytest.fixture
@@ -81,14 +84,14 @@ def assert_step_agrees(variant, model, method="SimSID"):
     images, means = models.noise(4, model.config.image_size, DEVICE), []
     reference = models.build(method, model.config.width, DEVICE)
     for name, owner in ((BASELINE, reference), (variant, copy.deepcopy(model))):
-        step = models.training_step(name, owner, translate=0.0, scale=0.0)
+        step = models.training_step(name, owner, translate=0.0, scale=0.0, learning_rate=SLOW)
         for number in range(4):
             step(images, number)
         means.append(step.means())
     theirs, mine = means
     assert mine.keys() == theirs.keys()
     for name, value in theirs.items():
-        assert mine[name] == pytest.approx(value, rel=DRIFT["bf16" in variant]), name
+        assert mine[name] == pytest.approx(value, rel=LOSSES["bf16" in variant]), name
 
 
 @measure.full_precision
@@ -108,6 +111,11 @@ def took(call):
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def columns(scores):
+    """Return every signal of scored files as an array, the files in their order."""
+    return {name: np.array([score.signals[name] for score in scores]) for name in scores[0].signals}
 
 
 @pytest.fixture
@@ -200,10 +208,7 @@ def test_score_folder(timed, sizes, model, films, variant, batch):
         return models.folder_scorer(name, model(name), batch)
 
     few = models.films_of(films, BATCH)
-    for mine, theirs in zip(scorer(variant)(few), scorer(BASELINE)(few), strict=True):
-        assert mine.path == theirs.path and mine.signals.keys() == theirs.signals.keys()
-        for name, value in theirs.signals.items():
-            assert mine.signals[name] == pytest.approx(value, rel=0.1, abs=0.01), name
+    assert_scores_agree(variant, lambda: columns(scorer(variant)(few)), lambda: columns(scorer(BASELINE)(few)))
 
     def build(name):
         score = scorer(name)

@@ -199,7 +199,7 @@ def test_the_baseline_scores_files_as_the_product_does(tmp_path):
         got = list(baseline.Baseline(copy.deepcopy(model)).score_files(files, batch_size))
         assert [score.path for score in got] == [score.path for score in want]
         assert [score.alarm for score in got] == [score.alarm for score in want]
-        assert [score.score for score in got] == pytest.approx([score.score for score in want], rel=0.05)
+        assert [score.score for score in got] == pytest.approx([score.score for score in want], rel=1e-3)
 
 
 def test_the_baseline_refuses_what_the_papers_do_not_have():
