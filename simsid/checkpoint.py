@@ -39,7 +39,18 @@ def write_file(path: pathlib.Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Make the names in a folder durable, as after a rename."""
+    # A rename is durable only once its folder is; Windows cannot open folders and needs no such step.
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_json(path: pathlib.Path, document: dict[str, object]) -> None:
@@ -132,13 +143,3 @@ def _tensor_entry(document: dict[str, object], folder: pathlib.Path, name: str) 
             f"{folder / name}.json must name a file {name}-<hash>.safetensors beside it, got {file!r}"
         )
     return entry
-
-
-def _sync_folder(folder: pathlib.Path) -> None:
-    # A rename is durable only once its folder is; Windows cannot open folders and needs no such step.
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -21,10 +21,10 @@ from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 from simsid.config import ABLATIONS, PRESETS, Config, ConfigError, TrainingConfig
 
 if TYPE_CHECKING:
+    from simsid.archive import Summary, Work
     from simsid.data import Dataset, ImageSet, Record
     from simsid.metrics import Evaluation
     from simsid.model import Model
-    from simsid.scoring import Score as FileScore
 
 FEWEST_HELD_OUT = 50
 """With fewer normal validation images than this, some training images are held out beside them."""
@@ -303,7 +303,8 @@ class Evaluate:
 class Score:
     """Score films: one row for each in scores.csv, the most anomalous pictured in report.html.
 
-    The exit status is 0 when every file was scored, 1 when some were, 2 when none was.
+    Stopped or killed, the same command goes on where it was. Under torchrun, every process scores a share, and the last
+    to finish writes the table. The exit status is 0 when every file was scored, 1 when some were, 2 when none was.
     """
 
     model: Positional[ModelFolder]
@@ -321,58 +322,75 @@ class Score:
     machine: OmitArgPrefixes[Machine] = field(default_factory=Machine)
 
     def run(self) -> int:
-        """Score every file; unreadable ones get a row with the reason."""
-        import heapq
-
+        """Score every file of this rank, and merge where all ranks are through; unreadable files get a reason."""
+        # Before the slow imports, during which other ranks may finish what they all had begun.
+        table = self.output / "scores.csv"
+        before = _version(table)
         from tqdm import tqdm
 
-        from simsid import scoring
-        from simsid.data import Radiographs, open_dataset
+        from simsid import archive, scoring
 
         if self.pictures < 0:
             raise UsageError(f"pictures must be at least 0, got {self.pictures}")
-        model = _calibrated_model(self.model, self.machine.prepare())
-        files = (Radiographs if self.data.is_dir() else open_dataset)(self.data).records
+        rank = archive.Rank.from_environment()
+        model = _calibrated_model(self.model, rank.take_device(self.machine.prepare()))
         limit = scoring.threshold(model, self.false_alarm_rate)
-        scores = scoring.score_files(
+        work = archive.Work(
             model,
-            files,
+            self.data,
+            self.output,
+            rank,
             false_alarm_rate=self.false_alarm_rate,
             batch_size=self.batch_size,
             workers=self.machine.workers or None,
+            superseded=lambda: _version(table) != before,
         )
-        output = _output(self.output)
-        report = output / "report.html"
-        # That of an earlier scoring would not fit the new scores, and not every scoring writes one.
-        report.unlink(missing_ok=True)
-        scored, alarms, top = 0, 0, []
-        with _table(output / "scores.csv", ["path", "score", "alarm", *model.signal_names, "reason"]) as write:
-            for place, row in enumerate(tqdm(scores, total=len(files), unit="film", disable=not sys.stderr.isatty())):
-                alarm = "" if row.alarm is None else int(row.alarm)
-                values = [row.signals.get(name, "") for name in model.signal_names]
-                write([row.path, "" if row.score is None else row.score, alarm, *values, row.reason])
-                if not row.reason:
-                    scored, alarms = scored + 1, alarms + bool(row.alarm)
-                    heapq.heappush(top, (row.signals[model.signal], -place, row))
-                    if len(top) > self.pictures:
-                        heapq.heappop(top)
-        failed = len(files) - scored
-        if top:
-            with _saved(f"the scores are in {output / 'scores.csv'}"):
-                _score_report(model, [row for _, _, row in top], report, self.data, scored, failed)
-        print(
-            f"{scored} of {len(files)} files scored" + (f", {failed} failed (reasons in scores.csv)" if failed else "")
-        )
+        who = f"rank {rank.number} of {rank.count}: " if rank.count > 1 else ""
+        _output(self.output)
+        with work:
+            if not work.begin():
+                print(f"{who}all was scored already, and another rank has merged it")
+                return 0
+            done = work.resume()
+            if done:
+                print(f"{who}going on after {done} files that are done", flush=True)
+            quiet = rank.number > 0 or not sys.stderr.isatty()
+            try:
+                for _ in tqdm(work.score(), total=work.total, initial=done, unit="film", disable=quiet):
+                    done += 1
+            except KeyboardInterrupt:
+                print(f"{who}stopped after {done} files; the same command goes on from there", file=sys.stderr)
+                return 130
+            with work.finish() as missing:
+                if missing:
+                    print(f"{who}{done} files done; rank {', '.join(map(str, missing))} still to come")
+                    return 0
+                return self._merge(work, limit)
+
+    def _merge(self, work: "Work", limit: float | None) -> int:
+        """Write the table and the report; killed here, the next start writes them again."""
+        table, report = self.output / "scores.csv", self.output / "report.html"
+        with _table(table, work.columns) as write:
+            summary = work.merge(write, self.pictures)
+            # That of an earlier scoring would not fit the new scores, and not every scoring writes one.
+            report.unlink(missing_ok=True)
+        if summary.top:
+            with _saved(f"the scores are in {table}"):
+                _score_report(work.model, summary, report, self.data)
+        work.remove()
+        failed = f", {summary.failed} failed (reasons in scores.csv)" if summary.failed else ""
+        print(f"{summary.scored} of {summary.scored + summary.failed} files scored{failed}")
         if limit is None:
             print("no threshold: the model was calibrated without held-out normal films")
-        elif scored:
+        elif summary.scored:
             print(
-                f"{alarms} above the threshold, which {self.false_alarm_rate:.3g} of held-out normal films may exceed"
+                f"{summary.alarms} above the threshold, which {self.false_alarm_rate:.3g} of held-out normal films may "
+                "exceed"
             )
-        if top:
+        if summary.top:
             print(f"report: {report}")
-        print(f"scores: {output / 'scores.csv'}")
-        return 0 if not failed else 1 if scored else 2
+        print(f"scores: {table}")
+        return 0 if not summary.failed else 1 if summary.scored else 2
 
 
 @dataclass(frozen=True)
@@ -782,24 +800,33 @@ def _write_report(
     )
 
 
-def _score_report(
-    model: "Model", rows: "list[FileScore]", report: pathlib.Path, data: pathlib.Path, scored: int, failed: int
-) -> None:
+def _score_report(model: "Model", summary: "Summary", report: pathlib.Path, data: pathlib.Path) -> None:
     from simsid import runs, scoring
     from simsid.report import write_report
 
+    count = len(summary.top)
     write_report(
         report,
         title=f"simsid: {data.resolve().name}",
         evaluation=None,
-        examples=scoring.examples_of_files(model, rows, len(rows)),
+        examples=scoring.examples_of_files(model, summary.top, count),
         configuration={"model": model.config.to_dict()},
         versions=runs.versions(),
         notes=[
-            f"{scored} films scored, {failed} not; the {len(rows)} with the highest {model.signal} are shown.",
+            f"{summary.scored} films scored, {summary.failed} not; the {count} with the highest {model.signal} are "
+            "shown.",
             "The score is standardised on normal training films: 0.5 is an average normal film, 1 is anomalous.",
         ],
     )
+
+
+def _version(path: pathlib.Path) -> tuple[int, int] | None:
+    """Tell a file from one that replaces it; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _output(path: pathlib.Path) -> pathlib.Path:

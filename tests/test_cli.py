@@ -1,6 +1,7 @@
 """The command line as a radiology researcher meets it: every command, and everything that can be asked wrongly."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -211,7 +212,10 @@ def test_score_has_a_row_for_every_film(simsid, model, films, tmp_path):
             value = float(row[loaded.signal])
             assert float(row["score"]) == loaded.calibration.probability(loaded.signal, np.array([value]))[0]
     self_contained(output / "report.html")
-    assert not [path for path in output.iterdir() if path.name.startswith(".")]
+    assert sorted(path.name for path in output.iterdir()) == [".scoring.lock", "report.html", "scores.csv"]
+    # What was written is a list as well, names that are no text included.
+    again = simsid("score", model, output / "scores.csv", "-o", tmp_path / "again", "--pictures", "0")
+    assert again.code == 1 and tiny.rows(tmp_path / "again" / "scores.csv") == table
 
     # All of them, none of them, one, and a list; no report of an earlier scoring stays beside other scores.
     assert simsid("score", model, films, "-o", output).code == 0
@@ -229,18 +233,28 @@ def test_score_has_a_row_for_every_film(simsid, model, films, tmp_path):
 
 
 def test_scores_are_whole_or_absent(simsid, model, films, tmp_path, monkeypatch):
-    real = scoring.score_files
+    real, output = scoring.score_files, tmp_path / "out"
 
     def stops(*arguments, **options):
-        yield next(real(*arguments, **options))
+        yield from itertools.islice(real(*arguments, **options), 3)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(scoring, "score_files", stops)
-    assert simsid("score", model, films, "-o", tmp_path / "out").code == 130
-    assert list((tmp_path / "out").iterdir()) == []
-    (tmp_path / "out" / "scores.csv").write_text("earlier")
-    assert simsid("score", model, films, "-o", tmp_path / "out").code == 130
-    assert (tmp_path / "out" / "scores.csv").read_text() == "earlier"
+    told = simsid("score", model, films, "-o", output)
+    assert told.code == 130 and told.err == "stopped after 3 files; the same command goes on from there\n"
+    assert not (output / "scores.csv").exists()
+    (output / "scores.csv").write_text("earlier")
+    (output / "report.html").write_text("earlier")
+    told = simsid("score", model, films, "-o", output)
+    assert told.code == 130 and told.out == "going on after 3 files that are done\n" and "after 6 files" in told.err
+    assert (output / "scores.csv").read_text() == (output / "report.html").read_text() == "earlier"
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    done = simsid("score", model, films, "-o", output)
+    assert done.code == 0 and done.out.startswith("going on after 6 files that are done\n7 of 7 files scored\n")
+    self_contained(output / "report.html")
+    assert simsid("score", model, films, "-o", tmp_path / "whole").code == 0
+    assert (output / "scores.csv").read_bytes() == (tmp_path / "whole" / "scores.csv").read_bytes()
 
 
 def test_calibrate(simsid, films, tmp_path):
