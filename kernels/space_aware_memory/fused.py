@@ -617,12 +617,11 @@ class _Gradient(torch.autograd.Function):
     """The gradient where a graph of it is asked for: it runs, and says what is missing when differentiated again."""
 
     @staticmethod
-    def forward(*arguments: object) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,  # noqa: ARG004
+        *arguments: object,
+    ) -> tuple[Tensor, Tensor]:
         return torch.ops.simsid.space_aware_memory_backward(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *_: Tensor) -> None:  # noqa: ARG004
@@ -630,25 +629,28 @@ class _Gradient(torch.autograd.Function):
 
 
 class _SpaceAwareMemory(torch.autograd.Function):
-    """The op with its straight-through gradient."""
+    """The op with its straight-through gradient.
+
+    Without `setup_context`, which torch.func would need: with it every call binds its signature, 60 us on the host.
+    """
 
     @staticmethod
     def forward(
-        query: Tensor, memory: Tensor, topk: int, exclusive: bool, noise: Tensor | None, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        return torch.ops.simsid.space_aware_memory(query, memory, topk, exclusive, noise, temperature, True)
+        ctx: torch.autograd.function.FunctionCtx,
+        query: Tensor,
+        memory: Tensor,
+        topk: int,
+        exclusive: bool,
+        noise: Tensor | None,
+        temperature: float,
+    ) -> Tensor:
+        out, p = torch.ops.simsid.space_aware_memory(query, memory, topk, exclusive, noise, temperature, True)
+        ctx.save_for_backward(query, memory, p)
+        ctx.temperature = temperature
+        return out
 
     @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        query, memory, _, _, _, ctx.temperature = inputs
-        ctx.save_for_backward(query, memory, output[1])
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 6
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:2]
         graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         function = _Gradient.apply if graph else torch.ops.simsid.space_aware_memory_backward
@@ -662,7 +664,7 @@ def space_aware_memory_fused(
     """Compute the op of `op.py`, whose checks are done, by the kernels."""
     arguments = (query, memory, topk, threshold == "exclusive", noise, float(temperature))
     if torch.is_grad_enabled() and (query.requires_grad or memory.requires_grad):
-        return _SpaceAwareMemory.apply(*arguments)[0]
+        return _SpaceAwareMemory.apply(*arguments)
     return torch.ops.simsid.space_aware_memory(*arguments, False)[0]
 
 
