@@ -17,7 +17,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from simsid import __version__, checkpoint, scoring
 from simsid.data import Record, iter_records
-from simsid.data.parallel import thread_count
+from simsid.distributed import Rank
 from simsid.model import BATCH, Model
 from simsid.scoring import Score
 
@@ -49,61 +49,6 @@ _REQUEST = {
 
 class ArchiveError(RuntimeError):
     """A scoring that cannot go on as asked: it is in use, was begun otherwise, or its files have changed."""
-
-
-@dataclass(frozen=True)
-class Rank:
-    """Which share of the work is this process's: `number` of `count`; `local` of `neighbours` on this machine."""
-
-    number: int = 0
-    count: int = 1
-    local: int = 0
-    neighbours: int = 1
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Rank":
-        """Read what torchrun sets: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; without WORLD_SIZE, one process.
-
-        Raises:
-            ArchiveError: values that are no ranks.
-        """
-        if "WORLD_SIZE" not in environment:
-            return cls()
-
-        def number(name: str, default: str, least: int, most: int | None = None) -> int:
-            text = environment.get(name, default)
-            if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
-                limits = f"at least {least}" if most is None else f"from {least} to {most}"
-                raise ArchiveError(f"the environment variable {name} must be a whole number {limits}, got {text!r}")
-            return int(text)
-
-        count = number("WORLD_SIZE", "", 1)
-        return cls(
-            number("RANK", "" if count > 1 else "0", 0, count - 1),
-            count,
-            number("LOCAL_RANK", "0", 0),
-            number("LOCAL_WORLD_SIZE", "1", 1),
-        )
-
-    def take_device(self, device: str) -> str:
-        """Return the device to compute on: where `device` names no GPU, each rank of a machine takes its own.
-
-        Raises:
-            ArchiveError: more ranks than GPUs.
-        """
-        if device != "cuda" or self.count == 1:
-            return device
-        if self.local >= torch.cuda.device_count():
-            raise ArchiveError(
-                f"rank {self.number} is number {self.local + 1} on its machine, where PyTorch sees "
-                f"{torch.cuda.device_count()} GPUs; start fewer processes, or name a device with --device cuda:N"
-            )
-        torch.cuda.set_device(self.local)
-        return f"cuda:{self.local}"
-
-    def workers(self) -> int:
-        """Return the threads that decode: this process's part of the cores."""
-        return max(1, thread_count(None) // self.neighbours)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,11 @@ from simsid.config import ABLATIONS, PRESETS, Config, ConfigError, TrainingConfi
 if TYPE_CHECKING:
     from simsid.archive import Summary, Work
     from simsid.data import Dataset, ImageSet, Record
+    from simsid.distributed import Team
     from simsid.metrics import Evaluation
     from simsid.model import Model
+    from simsid.runs import RunFolder
+    from simsid.training import History
 
 FEWEST_HELD_OUT = 50
 """With fewer normal validation images than this, some training images are held out beside them."""
@@ -133,7 +136,10 @@ class Demo:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a model on a folder or list of radiographs, normal ones only."""
+    """Train a model on a folder or list of radiographs, normal ones only.
+
+    Under torchrun, the processes share every batch; the first of them writes.
+    """
 
     data: Positional[Annotated[pathlib.Path | None, arg(metavar="[DATA]")]] = None
     """ZhangLab's, CheXpert's or COVIDx's folder as published, any folder of normal images, or a CSV (path,label,split,
@@ -157,27 +163,61 @@ class Train:
         """Train or resume; Ctrl-C leaves a run that `--resume` continues."""
         import torch
 
-        from simsid import runs, scoring
-        from simsid.data import open_dataset
-        from simsid.metrics import format_table
-        from simsid.training import Trainer
+        from simsid.distributed import Rank, Team
 
         request = self._resumed() if self.resume else self
         if request.data is None:
             raise UsageError("train needs a folder or CSV of images, or --resume RUN")
-        device = request.machine.prepare()
+        rank = Rank.from_environment()
+        device = rank.take_device(request.machine.prepare())
+        if rank.count == 1:
+            return self._train(request, device, Team())
+        if not request.machine.threads:
+            torch.set_num_threads(rank.workers())
+        with Team.gathered(device) as team:
+            return self._train(request, device, team)
+
+    def _train(self, request: "Train", device: str, team: "Team") -> int:
+        from simsid.data import open_dataset
+        from simsid.training import Trainer
+
         dataset = open_dataset(request.data)
         train_records, val_records = partition(dataset, request.val_share)
         path = self.resume or request.output or pathlib.Path("runs") / f"{request.data.resolve().stem}-{request.name}"
-        quoted = shlex.quote(str(path))
         model = _model(request.model, request.training.seed, device)
+        with self._folder(request, path) if team.main else contextlib.nullcontext(path) as folder:
+            trainer = Trainer(model, request.training, run=folder, progress=True, team=team)
+            # A resumed run may have been killed before it was written.
+            if team.main and not (self.resume and (path / "manifest.csv").exists()):
+                folder.write_manifest([*train_records, *val_records])
+            train = _load(train_records, request.model, self.machine)
+            val = _load(val_records, request.model, self.machine) if val_records else None
+            if team.main:
+                failures = [*train.failures, *(val.failures if val else ())]
+                (path / "failures.csv").unlink(missing_ok=True)
+                if failures:
+                    with _table(path / "failures.csv", ["path", "reason"]) as write:
+                        for failure in failures:
+                            write([failure.path, failure.reason])
+                print(_summary(train, val, len(failures)), flush=True)
+            history = trainer.fit(train, val, resume=self.resume is not None)
+            if team.main:
+                self._conclude(request, path, model, val, history)
+            return 130 if history.interrupted else 0
+
+    @contextlib.contextmanager
+    def _folder(self, request: "Train", path: pathlib.Path) -> "Iterator[RunFolder]":
+        """Hold the run folder, with the request in it."""
+        import torch
+
+        from simsid import runs
+
         with runs.RunFolder(path) as folder:
-            trainer = Trainer(model, request.training, run=folder, progress=True)
             if not self.resume:
                 if folder.taken:
                     raise runs.RunError(
                         f"{path} already holds a run or a model; "
-                        f"continue a run with --resume {quoted}, or choose another -o"
+                        f"continue a run with --resume {shlex.quote(str(path))}, or choose another -o"
                     )
                 extra = {
                     "data": str(request.data.resolve()),
@@ -186,33 +226,29 @@ class Train:
                     "machine": {"device": self.machine.device, "threads": torch.get_num_threads()},
                 }
                 folder.write_request(_request("train", request.model, request.training, extra))
-            # A resumed run may have been killed before it was written.
-            if not self.resume or not (folder.path / "manifest.csv").exists():
-                folder.write_manifest([*train_records, *val_records])
-            train = _load(train_records, request.model, self.machine)
-            val = _load(val_records, request.model, self.machine) if val_records else None
-            failures = [*train.failures, *(val.failures if val else ())]
-            (folder.path / "failures.csv").unlink(missing_ok=True)
-            if failures:
-                with _table(folder.path / "failures.csv", ["path", "reason"]) as write:
-                    for failure in failures:
-                        write([failure.path, failure.reason])
-            print(_summary(train, val, len(failures)), flush=True)
-            history = trainer.fit(train, val, resume=self.resume is not None)
-            if history.interrupted:
-                print(f"stopped; continue with: simsid train --resume {quoted}", file=sys.stderr)
-                return 130
-            print(f"kept epoch {history.best_epoch + 1}; use it with: simsid score {quoted} FOLDER -o DIR", flush=True)
-            labelled = val.select(val.labels >= 0) if val is not None else None
-            if labelled is not None and {0, 1} <= set(labelled.labels):
-                title = f"simsid: {request.data.resolve().name}, validation"
-                notes = ["These images chose the epoch that was kept: the figures are optimistic."]
-                with _saved(f"the model is trained and saved in {path}"):
-                    evaluation = scoring.evaluate(model, labelled)
-                    print(format_table(evaluation.rows()), flush=True)
-                    _write_report(model, labelled, evaluation, path / "report.html", title, notes, request.training)
-                print(f"report: {path / 'report.html'}")
-        return 0
+            yield folder
+
+    def _conclude(
+        self, request: "Train", path: pathlib.Path, model: "Model", val: "ImageSet | None", history: "History"
+    ) -> None:
+        """Say what came of it, and report on the validation images where they are labelled."""
+        from simsid import scoring
+        from simsid.metrics import format_table
+
+        quoted = shlex.quote(str(path))
+        if history.interrupted:
+            print(f"stopped; continue with: simsid train --resume {quoted}", file=sys.stderr)
+            return
+        print(f"kept epoch {history.best_epoch + 1}; use it with: simsid score {quoted} FOLDER -o DIR", flush=True)
+        labelled = val.select(val.labels >= 0) if val is not None else None
+        if labelled is not None and {0, 1} <= set(labelled.labels):
+            title = f"simsid: {request.data.resolve().name}, validation"
+            notes = ["These images chose the epoch that was kept: the figures are optimistic."]
+            with _saved(f"the model is trained and saved in {path}"):
+                evaluation = scoring.evaluate(model, labelled)
+                print(format_table(evaluation.rows()), flush=True)
+                _write_report(model, labelled, evaluation, path / "report.html", title, notes, request.training)
+            print(f"report: {path / 'report.html'}")
 
     @property
     def name(self) -> str:
@@ -329,10 +365,11 @@ class Score:
         from tqdm import tqdm
 
         from simsid import archive, scoring
+        from simsid.distributed import Rank
 
         if self.pictures < 0:
             raise UsageError(f"pictures must be at least 0, got {self.pictures}")
-        rank = archive.Rank.from_environment()
+        rank = Rank.from_environment()
         model = _calibrated_model(self.model, rank.take_device(self.machine.prepare()))
         limit = scoring.threshold(model, self.false_alarm_rate)
         work = archive.Work(
@@ -605,8 +642,13 @@ def _run(arguments: list[str]) -> int | str | None:
 
         print(f"simsid {__version__}")
         return 0
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    who = f"rank {os.environ.get('RANK')}: " if several else ""
     try:
-        return _parse(arguments).run()
+        command = _parse(arguments)
+        if several and not isinstance(command, (Train, Score)):
+            raise UsageError(f"{arguments[0]} runs as one process; start it without torchrun")
+        return command.run()
     except SystemExit as stop:
         return stop.code
     except KeyboardInterrupt:
@@ -614,12 +656,15 @@ def _run(arguments: list[str]) -> int | str | None:
     except BrokenPipeError:
         raise
     except IncompleteError as error:
-        print(f"simsid: {error}", file=sys.stderr)
+        print(f"simsid: {who}{error}", file=sys.stderr)
         return 1
     except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
+        if several and _lost_the_others(error):
+            print(f"simsid: {who}the connection to the other processes is lost", file=sys.stderr)
+            return 2
         if not _expected(error):
             raise
-        print(f"simsid: {_sentence(error)}", file=sys.stderr)
+        print(f"simsid: {who}{_sentence(error)}", file=sys.stderr)
         return 2
 
 
@@ -704,6 +749,13 @@ def _check_resume(arguments: list[str]) -> None:
 def _expected(error: Exception) -> bool:
     """Whether an error is one that simsid (or the file system) raises about its input, and not a defect."""
     return isinstance(error, OSError) or type(error).__module__.startswith("simsid.") or _raised_by_simsid(error)
+
+
+def _lost_the_others(error: Exception) -> bool:
+    """Whether a collective failed because another process is gone; PyTorch has no type of its own for gloo's errors."""
+    from torch import distributed
+
+    return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 
 
 def _raised_by_simsid(error: Exception) -> bool:

@@ -1,7 +1,8 @@
-"""Training by several processes that `torchrun` starts: one team, each member with its share of every batch."""
+"""Several processes that `torchrun` starts: which of them this is, and a team that trains one model together."""
 
 import inspect
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +11,67 @@ import torch
 import torch.distributed.nn
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from simsid.data.parallel import thread_count
+
+
+class RankError(RuntimeError):
+    """An environment that makes no sense for one of several processes, or asks more of the machine than it has."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Which share of the work is this process's: `number` of `count`; `local` of `neighbours` on this machine."""
+
+    number: int = 0
+    count: int = 1
+    local: int = 0
+    neighbours: int = 1
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Rank":
+        """Read what torchrun sets: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; without WORLD_SIZE, one process.
+
+        Raises:
+            RankError: values that are no ranks.
+        """
+        if "WORLD_SIZE" not in environment:
+            return cls()
+
+        def number(name: str, default: str, least: int, most: int | None = None) -> int:
+            text = environment.get(name, default)
+            if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+                limits = f"at least {least}" if most is None else f"from {least} to {most}"
+                raise RankError(f"the environment variable {name} must be a whole number {limits}, got {text!r}")
+            return int(text)
+
+        count = number("WORLD_SIZE", "", 1)
+        return cls(
+            number("RANK", "" if count > 1 else "0", 0, count - 1),
+            count,
+            number("LOCAL_RANK", "0", 0),
+            number("LOCAL_WORLD_SIZE", "1", 1),
+        )
+
+    def take_device(self, device: str) -> str:
+        """Return the device to compute on: where `device` names no GPU, each rank of a machine takes its own.
+
+        Raises:
+            RankError: more ranks than GPUs.
+        """
+        if device != "cuda" or self.count == 1:
+            return device
+        if self.local >= torch.cuda.device_count():
+            raise RankError(
+                f"rank {self.number} is number {self.local + 1} on its machine, where PyTorch sees "
+                f"{torch.cuda.device_count()} GPUs; start fewer processes, or name a device with --device cuda:N"
+            )
+        torch.cuda.set_device(self.local)
+        return f"cuda:{self.local}"
+
+    def workers(self) -> int:
+        """Return the threads that decode: this process's part of the cores."""
+        return max(1, thread_count(None) // self.neighbours)
 
 
 @dataclass(frozen=True)

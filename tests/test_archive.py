@@ -14,8 +14,9 @@ import pytest
 import tiny
 import torch
 
-from simsid import Model, archive, scoring
-from simsid.archive import ArchiveError, Rank, Work
+from simsid import Model, scoring
+from simsid.archive import ArchiveError, Work
+from simsid.distributed import Rank
 
 TWO = [Rank(0, 2), Rank(1, 2)]
 
@@ -198,6 +199,7 @@ def test_two_processes_one_of_them_killed(model, loaded, tmp_path):
 KILLS = """
 import os, pathlib, shutil, sys, time, torch, traceback
 from simsid import archive, checkpoint, cli, report, runs, scoring
+from simsid.distributed import Rank
 
 folder, expected, which, *arguments = sys.argv[1:]
 expected = pathlib.Path(expected).read_bytes()
@@ -228,7 +230,7 @@ def start(rank, output, limit=None):
             scored += 1
             yield score
 
-    def together(_, real=archive.Rank.from_environment):
+    def together(_, real=Rank.from_environment):
         # Processes take seconds to import PyTorch, forks do not: none shall have merged before the other is there.
         pathlib.Path(folder, f"{limit} {rank} is here").touch()
         while limit is None and not all(pathlib.Path(folder, f"None {other} is here").exists() for other in ranks):
@@ -238,7 +240,7 @@ def start(rank, output, limit=None):
     # The page takes longer than all else; what matters here is that it is written, and when.
     report.write_report = lambda path, **_: checkpoint.write_file(path, b"page")
     scoring.score_files = counted
-    archive.Rank.from_environment = classmethod(together)
+    Rank.from_environment = classmethod(together)
     sys.addaudithook(watch)
     try:
         cli.main([*arguments, "-o", output])
@@ -503,38 +505,6 @@ def test_memory_does_not_grow_with_a_list(loaded, tmp_path):
         tracemalloc.stop()
         assert (summary.scored, summary.failed, summary.top) == (0, count, [])
     assert peaks[2] - peaks[1] < 200_000, peaks
-
-
-def test_ranks_are_what_torchrun_says(monkeypatch):
-    assert Rank.from_environment({}) == Rank.from_environment({"RANK": "3", "LOCAL_RANK": "1"}) == Rank(0, 1)
-    assert Rank.from_environment({"WORLD_SIZE": "1"}) == Rank(0, 1)
-    set_by_torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    assert Rank.from_environment(set_by_torchrun) == Rank(5, 8, 1, 4)
-    for name, value, limits in (
-        ("RANK", "8", "from 0 to 7"),
-        ("RANK", "-1", "from 0 to 7"),
-        ("RANK", "", "from 0 to 7"),
-        ("WORLD_SIZE", "0", "at least 1"),
-        ("WORLD_SIZE", "two", "at least 1"),
-        ("LOCAL_RANK", "x", "at least 0"),
-        ("LOCAL_WORLD_SIZE", "0", "at least 1"),
-    ):
-        message = f"environment variable {name} must be a whole number {limits}, got '{value}'"
-        with pytest.raises(ArchiveError, match=message):
-            Rank.from_environment({**set_by_torchrun, name: value})
-    with pytest.raises(ArchiveError, match="variable RANK must be"):
-        Rank.from_environment({"WORLD_SIZE": "2"})
-
-    taken = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(archive, "thread_count", lambda _: 14)
-    rank = Rank(7, 8, 3, 4)
-    assert [rank.take_device(device) for device in ("cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:1", "cpu"]
-    assert taken == [3] and rank.workers() == 3 and Rank().workers() == 14 and Rank(0, 99, 0, 99).workers() == 1
-    assert Rank().take_device("cuda") == "cuda"
-    with pytest.raises(ArchiveError, match="rank 4 is number 5 on its machine, where PyTorch sees 4 GPUs"):
-        Rank(4, 8, 4, 8).take_device("cuda")
 
 
 def test_the_request_says_what_is_scored(loaded, films, tmp_path):

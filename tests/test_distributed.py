@@ -13,8 +13,8 @@ import torch
 import two_processes
 from torch import nn
 
-from simsid import Model, Trainer, TrainingConfig, checkpoint, cli
-from simsid.distributed import Team
+from simsid import Model, Trainer, TrainingConfig, checkpoint, cli, distributed
+from simsid.distributed import Rank, RankError, Team
 
 
 def torchrun(*program, timeout=240):
@@ -108,6 +108,38 @@ def test_the_command_line(tmp_path):
     done = torchrun(*command, "--batch-size", "5")
     assert done.returncode != 0
     assert "simsid: rank 0: " in done.stderr and "already holds a run or a model" in done.stderr
+
+
+def test_ranks_are_what_torchrun_says(monkeypatch):
+    assert Rank.from_environment({}) == Rank.from_environment({"RANK": "3", "LOCAL_RANK": "1"}) == Rank(0, 1)
+    assert Rank.from_environment({"WORLD_SIZE": "1"}) == Rank(0, 1)
+    set_by_torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert Rank.from_environment(set_by_torchrun) == Rank(5, 8, 1, 4)
+    for name, value, limits in (
+        ("RANK", "8", "from 0 to 7"),
+        ("RANK", "-1", "from 0 to 7"),
+        ("RANK", "", "from 0 to 7"),
+        ("WORLD_SIZE", "0", "at least 1"),
+        ("WORLD_SIZE", "two", "at least 1"),
+        ("LOCAL_RANK", "x", "at least 0"),
+        ("LOCAL_WORLD_SIZE", "0", "at least 1"),
+    ):
+        message = f"environment variable {name} must be a whole number {limits}, got '{value}'"
+        with pytest.raises(RankError, match=message):
+            Rank.from_environment({**set_by_torchrun, name: value})
+    with pytest.raises(RankError, match="variable RANK must be"):
+        Rank.from_environment({"WORLD_SIZE": "2"})
+
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(distributed, "thread_count", lambda _: 14)
+    rank = Rank(7, 8, 3, 4)
+    assert [rank.take_device(device) for device in ("cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:1", "cpu"]
+    assert taken == [3] and rank.workers() == 3 and Rank().workers() == 14 and Rank(0, 99, 0, 99).workers() == 1
+    assert Rank().take_device("cuda") == "cuda"
+    with pytest.raises(RankError, match="rank 4 is number 5 on its machine, where PyTorch sees 4 GPUs"):
+        Rank(4, 8, 4, 8).take_device("cuda")
 
 
 def test_other_commands_are_for_one_process(monkeypatch, capsys):
