@@ -126,8 +126,8 @@ def _folded_weights(convolution: nn.Conv2d, norm: _BatchNorm) -> tuple[Tensor, T
 def _channels_last(weight: Tensor) -> Tensor:
     """Lay `[out, in, h, w]` out channels-last, one input channel too.
 
-    One channel lies the same either way, and PyTorch takes it for the usual layout: the first map would come in that, in
-    twice the time on a CPU, and then be converted.
+    One channel lies the same either way, and PyTorch takes it for the usual layout: the first map would come in that,
+    in twice the time on a CPU, and then be converted.
     """
     _, channels, height, width = weight.shape
     laid = weight.contiguous(memory_format=torch.channels_last)

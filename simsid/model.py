@@ -1,7 +1,7 @@
 """The model: everything that is trained, saved and scored with."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import NoneType
 
@@ -131,7 +131,6 @@ class Model(nn.Module):
             [form.reconstruct(batch)[:count].to(images.device, copy=True) for batch, count in self._batches(images)]
         )
 
-    @torch.inference_mode()
     def signals(
         self, images: Tensor | Iterable[Tensor], names: Iterable[str] | None = None, *, batch_size: int = BATCH
     ) -> dict[str, np.ndarray]:
@@ -146,6 +145,13 @@ class Model(nn.Module):
             batch_size: images that pass through the network at a time. Another size moves the last digits, as libraries
                 then sum in another order: scores that are compared need one size.
         """
+        return self.launch_signals(images, names, batch_size=batch_size)()
+
+    @torch.inference_mode()
+    def launch_signals(
+        self, images: Tensor | Iterable[Tensor], names: Iterable[str] | None = None, *, batch_size: int = BATCH
+    ) -> Callable[[], dict[str, np.ndarray]]:
+        """Start computing what `signals` returns; the function returned waits for a GPU and returns it."""
         names = tuple(self.signal_names if names is None else names)
         for name in names:
             if name not in self.signal_names:
@@ -160,7 +166,8 @@ class Model(nn.Module):
                 for name in names:
                     # A copy, still on the device: the next batch is under way before this one is waited for.
                     columns[name].append(found[name][:count].to(torch.float64, copy=True))
-        return {name: torch.cat(values).cpu().numpy() if values else np.zeros(0) for name, values in columns.items()}
+        found = {name: torch.cat(values) if values else torch.zeros(0) for name, values in columns.items()}
+        return lambda: {name: values.double().cpu().numpy() for name, values in found.items()}
 
     def score(self, images: Tensor) -> Tensor:
         """Return the anomaly score of `[B, 1, H, W]`: `[B]` float64 in 0..1, 1 is anomalous.
@@ -240,7 +247,11 @@ class Model(nn.Module):
         self._check(images)
         dtype = next(self.parameters()).dtype
         for start in range(0, len(images), size):
-            batch = images[start : start + size].to(self.device, dtype)
+            batch = images[start : start + size]
+            if self.device.type == "cuda" and not batch.is_cuda:
+                # From pinned memory, or the host would wait for all that the device still has to do.
+                batch = batch.pin_memory()
+            batch = batch.to(self.device, dtype, non_blocking=True)
             count = len(batch)
             if count < size:
                 batch = torch.cat([batch, batch[-1:].expand(size - count, -1, -1, -1)])

@@ -1,9 +1,11 @@
 """Scoring films with a trained model: streams of files, labelled evaluations, and pictures for reports."""
 
 import dataclasses
+import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from simsid import metrics, signals
 from simsid.data import Failure, ImageSet, Record, load_images, stream_images
+from simsid.kernels.ranges import stage
 from simsid.metrics import Evaluation
 from simsid.model import BATCH, Model
 from simsid.report import Example
@@ -71,18 +74,37 @@ def score_files(
     limit = threshold(model, false_alarm_rate)
     files, order = itertools.tee(files)
     batches = stream_images(files, **preparation(model), workers=workers, batch_size=batch_size)
-    return _in_order(order, (_score_batch(model, limit, batch_size, *batch) for batch in batches))
+    return _in_order(order, _scored(model, limit, batch_size, batches))
 
 
-def _score_batch(
-    model: Model, limit: float | None, batch_size: int, images: Tensor, records: list[Record], failures: list[Failure]
+def _scored(
+    model: Model, limit: float | None, batch_size: int, batches: Iterable[tuple[Tensor, list[Record], list[Failure]]]
+) -> Iterator[tuple[list[Score], list[Score]]]:
+    """Yield the scores of what could be read, and of what could not, batch by batch."""
+    # A GPU has the next batch before the last one is read back; a CPU would only be late.
+    ahead = 1 if model.device.type == "cuda" else 0
+    waiting: deque[Callable[[], tuple[list[Score], list[Score]]]] = deque()
+    for images, records, failures in batches:
+        with stage("batch"):
+            found = model.launch_signals(images, batch_size=batch_size) if records else dict
+        waiting.append(functools.partial(_read_back, model, limit, found, records, failures))
+        if len(waiting) > ahead:
+            yield waiting.popleft()()
+    while waiting:
+        yield waiting.popleft()()
+
+
+def _read_back(
+    model: Model,
+    limit: float | None,
+    launched: Callable[[], dict[str, np.ndarray]],
+    records: list[Record],
+    failures: list[Failure],
 ) -> tuple[list[Score], list[Score]]:
-    """Return the scores of what could be read, and of what could not."""
     failed = [Score(failure.path, failure.reason) for failure in failures]
     if not records:
         return [], failed
-    name = model.signal
-    found = model.signals(images, batch_size=batch_size)
+    name, found = model.signal, launched()
     probability = model.calibrated().probability(name, found[name])
     scores = []
     for i, record in enumerate(records):

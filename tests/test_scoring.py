@@ -153,3 +153,25 @@ def test_the_highest_scores_are_pictured(model, films, tmp_path):
     assert [example.path for example in examples] == [score.path for score in best]
     assert [example.score for example in examples] == [score.score for score in best]
     assert scoring.examples_of_files(model, scores[-1:], 3) == []
+
+
+def test_a_gpu_has_the_next_batch_before_the_last_is_read_back(model, films, monkeypatch):
+    """The order of launches and reads, with the CPU in a GPU's place; the scores are the same."""
+    plain, happened = list(scoring.score_files(model, films, batch_size=2)), []
+    real = Model.launch_signals
+
+    def launch(self, images, **options):
+        number = sum(kind == "launched" for kind, _ in happened)
+        happened.append(("launched", number))
+        read = real(self, images, **options)
+        return lambda: (happened.append(("read", number)), read())[1]
+
+    monkeypatch.setattr(Model, "launch_signals", launch)
+    monkeypatch.setattr(Model, "device", property(lambda self: torch.device("cuda")))
+    monkeypatch.setattr(Model, "_batches", lambda self, images, size: [(images, len(images))])
+    ahead = list(scoring.score_files(model, films, batch_size=2))
+    assert happened[:4] == [("launched", 0), ("launched", 1), ("read", 0), ("launched", 2)]
+    assert happened[-1] == ("read", 3) and len(happened) == 8
+    assert [score.path for score in ahead] == [score.path for score in plain]
+    for one, other in zip(ahead, plain):
+        assert one.signals == pytest.approx(other.signals, rel=1e-3)
