@@ -33,6 +33,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10.3",
         "scikit-learn>=1.4",
+        "joblib>=1.3",
         "safetensors>=0.4.3",
         "matplotlib>=3.8",
         "nvtx>=0.2.8",

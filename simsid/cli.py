@@ -23,7 +23,7 @@ from simsid.config import ABLATIONS, PRESETS, Config, ConfigError, TrainingConfi
 if TYPE_CHECKING:
     from simsid.archive import Summary, Work
     from simsid.data import Dataset, ImageSet, Record
-    from simsid.distributed import Team
+    from simsid.distributed import Rank, Team
     from simsid.metrics import Evaluation
     from simsid.model import Model
     from simsid.runs import RunFolder
@@ -58,20 +58,27 @@ class Machine:
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or cuda:1."""
     threads: int = 0
-    """CPU threads; 0 leaves the choice to PyTorch."""
+    """CPU threads; 0 is one a core. Where other work keeps the cores busy, fewer are faster."""
     workers: int = 0
     """Threads that decode images; 0 is one a core."""
 
-    def prepare(self) -> str:
-        """Set the threads and return the device."""
+    def prepare(self, rank: "Rank | None" = None) -> str:
+        """Set the threads and return the device, of one process or of one of several."""
         import torch
 
+        from simsid.distributed import Rank
+
+        rank = rank or Rank()
         if self.threads < 0 or self.workers < 0:
             raise UsageError(f"threads and workers must be at least 0, got {self.threads} and {self.workers}")
-        if self.threads:
-            torch.set_num_threads(self.threads)
+        threads = self.threads
+        # torchrun leaves each process one; alone, PyTorch takes cores that a container's quota keeps from it.
+        if not threads and (rank.count > 1 or torch.get_num_threads() > rank.workers()):
+            threads = rank.workers()
+        if threads:
+            torch.set_num_threads(threads)
         if self.device == "auto":
-            return "cuda" if torch.cuda.is_available() else "cpu"
+            return rank.take_device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             kind = torch.device(self.device).type
         except RuntimeError:
@@ -82,7 +89,7 @@ class Machine:
             raise UsageError(f"device {self.device} was asked for, but PyTorch sees no GPU; see `simsid doctor`")
         if kind == "cuda" and (torch.device(self.device).index or 0) >= torch.cuda.device_count():
             raise UsageError(f"device {self.device} was asked for, but PyTorch sees {torch.cuda.device_count()} GPUs")
-        return self.device
+        return rank.take_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -161,19 +168,15 @@ class Train:
 
     def run(self) -> int:
         """Train or resume; Ctrl-C leaves a run that `--resume` continues."""
-        import torch
-
         from simsid.distributed import Rank, Team
 
         request = self._resumed() if self.resume else self
         if request.data is None:
             raise UsageError("train needs a folder or CSV of images, or --resume RUN")
         rank = Rank.from_environment()
-        device = rank.take_device(request.machine.prepare())
+        device = request.machine.prepare(rank)
         if rank.count == 1:
             return self._train(request, device, Team())
-        if not request.machine.threads:
-            torch.set_num_threads(rank.workers())
         with Team.gathered(device) as team:
             return self._train(request, device, team)
 
@@ -370,7 +373,7 @@ class Score:
         if self.pictures < 0:
             raise UsageError(f"pictures must be at least 0, got {self.pictures}")
         rank = Rank.from_environment()
-        model = _calibrated_model(self.model, rank.take_device(self.machine.prepare()))
+        model = _calibrated_model(self.model, self.machine.prepare(rank))
         limit = scoring.threshold(model, self.false_alarm_rate)
         work = archive.Work(
             model,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 
+import joblib
 import numpy as np
 import pytest
 import tiny
@@ -495,11 +496,32 @@ def test_a_resumed_run_keeps_its_threads(simsid, films, tmp_path, monkeypatch):
     used = []
     monkeypatch.setattr(torch, "set_num_threads", used.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 4)
     assert simsid("train", films, "-o", tmp_path / "run", *TRAINING, "--device", "cpu").code == 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["machine"] == {"device": "cpu", "threads": 3}
     assert simsid("train", "--resume", tmp_path / "run").code == 0
     assert simsid("train", "--resume", tmp_path / "run", "--threads", "2").code == 0
     assert used == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("asked", "world", "used"),
+    [
+        ((), {}, [2]),
+        (("--threads", "5"), {}, [5]),
+        ((), {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2"}, [1]),
+    ],
+)
+def test_threads_are_the_cores_there_are(simsid, model, films, tmp_path, monkeypatch, asked, world, used):
+    """A container of two cores on a machine of eight; several processes share them."""
+    taken = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    assert simsid("score", model, films, "-o", tmp_path, "--device", "cpu", *asked).code == 0
+    assert taken == used
 
 
 def test_defects_keep_their_traceback(monkeypatch):

@@ -1,6 +1,5 @@
 """Runs a function over many files in threads, in order and in bounded memory."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,8 +18,10 @@ def thread_count(workers: int | None) -> int:
     Raises: ValueError below 1.
     """
     if workers is None:
-        # A container often has fewer cores than the machine.
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        from joblib import cpu_count
+
+        # A container often has fewer cores than the machine, by affinity or by quota.
+        return cpu_count()
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     return workers
