@@ -4,16 +4,34 @@ The whole test process is interpreted: Triton reads TRITON_INTERPRET when it is 
 while tests are collected. What needs compiled Triton (the gates on machine code) runs in a subprocess without it.
 """
 
+import importlib.metadata
 import os
 import sys
 
 import pytest
 import torch
 
+from simsid.kernels.backend import TRITON_INSTALLED, interpreter_on
+
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") is None:
     if "triton" in sys.modules:
         raise RuntimeError("triton was imported before tests/kernels/conftest.py could switch its interpreter on")
     os.environ["TRITON_INTERPRET"] = "1"
+
+if interpreter_on() and TRITON_INSTALLED and importlib.metadata.version("triton").startswith("3.6."):
+    from triton.runtime import interpreter
+
+    _patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor_and_index(tensor, scope):
+        """Let loops run to a bound that a kernel is given: a scalar is an array of one element in the interpreter.
+
+        Triton 3.6 passes that to int(), which NumPy 2.4 refuses; compiled kernels have no such trouble.
+        """
+        _patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor_and_index
 
 
 @pytest.fixture
