@@ -99,7 +99,9 @@ def _numbered_rows(path: str) -> Iterator[tuple[int, Record]]:
                     yield reader.line_num, _parse_row(f"{path}, line {reader.line_num}", header, row, folder)
                     empty = False
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+            # Python 3.10 stops at the zero bytes of UTF-16; later versions go on and find its header to be no text.
+            reason = "not UTF-8 text" if "NUL" in str(error) else error
+            raise ValueError(f"{path}, line {reader.line_num}: {reason}") from None
     if empty:
         raise ValueError(f"{path} lists no image")
 
