@@ -21,6 +21,7 @@ REQUIRED = {"torch": "2.10", "numpy": "1.26", "pillow": "10.3", "scikit-learn": 
     "tqdm": "4.66",
     "tyro": "0.9",
     "filelock": "3.13",
+    "joblib": "1.3",
 }
 
 
