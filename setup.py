@@ -40,7 +40,7 @@ setup(
         "tqdm>=4.66",
         "tyro>=0.9",
         "filelock>=3.13",
-        "pydicom>=3.0",
+        "pydicom>=3.0.1",
     ],
     extras_require={
         "dicom": CODECS,
