@@ -208,7 +208,9 @@ def test_the_baseline_refuses_what_the_papers_do_not_have():
 
 
 @pytest.mark.parametrize("naive", [False, True])
-def test_the_profile_finds_convolutions_memories_and_attention_both_ways(naive):
+def test_the_profile_finds_convolutions_memories_and_attention_both_ways(naive, monkeypatch):
+    # Every event takes as long as the others: the seconds count events then, the same in every run.
+    monkeypatch.setattr(profile_cpu.FunctionEvent, "self_cpu_time_total", 1.0)
     model = tiny.model().train()
     reconstruct = baseline.Baseline(model) if naive else model
     images = tiny.images(2)
@@ -220,7 +222,6 @@ def test_the_profile_finds_convolutions_memories_and_attention_both_ways(naive):
     forward, both = profile_cpu.shares(lambda: reconstruct(images)), profile_cpu.shares(learn)
     for seconds in (forward, both):
         assert seconds.keys() >= {"convolution", "normalisation", "memory", "attention", "interpolation", "activation"}
-        assert all(value >= 0 for value in seconds.values())
-    assert both["memory"] > forward["memory"]
+    assert both["memory"] > forward["memory"] and both["attention"] > forward["attention"]
     table = profile_cpu.table({"scoring": forward, "training step": both}, {"scoring": 2, "training step": 2})
     assert cells(table)[-1][0] == "all" and cells(table)[-1][1] == "100.0"
