@@ -47,7 +47,9 @@ def record(
     Raises:
         RuntimeError: work that cannot be recorded.
     """
-    kept = [tensor.clone() for tensor in inputs]
+    # Made in PyTorch's inference mode, they could not be written outside it.
+    with torch.inference_mode(False):
+        kept = [tensor.clone() for tensor in inputs]
     device = kept[0].device
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()

@@ -237,8 +237,10 @@ class Model(nn.Module):
 
     def _inference_form(self) -> InferenceForm:
         """Return the model as it is scored with, following its weights."""
-        if self._form is None or not self._form.update(self._trained):
-            self._form = InferenceForm(self)
+        # Weights and buffers made in PyTorch's inference mode could not be written outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            if self._form is None or not self._form.update(self._trained):
+                self._form = InferenceForm(self)
         self._trained = self.training
         return self._form
 

@@ -107,6 +107,17 @@ def test_scores_follow_the_weights(change):
         assert model._form is form, "recorded graphs stay of use"
 
 
+def test_inference_mode_around_one_call_is_nothing_to_the_next():
+    model, batch = lively(), images(16)
+    with torch.inference_mode():
+        model.signals(batch)
+    for ask in (model.reconstruct, model.signals, torch.inference_mode()(model.reconstruct), model.reconstruct):
+        changed_in_place(model)
+        ask(batch)
+    found = model.reconstruct(batch)
+    assert not found.is_inference() and (found - plain(model, batch)).abs().max() < 2e-5
+
+
 def test_scores_in_training_mode_follow_every_step():
     model, batch = lively().train(), images(16)
     for _ in range(2):
