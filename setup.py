@@ -36,7 +36,7 @@ setup(
         "joblib>=1.3",
         "safetensors>=0.4.3",
         "matplotlib>=3.8",
-        "nvtx>=0.2.8",
+        "nvtx>=0.2.12",
         "tqdm>=4.66",
         "tyro>=0.9",
         "filelock>=3.13",

@@ -17,7 +17,7 @@ except ImportError as error:
 REQUIRED = {"torch": "2.10", "numpy": "1.26", "pillow": "10.3", "scikit-learn": "1.4", "safetensors": "0.4.3"} | {
     "matplotlib": "3.8",
     "pydicom": "3.0.1",
-    "nvtx": "0.2.8",
+    "nvtx": "0.2.12",
     "tqdm": "4.66",
     "tyro": "0.9",
     "filelock": "3.13",
