@@ -144,7 +144,7 @@ def test_train_on_a_csv_with_a_broken_film(simsid, films, tmp_path):
 
 def test_the_same_whatever_the_workers(simsid, films, tmp_path):
     for workers in (1, 4):
-        done = simsid("train", films, "-o", tmp_path / str(workers), *TRAINING, "--workers", workers)
+        done = simsid("train", films, "-o", tmp_path / str(workers), *TRAINING, "--device", "cpu", "--workers", workers)
         assert done.code == 0
     one, other = (Model.load(tmp_path / name).state_dict() for name in ("1", "4"))
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -1,6 +1,7 @@
 """Training by two processes: what one computes alone, one writer, and an end when one of them dies."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -16,12 +17,14 @@ from torch import nn
 from simsid import Model, Trainer, TrainingConfig, checkpoint, cli, distributed
 from simsid.distributed import Rank, RankError, Team
 
+HERE = pathlib.Path(__file__).parent
+
 
 def torchrun(*program, timeout=240):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
         [*launcher, *map(str, program)],
-        env={**tiny.ENVIRONMENT, "PYTHONPATH": str(pathlib.Path(__file__).parent)},
+        env={**tiny.ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent)))},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -100,6 +103,7 @@ def test_the_command_line(tmp_path):
     """`torchrun -m simsid train`: one run folder, one report, one voice; a mistake is one sentence a process."""
     films = tiny.zhanglab(tmp_path / "films", train=20)
     command = ["-m", "simsid", "train", films, "-o", tmp_path / "run", "--epochs", "2", *tiny.OPTIONS]
+    command += ["--device", "cpu"]  # of GPUs there may be one, and one alone
     done = torchrun(*command, "--batch-size", "8")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("kept epoch") == done.stdout.count("training on 18 images") == 1
