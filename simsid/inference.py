@@ -1,8 +1,9 @@
 """What a model becomes for scoring: BatchNorm folded into the convolutions, no teacher, one CUDA graph a batch size."""
 
-import copy
+import threading
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -18,42 +19,49 @@ class InferenceForm:
 
     The convolutions that a BatchNorm follows are copies with its scale and shift folded in, laid out channels-last;
     everything else is shared. The discriminator's BatchNorms stay: it scores with either kind of statistics, and is a
-    two-hundredth of the work. On CUDA each batch size is recorded once as a CUDA graph and replayed.
+    two-hundredth of the work. On CUDA each batch size is recorded once as a CUDA graph and replayed, and hooks of the
+    modules run only as it is recorded. What a module was told through its attributes is what held when this was made.
+
+    `lock` is held from a call until its result has been copied: threads share what a graph writes into.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._sources = [*model.parameters(), *model.buffers()]
-        shared = {id(tensor): tensor for tensor in self._sources}
+        self._modules, self._tensors = _contents(model)
+        # Held, so that no other weights can come to lie where these were.
+        self._storages = [tensor.untyped_storage() for tensor in self._tensors]
+        self._places = [tensor.data_ptr() for tensor in self._tensors]
+        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._versions = [tensor._version for tensor in self._counted]
         self.patches = model.config.patches
-        self.encoder, self.student, self.discriminator = copy.deepcopy(
-            (model.encoder, model.student, model.discriminator), shared
-        )
+        self.encoder, self.student, self.discriminator = map(_twin, (model.encoder, model.student, model.discriminator))
         self._folded: list[tuple[nn.Conv2d, nn.Conv2d, _BatchNorm]] = []
-        for part in (self.encoder, self.student, self.discriminator):
-            part.eval()
         for part in (self.encoder, self.student):
             for module in list(part.modules()):
                 for name, child in module.named_children():
-                    if isinstance(child, nn.Sequential) and isinstance(child[-1], _BatchNorm):
+                    if _is_normalised(child):
                         setattr(module, name, self._fold(*child))
-        self._signature = self._measure()
         self._replays: dict[tuple[int, ...], graphs.Replay] = {}
-        self._record = self._sources[0].is_cuda
+        self._record = model.device.type == "cuda"
+        self.lock = threading.Lock() if self._record else nullcontext()
 
     @torch.no_grad()
-    def update(self, weights_moved: bool) -> bool:
-        """Follow the model's weights; False where they lie elsewhere now and a new form is needed.
+    def update(self, model: nn.Module, weights_moved: bool) -> bool:
+        """Follow the model's weights; False where it has others now, or has them elsewhere, and needs a new form.
 
         `weights_moved` says that they may have changed in ways that tensors do not count, as replayed graphs do.
         """
-        found = self._measure()
-        if [place for place, _ in found] != [place for place, _ in self._signature]:
+        modules, tensors = _contents(model)
+        if modules != self._modules or list(map(id, tensors)) != list(map(id, self._tensors)):
             return False
-        if weights_moved or found != self._signature:
+        if [tensor.data_ptr() for tensor in tensors] != self._places:
+            return False
+        versions = [tensor._version for tensor in self._counted]
+        # Tensors made in PyTorch's inference mode count nothing.
+        if weights_moved or versions != self._versions or len(self._counted) < len(tensors):
             for folded, convolution, norm in self._folded:
                 for kept, value in zip((folded.weight, folded.bias), _folded_weights(convolution, norm)):
                     kept.copy_(value)
-            self._signature = found
+            self._versions = versions
         return True
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -66,8 +74,11 @@ class InferenceForm:
 
     def _run(self, images: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         images = images.contiguous(memory_format=torch.channels_last)
-        if not self._record:
-            return self._compute(images, names)
+        # A graph keeps the precision it was recorded in, and scores are compared with those of other calls.
+        with torch.autocast(images.device.type, enabled=False):
+            return self._replayed(images, names) if self._record else self._compute(images, names)
+
+    def _replayed(self, images: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         replay = self._replays.get(images.shape)
         if replay is None:
             try:
@@ -105,17 +116,36 @@ class InferenceForm:
 
     @torch.no_grad()
     def _fold(self, convolution: nn.Conv2d, norm: _BatchNorm) -> nn.Conv2d:
-        folded = copy.copy(convolution)
-        folded._parameters = dict(convolution._parameters)
+        folded = _twin(convolution)
         weight, bias = _folded_weights(convolution, norm)
         folded.weight = nn.Parameter(_channels_last(weight), requires_grad=False)
         folded.bias = nn.Parameter(bias, requires_grad=False)
         self._folded.append((folded, convolution, norm))
         return folded
 
-    def _measure(self) -> list[tuple[int, int]]:
-        """Return where each weight lies and how often it was changed."""
-        return [(tensor.data_ptr(), tensor._version) for tensor in self._sources]
+
+def _contents(model: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:
+    """Return all modules and tensors; a third of the time of `parameters` and `buffers`, which look for repetitions."""
+    modules = list(model.modules())
+    tensors = [value for module in modules for kept in (module._parameters, module._buffers) for value in kept.values()]
+    return modules, [tensor for tensor in tensors if tensor is not None]
+
+
+def _is_normalised(module: nn.Module) -> bool:
+    """Whether a module is a plain convolution with a BatchNorm after it, and nothing else."""
+    kinds = [type(child) for child in module] if type(module) is nn.Sequential else []
+    return len(kinds) == 2 and kinds[0] is nn.Conv2d and issubclass(kinds[1], _BatchNorm)
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """Copy a module and those in it, in inference mode, with the same tensors and hooks."""
+    made = object.__new__(type(module))
+    made.__dict__.update(module.__dict__)
+    # What `module.compile()` left calls the original.
+    made.__dict__ |= {"training": False, "_compiled_call_impl": None}
+    made._parameters, made._buffers = dict(module._parameters), dict(module._buffers)
+    made._modules = {name: None if child is None else _twin(child) for name, child in module._modules.items()}
+    return made
 
 
 def _folded_weights(convolution: nn.Conv2d, norm: _BatchNorm) -> tuple[Tensor, Tensor]:

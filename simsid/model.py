@@ -71,7 +71,7 @@ class Model(nn.Module):
         self.discriminator = Discriminator(config.image_size)
         self.calibration: Calibration | None = None
         self._form: InferenceForm | None = None
-        self._trained = False
+        self._moved = False
 
     @property
     def device(self) -> torch.device:
@@ -118,18 +118,23 @@ class Model(nn.Module):
         return Reconstruction(**found)
 
     def train(self, mode: bool = True) -> "Model":
-        """Switch between training and inference mode."""
-        # Replayed graphs change weights unnoticed; those of inference follow when it is next called.
-        self._trained = self._trained or mode or self.training
+        """Switch between training and inference mode.
+
+        Call it, or `eval`, after changing weights through `.data`, which PyTorch does not count: scoring in inference
+        mode follows all other changes by itself.
+        """
+        # Replayed graphs change weights unnoticed too.
+        self._moved = True
         return super().train(mode)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """Return the student's reconstruction of `[B, 1, H, W]` in inference mode, on the images' device."""
-        form = self._inference_form()
-        return torch.cat(
-            [form.reconstruct(batch)[:count].to(images.device, copy=True) for batch, count in self._batches(images)]
-        )
+        form, found = self._inference_form(), []
+        for batch, count in self._batches(images):
+            with form.lock:
+                found.append(form.reconstruct(batch)[:count].to(images.device, copy=True))
+        return torch.cat(found)
 
     def signals(
         self, images: Tensor | Iterable[Tensor], names: Iterable[str] | None = None, *, batch_size: int = BATCH
@@ -162,10 +167,11 @@ class Model(nn.Module):
         form = self._inference_form()
         for part in [images] if isinstance(images, Tensor) else images:
             for batch, count in self._batches(part, batch_size):
-                found = form.signals(batch, names)
-                for name in names:
-                    # A copy, still on the device: the next batch is under way before this one is waited for.
-                    columns[name].append(found[name][:count].to(torch.float64, copy=True))
+                with form.lock:
+                    found = form.signals(batch, names)
+                    for name in names:
+                        # A copy, still on the device: the next batch is under way before this one is waited for.
+                        columns[name].append(found[name][:count].to(torch.float64, copy=True))
         found = {name: torch.cat(values) if values else torch.zeros(0) for name, values in columns.items()}
         return lambda: {name: values.double().cpu().numpy() for name, values in found.items()}
 
@@ -239,10 +245,11 @@ class Model(nn.Module):
         """Return the model as it is scored with, following its weights."""
         # Weights and buffers made in PyTorch's inference mode could not be written outside it.
         with torch.inference_mode(False), torch.no_grad():
-            if self._form is None or not self._form.update(self._trained):
-                self._form = InferenceForm(self)
-        self._trained = self.training
-        return self._form
+            form = self._form
+            if form is None or not form.update(self, self._moved):
+                form = self._form = InferenceForm(self)
+        self._moved = self.training
+        return form
 
     def _batches(self, images: Tensor, size: int = BATCH) -> Iterator[tuple[Tensor, int]]:
         """Yield batches of one size on the model's device, and how many images of each are not filling."""
@@ -280,14 +287,9 @@ class Model(nn.Module):
             raise ValueError(f"images must have shape [B, 1, {size}, {size}], B at least 1, got {list(images.shape)}")
 
     def _apply(self, *arguments: object, **options: object) -> "Model":
+        # Weights that move to another device leave nothing behind.
         self._form = None
         return super()._apply(*arguments, **options)
-
-    def load_state_dict(self, *arguments: object, **options: object) -> object:
-        """Load weights, as every module does."""
-        # With `assign=True` they are other tensors from here on.
-        self._form = None
-        return super().load_state_dict(*arguments, **options)
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out what is made again where it is needed, so that copies are the model alone."""

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -89,10 +90,46 @@ def changed_assigned(model):
     model.load_state_dict(other, assign=True)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [changed_in_place, changed_statistics, changed_memory, changed_unnoticed, changed_dtype, changed_assigned],
-)
+def changed_and_said(model):
+    """In inference mode, in a way that no tensor counts; `eval` says so."""
+    model.encoder.down[0].inner[0].weight.data.mul_(1.1)
+    model.eval()
+
+
+def changed_part_assigned(model):
+    other = {name: value.clone() for name, value in model.encoder.state_dict().items()}
+    other["down.0.inner.0.weight"] *= 1.1
+    model.encoder.load_state_dict(other, assign=True)
+
+
+def changed_part(model):
+    model.student = tiny.model(1).eval().student
+
+
+def changed_structure(model):
+    """Another module around the same weights."""
+    model.student.output = nn.Sequential(model.student.output, nn.Tanh())
+
+
+def changed_precision_of_a_part(model):
+    """The weights may come to lie where they were."""
+    with torch.no_grad():
+        model.encoder.down[0].inner[0].weight.mul_(1.1)
+    model.encoder.bfloat16().float()
+
+
+def changed_to_a_parametrisation(model):
+    nn.utils.parametrizations.weight_norm(model.student.up[0].inner[0])
+    with torch.no_grad():
+        model.student.up[0].inner[0].parametrizations.weight.original0.mul_(1.1)
+
+
+IN_PLACE = [changed_in_place, changed_statistics, changed_memory, changed_unnoticed, changed_and_said]
+ELSEWHERE = [changed_dtype, changed_assigned, changed_part_assigned, changed_part, changed_structure]
+ELSEWHERE += [changed_precision_of_a_part, changed_to_a_parametrisation]
+
+
+@pytest.mark.parametrize("change", [*IN_PLACE, *ELSEWHERE])
 def test_scores_follow_the_weights(change):
     model, batch = lively(), images(16)
     old = model.reconstruct(batch)
@@ -103,7 +140,7 @@ def test_scores_follow_the_weights(change):
     dtype = next(model.parameters()).dtype
     assert (new - plain(model, batch.to(dtype))).abs().max() < 2e-5
     assert change is changed_dtype or (new - old).abs().max() > 1e-4
-    if change in (changed_in_place, changed_statistics, changed_memory, changed_unnoticed):
+    if change in IN_PLACE:
         assert model._form is form, "recorded graphs stay of use"
 
 
@@ -116,6 +153,49 @@ def test_inference_mode_around_one_call_is_nothing_to_the_next():
         ask(batch)
     found = model.reconstruct(batch)
     assert not found.is_inference() and (found - plain(model, batch)).abs().max() < 2e-5
+
+
+def test_a_model_made_in_inference_mode_scores_too():
+    """Its tensors count no changes."""
+    with torch.inference_mode():
+        model = lively()
+        old = model.signals(images(2))["residual"]
+        changed_in_place(model)
+    found = model.reconstruct(images(16))
+    assert (found - plain(model, images(16))).abs().max() < 2e-5
+    assert not np.array_equal(model.signals(images(2))["residual"], old)
+
+
+def test_autocast_moves_no_score():
+    """Scores are compared with those of a calibration, whatever surrounded it."""
+    model = lively()
+    plainly = model.signals(images(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        surrounded = model.signals(images(2))
+    assert all(np.array_equal(plainly[name], surrounded[name]) for name in plainly)
+
+
+def test_hooks_and_what_they_hold_are_not_copied(tmp_path):
+    model, seen = lively(), []
+
+    class Recorder:
+        def __init__(self, file):
+            self.file = file
+
+        def hook(self, module, *_):
+            seen.append(module.training)
+
+    with open(tmp_path / "log", "w") as what_cannot_be_copied:
+        model.student.register_forward_hook(Recorder(what_cannot_be_copied).hook)
+        model.train().signals(images(2))
+    assert seen == [False]
+
+
+def test_parts_compiled_in_place_score_as_they_are():
+    model = lively()
+    expected = model.train().reconstruct(images(16))
+    model.student._compiled_call_impl = lambda *_: pytest.fail("this calls the student in training mode")
+    assert torch.equal(model.reconstruct(images(16)), expected)
 
 
 def test_scores_in_training_mode_follow_every_step():
