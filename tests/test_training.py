@@ -59,9 +59,10 @@ def written_out_step(model, optimizers, images, step):
 
 
 def test_steps_are_those_written_out():
-    images, steps = tiny.images(4), 5
+    # At the papers' rate, rounding decides within a few steps which ReLUs are open.
+    images, steps, rate = tiny.images(4), 5, 1e-6
     ours, plain = tiny.model(), tiny.model()
-    trainer = Trainer(ours, TrainingConfig(epochs=steps, **PLAIN, final_learning_rate=1e-4))
+    trainer = Trainer(ours, TrainingConfig(epochs=steps, **PLAIN, learning_rate=rate, final_learning_rate=rate))
     # One iteration an epoch; what follows the last one is not of interest here.
     trainer._calibrate = lambda *_: None
     trainer.fit(images)
@@ -70,8 +71,8 @@ def test_steps_are_those_written_out():
     for name, parameter in plain.named_parameters():
         sides[name.startswith("discriminator")].append(parameter)
     optimizers = (
-        torch.optim.Adam(sides[0], lr=1e-4, betas=(0.5, 0.999), eps=1e-7, weight_decay=1e-5),
-        torch.optim.Adam(sides[1], lr=1e-4, betas=(0.5, 0.999), eps=1e-8),
+        torch.optim.Adam(sides[0], lr=rate, betas=(0.5, 0.999), eps=1e-7, weight_decay=1e-5),
+        torch.optim.Adam(sides[1], lr=rate, betas=(0.5, 0.999), eps=1e-8),
     )
     plain.train()
     for step in range(steps):
@@ -90,9 +91,9 @@ def test_steps_are_those_written_out():
         size = theirs["exp_avg"].abs().max()
         # A bias before a normalisation has a gradient of nothing but rounding, which Adam blows up to full steps.
         if size > 1e-7:
-            assert (mine["exp_avg"] - theirs["exp_avg"]).abs().max() < 5e-2 * size, name
+            assert (mine["exp_avg"] - theirs["exp_avg"]).abs().max() < 1e-2 * size, name
             drift = (parameter - names[name]).abs()
-            assert (drift > 2e-5).float().mean() < 0.02, name
+            assert (drift > rate / 5).float().mean() < 0.02, name
             compared += 1
     assert compared > 60
     mine, theirs = dict(ours.named_buffers()), dict(plain.named_buffers())
