@@ -220,11 +220,12 @@ def test_score_folder(timed, sizes, model, films, variant, batch):
 
 
 @pytest.fixture(scope="session")
-def epoch_films(request, films):
+def epoch_films(request):
     """Return what an epoch trains on, what inference scores, how many films of each there are, and whose they are."""
     folder, sizes = request.config.getoption("--data"), MODEL[DEVICE.type]
     if folder is None:
-        every = models.films_of(films, None)
+        # Only here: writing as many as a GPU gets takes most of a minute.
+        every = models.films_of(request.getfixturevalue("films"), None)
         train, test, whose = every, every, "generated films"
     else:
         records = ZhangLab(folder).records
