@@ -52,15 +52,22 @@ def record(
         kept = [tensor.clone() for tensor in inputs]
     device = kept[0].device
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(REHEARSALS):
-                work(*kept)
-            if between is not None:
-                between()
-        torch.cuda.current_stream().wait_stream(stream)
+        before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(before)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(REHEARSALS):
+                    work(*kept)
+                if between is not None:
+                    between()
+        finally:
+            # Before whatever puts right what a failed rehearsal left.
+            before.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=share.graph.pool() if share is not None else None, stream=stream):
-            output = work(*kept)
+        try:
+            with torch.cuda.graph(graph, pool=share.graph.pool() if share is not None else None, stream=stream):
+                output = work(*kept)
+        finally:
+            # Where the recording fails, PyTorch leaves its stream the current one.
+            torch.cuda.set_stream(before)
     return Replay(graph, kept, output)

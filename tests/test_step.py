@@ -223,3 +223,13 @@ def test_steps_repeat_bit_for_bit(deterministic, changes, graph):
     assert bool(one._replays) == graph
     one, other = state(one), state(other)
     assert not [name for name in one if not torch.equal(one[name], other[name])]
+
+
+@cuda
+def test_a_recording_that_fails_leaves_the_stream_as_it_was():
+    """Waiting for the device cannot be recorded; what comes after it runs where it would have run."""
+    before = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        graphs.record(lambda x: (x * 2).sum().item(), [torch.ones(4, device="cuda")])
+    assert torch.cuda.current_stream() == before
+    assert (torch.ones(4, device="cuda") * 2).sum().item() == 8
