@@ -1,6 +1,8 @@
 """One iteration, however it is executed: eagerly, compiled, or recorded and replayed."""
 
 import functools
+import subprocess
+import sys
 
 import nvtx
 import pytest
@@ -225,11 +227,21 @@ def test_steps_repeat_bit_for_bit(deterministic, changes, graph):
     assert not [name for name in one if not torch.equal(one[name], other[name])]
 
 
+FAILS = """
+import torch
+from simsid import graphs
+
+before, x = torch.cuda.current_stream(), torch.ones(4, device="cuda")
+try:
+    graphs.record(lambda x: (x * 2).sum().item(), [x])
+except RuntimeError:
+    assert torch.cuda.current_stream() == before and (x * 2).sum().item() == 8
+    print("as before")
+"""
+
+
 @cuda
 def test_a_recording_that_fails_leaves_the_stream_as_it_was():
-    """Waiting for the device cannot be recorded; what comes after it runs where it would have run."""
-    before = torch.cuda.current_stream()
-    with pytest.raises(RuntimeError):
-        graphs.record(lambda x: (x * 2).sum().item(), [torch.ones(4, device="cuda")])
-    assert torch.cuda.current_stream() == before
-    assert (torch.ones(4, device="cuda") * 2).sum().item() == 8
+    """Waiting for the device cannot be recorded. In a process of its own: PyTorch's allocator remembers the failure."""
+    done = subprocess.run([sys.executable, "-c", FAILS], capture_output=True, text=True)
+    assert done.stdout == "as before\n", done.stderr
