@@ -1,7 +1,7 @@
 """Decodes images in parallel, brings them to one size, and holds them in memory as 8 or 16 bits."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -82,12 +82,13 @@ class ImageSet:
         if device.type == "cuda" and not pixels.is_cuda:
             # From pinned memory, or the host would wait for all that the device still has to do.
             pixels = pixels.pin_memory()
-        return _to_float(pixels.to(device, non_blocking=True))
+        # Towards the host a copy that nobody waits for would be read before it is there.
+        return _to_float(pixels.to(device, non_blocking=device.type == "cuda"))
 
     def batches(self, size: int = 256) -> Iterator[Tensor]:
-        """Yield all images in order, as `batch` returns them, `size` at a time."""
+        """Yield all images in order, as `batch` returns them, `size` at a time, where the pixels are."""
         for start in range(0, len(self), size):
-            yield self.batch(slice(start, start + size))
+            yield self.batch(slice(start, start + size), self.pixels.device)
 
     def select(self, mask_or_index: Index) -> "ImageSet":
         """Return the images of a mask or of places, in that order, without the failures."""
@@ -108,6 +109,7 @@ def load_images(
     workers: int | None = None,
     progress: bool = False,
     max_pixels: int = MAX_PIXELS,
+    decode: Callable[[Callable, list[Record], int], Iterable[tuple[Record, object]]] = in_order,
 ) -> ImageSet:
     """Decode images in parallel threads and keep them in memory, in the order given.
 
@@ -124,6 +126,7 @@ def load_images(
         workers: threads, ``None`` for one a core.
         progress: show a bar.
         max_pixels: see `read_image`.
+        decode: what goes through the files; several processes that each decode a share put another in.
     Returns: the images that could be read; `ImageSet.failures` has the others, each with its reason.
     Raises: ValueError for an unknown option, for no image, or where every file fails.
     """
@@ -131,7 +134,7 @@ def load_images(
     if not records:
         raise ValueError("there is no image to load")
     plan = _Plan.checked(image_size, aspect, intensity, max_pixels)
-    decoded = in_order(plan.read, records, thread_count(workers))
+    decoded = decode(plan.read, records, thread_count(workers))
     if progress:
         decoded = with_progress(decoded, len(records), "reading")
 
