@@ -175,17 +175,17 @@ class Train:
             raise UsageError("train needs a folder or CSV of images, or --resume RUN")
         rank = Rank.from_environment()
         device = request.machine.prepare(rank)
+        workers = self.machine.workers or rank.workers()
         if rank.count == 1:
-            return self._train(request, device, Team())
+            return self._train(request, device, workers, Team())
         with Team.gathered(device) as team:
-            return self._train(request, device, team)
+            return self._train(request, device, workers, team)
 
-    def _train(self, request: "Train", device: str, team: "Team") -> int:
+    def _train(self, request: "Train", device: str, workers: int, team: "Team") -> int:
         from simsid.data import open_dataset
         from simsid.training import Trainer
 
-        dataset = open_dataset(request.data)
-        train_records, val_records = partition(dataset, request.val_share)
+        train_records, val_records = team.from_main(lambda: partition(open_dataset(request.data), request.val_share))
         path = self.resume or request.output or pathlib.Path("runs") / f"{request.data.resolve().stem}-{request.name}"
         model = _model(request.model, request.training.seed, device)
         with self._folder(request, path) if team.main else contextlib.nullcontext(path) as folder:
@@ -193,8 +193,8 @@ class Train:
             # A resumed run may have been killed before it was written.
             if team.main and not (self.resume and (path / "manifest.csv").exists()):
                 folder.write_manifest([*train_records, *val_records])
-            train = _load(train_records, request.model, self.machine)
-            val = _load(val_records, request.model, self.machine) if val_records else None
+            train = _load(train_records, request.model, workers, team)
+            val = _load(val_records, request.model, workers, team) if val_records else None
             if team.main:
                 failures = [*train.failures, *(val.failures if val else ())]
                 (path / "failures.csv").unlink(missing_ok=True)
@@ -315,7 +315,7 @@ class Evaluate:
         # Before an hour of decoding.
         scoring.require_labels(record.label for record in records)
         output = _output(self.output or self.model / "evaluation")
-        images = _load(records, model.config, self.machine)
+        images = _load(records, model.config, self.machine.workers)
         evaluation = scoring.evaluate(model, images, false_alarm_rate=self.false_alarm_rate)
         rows = evaluation.rows()
         checkpoint.write_json(
@@ -458,8 +458,8 @@ class Calibrate:
         # A training in progress would be given back the weights that were loaded here.
         is_run = (self.model / "run.json").exists()
         with runs.RunFolder(self.model) if is_run else contextlib.nullcontext():
-            train = _load(train_records, model.config, self.machine)
-            val = _load(normal, model.config, self.machine) if normal else None
+            train = _load(train_records, model.config, self.machine.workers)
+            val = _load(normal, model.config, self.machine.workers) if normal else None
             model.calibrate(train.batches(), val.batches() if val is not None else None)
             model.save(self.model)
         held = len(val) if val is not None else 0
@@ -804,16 +804,20 @@ def _usual_split(dataset: "Dataset") -> str | None:
     return next((name for name in ("test", "val") if name in splits), None)
 
 
-def _load(records: "list[Record]", config: Config, machine: Machine) -> "ImageSet":
+def _load(records: "list[Record]", config: Config, workers: int, team: "Team | None" = None) -> "ImageSet":
+    """Load images; the members of a team decode a share each."""
     from simsid.data import load_images
+    from simsid.distributed import Team
 
+    team = team or Team()
     return load_images(
         records,
         config.image_size,
         aspect=config.aspect,
         intensity=config.intensity,
-        workers=machine.workers or None,
-        progress=sys.stderr.isatty(),
+        workers=workers or None,
+        progress=team.main and sys.stderr.isatty(),
+        decode=team.in_order,
     )
 
 

@@ -1,10 +1,13 @@
 """Several processes that `torchrun` starts: which of them this is, and a team that trains one model together."""
 
 import inspect
+import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,7 +15,16 @@ import torch.distributed.nn
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simsid.data.parallel import thread_count
+from simsid.data.parallel import in_order, thread_count
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+WAIT = timedelta(hours=2)
+"""For another process that reads and hashes many files; torchrun ends the wait for one that died."""
+
+TURN = 64
+"""Results that each process adds before they are handed round."""
 
 
 class RankError(RuntimeError):
@@ -87,13 +99,20 @@ class Team:
     @classmethod
     @contextmanager
     def gathered(cls, device: torch.device | str) -> "Iterator[Team]":
-        """Join the processes that torchrun started: NCCL between GPUs, gloo between CPUs."""
+        """Join the processes that torchrun started: NCCL between GPUs, gloo between CPUs.
+
+        After an error the connections stay until the process ends, so that it is told before the others lose them.
+
+        Raises:
+            RankError: processes that were started without an address to meet at.
+        """
         backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
-        distributed.init_process_group(backend)
         try:
-            yield cls(distributed.get_rank(), distributed.get_world_size())
-        finally:
-            distributed.destroy_process_group()
+            distributed.init_process_group(backend, timeout=WAIT)
+        except ValueError as error:
+            raise RankError(f"start the processes with torchrun, which tells them where to meet: {error}") from None
+        yield cls(distributed.get_rank(), distributed.get_world_size())
+        distributed.destroy_process_group()
 
     @property
     def main(self) -> bool:
@@ -130,6 +149,35 @@ class Team:
         found = torch.tensor(int(flag))
         distributed.all_reduce(found)
         return bool(found)
+
+    def from_main(self, make: Callable[[], Result]) -> Result:
+        """Return what `make` returns at rank 0, to every member; the others do not call it."""
+        if self.size == 1:
+            return make()
+        found = [make() if self.main else None]
+        distributed.broadcast_object_list(found, 0)
+        return found[0]
+
+    def everyones(self, value: Result) -> list[Result]:
+        """Return the value of every member, in rank order."""
+        if self.size == 1:
+            return [value]
+        found = [None] * self.size
+        distributed.all_gather_object(found, value)
+        return found
+
+    def in_order(
+        self, function: Callable[[Item], Result], items: Sequence[Item], workers: int
+    ) -> Iterator[tuple[Item, Result]]:
+        """Do what `simsid.data.parallel.in_order` does, each member computing every `size`-th result."""
+        if self.size == 1:
+            yield from in_order(function, items, workers)
+            return
+        own = in_order(function, items[self.rank :: self.size], workers, TURN)
+        for start in range(0, len(items), TURN * self.size):
+            results = self.everyones([result for _, result in itertools.islice(own, TURN)])
+            for place, item in enumerate(items[start : start + TURN * self.size]):
+                yield item, results[place % self.size][place // self.size]
 
     def collected(self, columns: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
         """Put together columns of which each member has places rank, rank + size, …; `count` values each, float64."""
@@ -187,28 +235,22 @@ def data_parallel(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return generate, judge
 
 
-def synchronise_batch_norms(model: nn.Module) -> None:
-    """Let every BatchNorm of `model` measure the whole team's batch; in place, with the same names and weights."""
-    device = next(model.parameters()).device
+def synchronise_batch_norms(model: nn.Module, wanted: bool = True) -> None:
+    """Let every BatchNorm of `model` measure the whole team's batch, or its own again; in place, with its tensors."""
+    kinds = {nn.BatchNorm2d, nn.SyncBatchNorm, _HostSyncBatchNorm}
+    kind = nn.BatchNorm2d
+    if wanted:
+        kind = nn.SyncBatchNorm if next(model.parameters()).is_cuda else _HostSyncBatchNorm
     for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.BatchNorm2d:
-                if device.type == "cuda":
-                    setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
-                else:
-                    setattr(module, name, _HostSyncBatchNorm.of(child))
+        for name, norm in module.named_children():
+            if type(norm) in kinds - {kind}:
+                made = kind(norm.num_features, norm.eps, norm.momentum)
+                made._parameters, made._buffers = norm._parameters, norm._buffers
+                setattr(module, name, made.train(norm.training))
 
 
 class _HostSyncBatchNorm(nn.BatchNorm2d):
     """BatchNorm over the images of all members, on a CPU, where PyTorch has none."""
-
-    @classmethod
-    def of(cls, norm: nn.BatchNorm2d) -> "_HostSyncBatchNorm":
-        made = cls(norm.num_features, norm.eps, norm.momentum)
-        made.weight, made.bias = norm.weight, norm.bias
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            setattr(made, name, getattr(norm, name))
-        return made.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not distributed.is_initialized():

@@ -23,7 +23,10 @@ in one that trains both, and the generator's."""
 
 
 class NonFiniteError(FloatingPointError):
-    """Images, a loss or a gradient are NaN or infinite; no weight was updated with it, the last checkpoint is whole."""
+    """Images, a loss or a gradient are NaN or infinite; no weight was updated with it, the last checkpoint is whole.
+
+    The BatchNorms had measured the batch by then: load the model anew, or resume the run.
+    """
 
 
 class TrainingStep:
@@ -49,8 +52,7 @@ class TrainingStep:
         self.config = config = config or TrainingConfig()
         self.team = team = team or Team()
         self.device = model.device
-        if config.sync_batchnorm and team.size > 1:
-            synchronise_batch_norms(model)
+        synchronise_batch_norms(model, config.sync_batchnorm and team.size > 1)
         self.optimizers = _optimizers(model, config)
         self.counts: dict[str, int] = {}
         self._names = {parameter: name for name, parameter in model.named_parameters()}
@@ -244,7 +246,9 @@ class TrainingStep:
         """Note on the device whether something is not finite; the first find stays."""
         parameters = [parameter for parameter in parameters if parameter.grad is not None]
         norms = torch._foreach_norm([parameter.grad for parameter in parameters])
-        values = torch.stack([*(loss.detach().float() for loss in losses.values()), *norms])
+        # Of the whole team, as the gradients are: all members stop at once, and for one reason.
+        means = self.team.mean(torch.stack([loss.detach().float() for loss in losses.values()]))
+        values = torch.cat([means, torch.stack(norms)])
         bad = ~values.isfinite().all()
         first = bad & (self._bad == 0)
         kept = self._bad_values[: len(values)]

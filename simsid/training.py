@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import math
 import os
-import pathlib
 import signal
 import sys
 import threading
@@ -20,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from simsid import checkpoint, metrics
-from simsid.config import TrainingConfig
+from simsid.config import Config, TrainingConfig
 from simsid.data import ImageSet
-from simsid.distributed import Team
+from simsid.distributed import Team, synchronise_batch_norms
 from simsid.kernels.ranges import stage
 from simsid.model import Model
 from simsid.runs import RunError, RunFolder
@@ -31,6 +30,13 @@ from simsid.step import NonFiniteError, TrainingStep
 
 AGREED_EVERY = 8
 """Iterations on GPUs after which a team asks whether anyone pressed Ctrl-C."""
+
+REQUEST = {
+    "config": "another model configuration",
+    "training": "another training configuration",
+    "data": "other images",
+}
+"""What a run is known by: a state of another one is not gone on from, and processes that differ do not train."""
 
 SHOWN_SECONDS = 0.5
 """Between two looks at the losses for the progress bar; each waits for the device."""
@@ -76,7 +82,8 @@ class Trainer:
         config: a `TrainingConfig`; None is the papers'.
         run: a folder for metrics and checkpoints, or None to keep everything in memory.
         progress: show a progress bar.
-        team: the processes that train together; every one of them calls `fit` with the same images, rank 0 writes.
+        team: the processes that train together; every one of them calls `fit` with the same images. Rank 0 alone reads
+            and writes the run folder.
 
     Raises:
         RunError: `config.tensorboard` without a run folder or without TensorBoard.
@@ -122,7 +129,8 @@ class Trainer:
         Raises:
             ValueError: images that do not fit the model, or a criterion that `val` cannot give.
             NonFiniteError: images, a loss or a gradient are not finite; the last checkpoint is whole.
-            RunError: the run folder is in use, already holds a run or a model, or holds another run.
+            RunError: the run folder is in use, already holds a run or a model, or holds another run; members of a team
+                that were given different images or configurations.
         """
         train, val = _as_images(train), _as_images(val) if val is not None and len(val) else None
         criterion = self._criterion(train, val)
@@ -141,16 +149,19 @@ class Trainer:
     def _fit(
         self, train: ImageSet, val: ImageSet | None, criterion: str, folder: RunFolder | None, *, resume: bool
     ) -> History:
-        at, fingerprint = _Progress(), _fingerprint(train, val)
+        fingerprint = _fingerprint(train, val)
+        if folder is not None and not resume and folder.taken:
+            raise RunError(f"{folder.path} already holds a run or a model; resume it or choose another folder")
+        self._check_agreement(fingerprint)
         train, val = _on_device(train, self.model.device), _on_device(val, self.model.device)
         # Optimisers without a past.
         self._step, self._best = TrainingStep(self.model, self.config, self.team), None
         # What normal films look like to other weights; none of the epochs kept on the way may carry it.
         self.model.calibration = None
-        if folder is not None and not resume and folder.taken:
-            raise RunError(f"{folder.path} already holds a run or a model; resume it or choose another folder")
-        if resume:
-            at = self._restore(fingerprint) or at
+        at = self._restored(folder, fingerprint) if resume else _Progress()
+        for name, buffer in self.model.named_buffers():
+            if not buffer.isfinite().all():
+                raise NonFiniteError(f"the model's {name} is not finite, as a training that stops so leaves it")
         if folder is not None:
             folder.write_metrics(at.history.epochs)
         if at.finished:
@@ -165,6 +176,8 @@ class Trainer:
                 self._load_best(folder)
                 at.finished = True
                 self._calibrate(train, val, folder, at, fingerprint)
+        # Synchronised or not is this training's affair.
+        synchronise_batch_norms(self.model, False)
         self.model.eval()
         return at.history
 
@@ -266,7 +279,8 @@ class Trainer:
         if self.team.size == 1:
             return self.model.signals(images.batches())
         own = range(self.team.rank, len(images), self.team.size)
-        parts = (images.batch(own[start : start + 256]) for start in range(0, len(own), 256))
+        where = images.pixels.device
+        parts = (images.batch(own[start : start + 256], where) for start in range(0, len(own), 256))
         return self.team.collected(self.model.signals(parts), len(images))
 
     def _batch_size(self, train: ImageSet) -> int:
@@ -361,6 +375,7 @@ class Trainer:
         elif self._best is not None:
             self.model.load_state_dict(self._best)
         self.team.follow_main(self.model, weights=True)
+        self.model.calibration = self.team.from_main(lambda: self.model.calibration)
         self.model.eval()
 
     def _save_if_due(self, folder: RunFolder | None, at: _Progress, fingerprint: str) -> None:
@@ -377,30 +392,43 @@ class Trainer:
             for parameter, state in optimizer.state.items():
                 for key, value in state.items():
                     tensors[f"optimizer.{side}.{key}.{names[parameter]}"] = value
-        document = {
-            "progress": dataclasses.asdict(at),
-            "data": fingerprint,
-            "config": self.model.config.to_dict(),
-            "training": self.config.to_dict(),
-        }
-        folder.write_state(tensors, document)
+        folder.write_state(tensors, {"progress": dataclasses.asdict(at), **self._request(fingerprint)})
 
-    def _restore(self, fingerprint: str) -> _Progress | None:
-        """Load the run folder's state, if there is one; every member reads it, the first to write waits for all."""
-        path = self.run.path if isinstance(self.run, RunFolder) else pathlib.Path(self.run)
-        if not (path / "last.json").exists():
+    def _request(self, fingerprint: str) -> dict[str, object]:
+        """Return what a run is known by."""
+        return {"config": self.model.config.to_dict(), "training": self.config.to_dict(), "data": fingerprint}
+
+    def _check_agreement(self, fingerprint: str) -> None:
+        """Refuse to train on what is not the same at every member."""
+        requests = self.team.everyones(self._request(fingerprint))
+        for rank, request in enumerate(requests):
+            for name, value in request.items():
+                if value != requests[0][name]:
+                    raise RunError(f"the processes must train on the same; rank {rank} has {REQUEST[name]} than rank 0")
+
+    def _read_state(self, folder: RunFolder, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, object]] | None:
+        """Read the run folder's state, if there is one, and refuse another run's."""
+        if not folder.started:
             return None
-        tensors, document = checkpoint.read(path, "last")
+        tensors, document = checkpoint.read(folder.path, "last")
         # Settings that an older version did not have were at their defaults.
-        document["training"] = {**TrainingConfig().to_dict(), **document.get("training", {})}
-        asked = {"config": self.model.config.to_dict(), "training": self.config.to_dict(), "data": fingerprint}
-        for name, value in asked.items():
+        for name, defaults in (("config", Config()), ("training", TrainingConfig())):
+            document[name] = {**defaults.to_dict(), **document.get(name, {})}
+        for name, value in self._request(fingerprint).items():
             if document.get(name) != value:
-                what = {"config": "another model configuration", "training": "another training configuration"}
                 raise RunError(
-                    f"{path} was started with {what.get(name, 'other images')}; resume it with the same, or start anew"
+                    f"{folder.path} was started with {REQUEST[name]}; resume it with the same, or start anew"
                 )
-        source = f"{path}/last.json"
+        return tensors, document
+
+    def _restored(self, folder: RunFolder | None, fingerprint: str) -> _Progress:
+        """Load weights and optimisers from the run folder's state, if there is one, and return where training stood."""
+        # From rank 0, before it writes; the others need not see the folder.
+        state = self.team.from_main(lambda: self._read_state(folder, fingerprint))
+        if state is None:
+            return _Progress()
+        tensors, document = state
+        source = f"{self.run.path if isinstance(self.run, RunFolder) else self.run}/last.json"
         own = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
         checkpoint.load_state(self.model, own, source)
         names = {parameter: name for name, parameter in self.model.named_parameters()}

@@ -35,7 +35,8 @@ def torchrun(*program, timeout=240):
 def folder(tmp_path_factory):
     """What two processes leave that step, train, and are interrupted and resumed."""
     folder = tmp_path_factory.mktemp("team")
-    done = torchrun(two_processes.__file__, folder, "steps", "fit", "interrupt")
+    scenes = ["steps", "fit", "finished", "interrupt", "small", "differ", "bad", "shares"]
+    done = torchrun(two_processes.__file__, folder, *scenes)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -85,9 +86,42 @@ def test_an_interrupted_team_goes_on(folder):
     first, _ = checkpoint.read(folder / "run", "last")
     again, about = checkpoint.read(folder / "again", "last")
     assert about["progress"]["finished"] and about["progress"]["step"] == 9
-    # Each member's own running statistics are not kept; all that is trained is as without the interruption.
-    trained = [key for key in first if "running" not in key]
-    assert not [key for key in trained if not torch.equal(first[key], again[key])]
+    # The first member's running statistics are those of the model; the others' are not kept.
+    assert not [key for key in first if not torch.equal(first[key], again[key])]
+    assert not (folder / "out of sight").exists()
+
+
+def test_a_team_that_resumes_a_finished_run_has_its_model(folder):
+    _, trained = checkpoint.read(folder / "rank-0", "fit")
+    kept = Model.load(folder / "run")
+    for rank in (0, 1):
+        values, about = checkpoint.read(folder / f"rank-{rank}", "finished")
+        assert not [key for key, value in kept.state_dict().items() if not torch.equal(values[key], value)]
+        assert about["calibration"] == kept.calibration.to_dict() and about["epochs"] == trained["epochs"]
+
+
+def test_fewer_images_to_validate_on_than_members(folder):
+    about, other = (checkpoint.read(folder / f"rank-{rank}", "small")[1] for rank in (0, 1))
+    assert about["epochs"][0]["val_reconstruction"] == other["epochs"][0]["val_reconstruction"] > 0
+    assert len(about["calibration"]["holdout"]["residual"]) == 1 and about["calibration"] == other["calibration"]
+    assert about["kinds"] == ["BatchNorm2d"], "a model is left as it was given"
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("images", "other images"), ("count", "other images"), ("settings", "another training configuration")],
+)
+def test_members_that_were_given_different_things_do_not_train(folder, name, what):
+    for rank in (0, 1):
+        said = checkpoint.read(folder / f"rank-{rank}", name)[1]["said"]
+        assert said == f"the processes must train on the same; rank 1 has {what} than rank 0"
+
+
+def test_what_is_not_finite_at_one_member_stops_all(folder):
+    for rank in (0, 1):
+        said = checkpoint.read(folder / f"rank-{rank}", "bad")[1]["said"]
+        assert said == "step 2: the student loss is inf; nothing was updated with it"
+        assert checkpoint.read(folder / f"rank-{rank}", "changed")[1]["changed"] == []
 
 
 def test_a_member_that_dies_ends_the_job(tmp_path):
@@ -102,16 +136,19 @@ def test_a_member_that_dies_ends_the_job(tmp_path):
 def test_the_command_line(tmp_path):
     """`torchrun -m simsid train`: one run folder, one report, one voice; a mistake is one sentence a process."""
     films = tiny.zhanglab(tmp_path / "films", train=20)
+    (films / "train" / "NORMAL" / "IM-0500-0001.png").write_bytes(b"no image")
     command = ["-m", "simsid", "train", films, "-o", tmp_path / "run", "--epochs", "2", *tiny.OPTIONS]
     command += ["--device", "cpu"]  # of GPUs there may be one, and one alone
     done = torchrun(*command, "--batch-size", "8")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("kept epoch") == done.stdout.count("training on 18 images") == 1
+    assert done.stdout.count("kept epoch") == done.stdout.count("training on 19 images") == 1
     assert (tmp_path / "run" / "report.html").exists() and len(tiny.metrics(tmp_path / "run")) == 2
-    assert Model.load(tmp_path / "run").calibration.count == 18
+    assert Model.load(tmp_path / "run").calibration.count == 19
+    assert [row["path"][-16:] for row in tiny.rows(tmp_path / "run" / "failures.csv")] == ["IM-0500-0001.png"]
     done = torchrun(*command, "--batch-size", "5")
     assert done.returncode != 0
-    assert "simsid: rank 0: " in done.stderr and "already holds a run or a model" in done.stderr
+    first = next(line for line in done.stderr.splitlines() if line.startswith("simsid: rank "))
+    assert first.startswith("simsid: rank 0: ") and "already holds a run or a model" in first
 
 
 def test_ranks_are_what_torchrun_says(monkeypatch):
@@ -155,6 +192,26 @@ def test_other_commands_are_for_one_process(monkeypatch, capsys):
     assert capsys.readouterr().err == "simsid: rank 1: doctor runs as one process; start it without torchrun\n"
 
 
+def test_processes_need_a_place_to_meet(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(RankError, match=r"start the processes with torchrun.*MASTER_ADDR"), Team.gathered("cpu"):
+        pass
+
+
+def test_batch_norms_are_synchronised_and_back():
+    model = tiny.model()
+    images, expected = tiny.images(4), tiny.model()(tiny.images(4)).student
+    tensors = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    for wanted in (True, True, False):
+        distributed.synchronise_batch_norms(model, wanted)
+        kinds = {type(module) for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
+        assert len(kinds) == 1 and (kinds == {nn.BatchNorm2d}) is not wanted
+        assert {name: value.data_ptr() for name, value in model.state_dict().items()} == tensors
+    assert torch.equal(model(images).student, expected)
+
+
 def test_a_batch_divides_among_the_team():
     model, images = tiny.model(), tiny.images(8)
     with pytest.raises(ValueError, match=r"multiple of the 3 processes, .* got batch_size=16 and 8 images"):
@@ -168,6 +225,8 @@ def test_a_batch_divides_among_the_team():
 
 def test_alone_nothing_is_exchanged():
     team, values = Team(), torch.arange(3.0)
+    assert list(team.in_order(abs, [-1, 2], 1)) == [(-1, 1), (2, 2)]
+    assert team.from_main(lambda: 3) == 3 and team.everyones(3) == [3]
     assert team.main and team.any(True) and not team.any(False)
     assert team.mean(values) is values and team.concatenated(values) is values and team.share(values).equal(values)
     columns = {"residual": np.arange(3.0)}

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +154,18 @@ def test_another_request_is_refused(whole, changes, message):
     with pytest.raises(RunError, match=f"was started with {message}; resume it with the same, or start anew$"):
         fit(whole, **{"images": tiny.images(12), "val": tiny.images(3, 1), "resume": True, **changes})
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+def test_a_state_of_an_older_version_is_gone_on_from(tmp_path, whole):
+    """Settings that it did not know were at their defaults."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    document = json.loads((run / "last.json").read_text())
+    for name, setting in (("training", "cuda_graph"), ("config", "temperature")):
+        del document[name][setting]
+    (run / "last.json").write_text(json.dumps(document))
+    history = fit(run, tiny.images(12), val=tiny.images(3, 1), resume=True)
+    assert len(history.epochs) == 3 and tiny.metrics(run) == tiny.metrics(whole)
 
 
 def test_another_model_is_refused(whole):

@@ -375,6 +375,24 @@ def test_a_run_that_stops_so_keeps_its_last_checkpoint(monkeypatch, tmp_path):
     tiny.assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_statistics_that_are_not_finite_are_not_trained_on(monkeypatch):
+    """The iteration that was stopped had measured them; all scores would be NaN from there on."""
+    model, real = tiny.model(), step_module.augment
+    before = weights(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(step_module, "augment", lambda images, **options: real(images, **options) * math.nan)
+        trainer = Trainer(model, TrainingConfig(epochs=1, batch_size=4))
+        with pytest.raises(NonFiniteError, match=r"^step 0: the"):
+            trainer.fit(tiny.images(4))
+    with pytest.raises(NonFiniteError, match=r"^the model's encoder\.entry\.entry\.1\.running_mean is not finite"):
+        trainer.fit(tiny.images(4))
+    model.load_state_dict(before)
+    trainer.fit(tiny.images(4))
+    other = tiny.model()
+    fit(other, tiny.images(4))
+    assert same(weights(model), weights(other))
+
+
 def test_bfloat16_is_autocast():
     model = tiny.model(memory="queue")
     kinds = set()
