@@ -150,7 +150,8 @@ class TrainingStep:
 
     def _recorded(self, images: Tensor, with_generator: bool) -> "graphs.Replay | None":
         """Record an iteration; whatever the rehearsals changed is put back."""
-        before = {id(tensor): tensor.clone() for tensor in self._state()}
+        # On the host: on the GPU, weights and moments once more would be the peak of its memory.
+        before = {id(tensor): tensor.to("cpu", copy=True) for tensor in self._state()}
         try:
             # The random numbers that the rehearsals draw are put back too.
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
