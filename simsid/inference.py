@@ -32,7 +32,7 @@ class InferenceForm:
         self._places = [tensor.data_ptr() for tensor in self._tensors]
         self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._counted]
-        self.patches = model.config.patches
+        self.patches, self._names = model.config.patches, model.signal_names
         self.encoder, self.student, self.discriminator = map(_twin, (model.encoder, model.student, model.discriminator))
         self._folded: list[tuple[nn.Conv2d, nn.Conv2d, _BatchNorm]] = []
         for part in (self.encoder, self.student):
@@ -83,7 +83,7 @@ class InferenceForm:
         if replay is None:
             try:
                 # Everything at once: one graph serves all signals and the reconstruction.
-                replay = graphs.record(lambda inputs: self._compute(inputs, self._available), [images])
+                replay = graphs.record(lambda inputs: self._compute(inputs, self._names), [images])
             except RuntimeError as error:
                 warnings.warn(
                     f"inference could not be recorded as a CUDA graph and runs eagerly: {error}", stacklevel=2
@@ -92,11 +92,6 @@ class InferenceForm:
                 return self._compute(images, names)
             self._replays[images.shape] = replay
         return replay(images)
-
-    @property
-    def _available(self) -> tuple[str, ...]:
-        without = () if self.student.inpainting is not None else ("memory_distance",)
-        return tuple(name for name in signals.SIGNALS if name not in without)
 
     def _compute(self, images: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         encoded = self.encoder(patches.split(images, self.patches))
