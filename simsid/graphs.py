@@ -65,7 +65,9 @@ def record(
             before.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=share.graph.pool() if share is not None else None, stream=stream):
+            # What other threads do with the GPU meanwhile (pinning, allocating) is no part of it and does no harm.
+            pool, mode = share.graph.pool() if share is not None else None, "thread_local"
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
                 output = work(*kept)
         finally:
             # Where the recording fails, PyTorch leaves its stream the current one.
