@@ -112,7 +112,7 @@ class Records:
         Refused: records of another device, or dry ones where these are not, or the other way round.
     """
 
-    def __init__(self, folder: pathlib.Path, stage: str, about: Result) -> None:
+    def __init__(self, folder: pathlib.Path, stage: str, about: Result, source: str = "unknown") -> None:
         for other in load(folder).values():
             for name in ("dry_run", "device", "torch", "triton"):
                 if other["about"][name] != about[name]:
@@ -120,7 +120,7 @@ class Records:
                         f"{folder} holds records with {name} {other['about'][name]!r}, this is {about[name]!r}: "
                         f"choose another --output"
                     )
-        self.path = folder / f"{stage}.json"
+        self.path, self.source = folder / f"{stage}.json", source
         self.content = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {"items": {}}
         self.content |= {"stage": stage, "about": about}
 
@@ -178,7 +178,7 @@ def perform(items: Iterable[Item], records: Records, clock: Clock, again: bool =
         result = item.run(left if callable(item.seconds) else min(left, 3 * needed))
         took = round(time.monotonic() - began, 1)
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        records.put(item.name, result | {"took": took, "when": now, "commit": commit(), "command": sys.argv})
+        records.put(item.name, result | {"took": took, "when": now, "commit": records.source, "command": sys.argv})
         print(f"{item.name}: {result['status']}, {took} s{_because(result)}", flush=True)
         if result["status"] not in FINISHED:
             left_out.append(f"{item.name}: {result.get('reason', result['status'])}")
@@ -837,6 +837,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="of a training (default: 200, or 2 of a dry run)")
     parser.add_argument("--seeds", type=int, help="trainings of each model (default: 3, of the study 1)")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--commit", help="of the source, where a copy has no git to ask")
     parser.add_argument("--only", default="", help="only the items whose name contains this")
     parser.add_argument("--again", action="store_true", help="also do again what failed")
     parser.add_argument("--anyway", action="store_true", help="go on although packages are missing")
@@ -868,7 +869,7 @@ def main(given: list[str] | None = None) -> int:
     if options.dry_run:
         print(DRY)
     with alone(options.output):
-        records = Records(options.output, options.stage, about)
+        records = Records(options.output, options.stage, about, options.commit or commit())
         items = {
             "correct": lambda: correct_items(options),
             "fast": lambda: fast_items(options),

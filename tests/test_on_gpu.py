@@ -27,7 +27,6 @@ def clock(monkeypatch):
     """A clock that only work moves."""
     now = types.SimpleNamespace(time=1000.0)
     monkeypatch.setattr(on_gpu.time, "monotonic", lambda: now.time)
-    monkeypatch.setattr(on_gpu, "commit", lambda: "abc1234")
     return now
 
 
@@ -43,7 +42,7 @@ def item(name, seconds, clock, done, status="passed", **more):
 def test_a_call_stops_where_the_rest_would_not_fit_and_the_next_goes_on(tmp_path, clock, capsys):
     done = []
     items = [item("one", 30, clock, done), item("two", 60, clock, done), item("three", 10, clock, done)]
-    records = Records(tmp_path, "correct", ABOUT)
+    records = Records(tmp_path, "correct", ABOUT, "abc1234")
     left_out = on_gpu.perform(items, records, Clock(on_gpu.MARGIN + 50))
     assert [name for name, _ in done] == ["one", "three"], "what is smaller still fits"
     assert left_out == ["two: may need 60 s, 20 s are left"]
