@@ -188,6 +188,9 @@ class TrainingStep:
                 tensor.copy_(before[id(tensor)])
             else:
                 tensor.zero_()
+        # Their memory, as much as the weights', would lie beside the recording's own.
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
 
     def _iterate(self, images: Tensor, with_generator: bool) -> None:
         config, model = self.config, self.model
