@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from simsid.cli import COMMANDS
@@ -30,7 +31,7 @@ def chest_xray(tmp_path, monkeypatch):
 
 
 def test_python_examples_run(chest_xray, capsys):
-    training, ops = blocks("python")
+    training, ops, _ = blocks("python")
     assert "epochs=60" in training
     shared: dict[str, object] = {}
     exec(training.replace("epochs=60", "epochs=1"), shared)
@@ -38,6 +39,14 @@ def test_python_examples_run(chest_xray, capsys):
     assert "torch.Size([8, 1, 128, 128])" in capsys.readouterr().out
     exec(ops, shared)
     assert shared["mixed"].shape == (16, 16, 512)
+
+
+def test_the_picture_is_drawn_as_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.calibrated("simsid-demo")
+    exec(blocks("python")[2], {})
+    with Image.open("demo.png") as drawn, Image.open(ROOT / "docs" / "demo.png") as shown:
+        assert drawn.size == shown.size
 
 
 def test_commands_exist():
