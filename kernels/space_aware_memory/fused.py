@@ -46,13 +46,9 @@ def _multiply(b_a, b_b, b_acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
-    """Add a @ b to the accumulator, nearly as exactly as float32 does where one side is float32."""
+    """Add a @ b to the accumulator, nearly as exactly as float32 does where a is float32 and b has 16 bits."""
     if b_a.dtype == b_b.dtype:
         return _multiply(b_a, b_b, b_acc, PRECISION)
-    if b_a.dtype == tl.bfloat16:
-        b_high = b_b.to(tl.bfloat16)
-        b_low = (b_b - b_high.to(tl.float32)).to(tl.bfloat16)
-        return _multiply(b_a, b_high, _multiply(b_a, b_low, b_acc, PRECISION), PRECISION)
     if b_b.dtype == tl.bfloat16:
         b_high = b_a.to(tl.bfloat16)
         b_low = (b_a - b_high.to(tl.float32)).to(tl.bfloat16)
