@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,21 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") is None:
     if "triton" in sys.modules:
         raise RuntimeError("triton was imported before tests/kernels/conftest.py could switch its interpreter on")
     os.environ["TRITON_INTERPRET"] = "1"
+
+if interpreter_on() and TRITON_INSTALLED:
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    _cast_impl = InterpreterBuilder.cast_impl
+
+    def _cast_impl_and_round(self, src, dst_type):
+        """Round float32 to bfloat16 as a GPU does, where the interpreter cuts: then one limit on errors serves both."""
+        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
+            return _cast_impl(self, src, dst_type)
+        rounded = torch.from_numpy(np.array(src.data)).to(torch.bfloat16)
+        return TensorHandle(rounded.view(torch.uint16).numpy(), dst_type.scalar)
+
+    InterpreterBuilder.cast_impl = _cast_impl_and_round
 
 if interpreter_on() and TRITON_INSTALLED and importlib.metadata.version("triton").startswith("3.6."):
     from triton.runtime import interpreter
