@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from simsid import Model, TrainingConfig, signals
+from simsid import Model, TrainingConfig
 from simsid.data import Record, augment, load_images
-from simsid.discriminator import Discriminator
-from simsid.generator import Encoded, Generator
-from simsid.inpainting import InpaintingBlock, NeighborAttention
-from simsid.layers import ConvBlock
-from simsid.memory import DecoderMemory, SpaceAwareMemory
-from simsid.model import Reconstruction
-from simsid.patches import merge, split
+from simsid.models import signals
+from simsid.models.discriminator import Discriminator
+from simsid.models.generator import Encoded, Generator
+from simsid.models.inpainting import InpaintingBlock, NeighborAttention
+from simsid.models.layers import ConvBlock
+from simsid.models.memory import DecoderMemory, SpaceAwareMemory
+from simsid.models.model import Reconstruction
+from simsid.models.patches import merge, split
 from simsid.scoring import Score, preparation, threshold
 
 PAPERS = {"distillation": True, "inpainting": "attention", "border": "zero", "shrinkage": "topk", "gumbel_noise": False}

@@ -417,7 +417,7 @@ def train(options: dict) -> dict[str, object]:
 
 def baselines(options: dict) -> dict[str, object]:
     """Score the same films by the plain baselines on their pixels."""
-    from simsid.baselines import BASELINES
+    from simsid.models.baselines import BASELINES
 
     images = films(options, TINY["image_size"] if options["dry_run"] else 128)
     pixels = {

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from simsid import Config, Model, TrainingConfig
 from simsid.data import Radiographs, stream_images
 from simsid.kernels.backend import why_not_triton
-from simsid.model import BATCH
+from simsid.models.model import BATCH
 from simsid.scoring import Score, preparation, score_files
 from simsid.step import TrainingStep
 

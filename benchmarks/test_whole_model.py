@@ -15,8 +15,8 @@ from models import BASELINE, METHODS, PAPERS, PRODUCT, VARIANTS
 from shapes import MODEL
 
 from simsid.data import ZhangLab, load_images
-from simsid.losses import reconstruction_loss
-from simsid.model import BATCH
+from simsid.models.losses import reconstruction_loss
+from simsid.models.model import BATCH
 from simsid.scoring import preparation
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,8 +12,8 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "space_aware
 
 _EXPORTS = {
     "Config": "simsid.config",
-    "Model": "simsid.model",
-    "Reconstruction": "simsid.model",
+    "Model": "simsid.models.model",
+    "Reconstruction": "simsid.models.model",
     "Trainer": "simsid.training",
     "TrainingConfig": "simsid.config",
     "History": "simsid.training",

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from simsid import __version__, checkpoint, scoring
 from simsid.data import Record, iter_records
 from simsid.distributed import Rank
-from simsid.model import BATCH, Model
+from simsid.models.model import BATCH, Model
 from simsid.scoring import Score
 
 SYNC_SECONDS = 10

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from simsid.data import Dataset, ImageSet, Record
     from simsid.distributed import Rank, Team
     from simsid.metrics import Evaluation
-    from simsid.model import Model
+    from simsid.models.model import Model
     from simsid.runs import RunFolder
     from simsid.training import History
 
@@ -449,7 +449,7 @@ class Calibrate:
         """Calibrate and save."""
         from simsid import runs
         from simsid.data import open_dataset
-        from simsid.model import Model
+        from simsid.models.model import Model
 
         device = self.machine.prepare()
         model = Model.load(self.model, device=device)
@@ -486,9 +486,9 @@ class Baselines:
         import numpy as np
 
         from simsid import scoring
-        from simsid.baselines import BASELINES
         from simsid.data import load_images, open_dataset
         from simsid.metrics import Evaluation, format_table
+        from simsid.models.baselines import BASELINES
 
         self.machine.prepare()
         dataset = open_dataset(self.data)
@@ -567,7 +567,7 @@ class Convert:
 
     def run(self) -> int:
         """Convert, save, and calibrate where images are given."""
-        from simsid import released
+        from simsid.models import released
 
         if (self.output / "model.json").exists():
             raise UsageError(f"{self.output} already holds a model; choose another folder with -o")
@@ -777,14 +777,14 @@ def _sentence(error: Exception) -> str:
 def _model(config: Config, seed: int, device: str) -> "Model":
     import torch
 
-    from simsid.model import Model
+    from simsid.models.model import Model
 
     torch.manual_seed(seed)
     return Model(config).to(device)
 
 
 def _calibrated_model(path: pathlib.Path, device: str) -> "Model":
-    from simsid.model import Model
+    from simsid.models.model import Model
 
     model = Model.load(path, device=device)
     if model.calibration is None:

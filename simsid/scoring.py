@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from simsid import metrics, signals
+from simsid import metrics
 from simsid.data import Failure, ImageSet, Record, load_images, stream_images
 from simsid.kernels.ranges import stage
 from simsid.metrics import Evaluation
-from simsid.model import BATCH, Model
+from simsid.models import signals
+from simsid.models.model import BATCH, Model
 from simsid.report import Example
 
 

@@ -11,8 +11,8 @@ from simsid.config import TrainingConfig
 from simsid.data import augment
 from simsid.distributed import Judgement, Team, data_parallel, synchronise_batch_norms
 from simsid.kernels.ranges import stage
-from simsid.losses import adversarial_loss, reconstruction_loss
-from simsid.model import Model, Reconstruction
+from simsid.models.losses import adversarial_loss, reconstruction_loss
+from simsid.models.model import Model, Reconstruction
 
 LOSSES = ("real", "fake", "student", "generator", "teacher", "distillation")
 """Every loss by name: the discriminator's first, which every iteration has, then the generator's."""

@@ -23,9 +23,9 @@ from simsid.config import Config, TrainingConfig
 from simsid.data import ImageSet
 from simsid.distributed import Team, synchronise_batch_norms
 from simsid.kernels.ranges import stage
-from simsid.model import Model
+from simsid.models.model import Model
+from simsid.models.signals import Calibration
 from simsid.runs import RunError, RunFolder
-from simsid.signals import Calibration
 from simsid.step import NonFiniteError, TrainingStep
 
 AGREED_EVERY = 8

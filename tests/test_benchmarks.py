@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from simsid import TrainingConfig
-from simsid.losses import reconstruction_loss
+from simsid.models.losses import reconstruction_loss
 from simsid.step import TrainingStep
 
 ROOT = pathlib.Path(__file__).parents[1]

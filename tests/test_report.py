@@ -234,7 +234,7 @@ def test_examples_are_checked():
 def test_libraries_load_late_and_matplotlib_keeps_its_settings(tmp_path):
     code = f"""
 import sys
-import simsid.baselines, simsid.metrics, simsid.report
+import simsid.models.baselines, simsid.metrics, simsid.report
 late = {{"matplotlib", "sklearn", "PIL", "torch"}}
 assert not late & set(sys.modules), late & set(sys.modules)
 import matplotlib

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from simsid import Model, data, metrics, scoring
-from simsid.signals import CalibrationError
+from simsid.models.signals import CalibrationError
 
 
 @pytest.fixture(scope="module")

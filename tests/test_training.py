@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from simsid import Model, Trainer, TrainingConfig, checkpoint, data, training
 from simsid import step as step_module
-from simsid.memory import SpaceAwareMemory
+from simsid.models.memory import SpaceAwareMemory
 from simsid.runs import RunError
 from simsid.step import NonFiniteError, TrainingStep
 

@@ -5,7 +5,7 @@ import torch
 from harness import DEVICE, needs_kernels
 
 from simsid.config import Config
-from simsid.model import Model
+from simsid.models.model import Model
 
 TINY = {"image_size": 48, "patches": 3, "levels": 2, "width": 4, "items": 7, "decoder_items": 6, "topk": 2, "heads": 2}
 

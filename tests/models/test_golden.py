@@ -7,11 +7,11 @@ import pytest
 import torch
 from shared import GOLDEN, needs_golden
 
-from simsid import losses
 from simsid.config import TrainingConfig
 from simsid.kernels.launch import record_launches
-from simsid.model import Model
-from simsid.released import ITEMS, PACKED, convert, renamed_names
+from simsid.models import losses
+from simsid.models.model import Model
+from simsid.models.released import ITEMS, PACKED, convert, renamed_names
 
 pytestmark = needs_golden
 FORWARD, GRADIENT = 1e-4, 2e-2

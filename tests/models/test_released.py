@@ -8,9 +8,9 @@ import pytest
 import tiny
 import torch
 
-from simsid import released
-from simsid.model import Model
-from simsid.released import ConversionError, convert, read_released
+from simsid.models import released
+from simsid.models.model import Model
+from simsid.models.released import ConversionError, convert, read_released
 
 BLOCK = {ours: theirs for theirs, ours in released.BLOCK.items()}
 

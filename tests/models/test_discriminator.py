@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from simsid.discriminator import Discriminator
+from simsid.models.discriminator import Discriminator
 
 
 def worn(image_size: int) -> Discriminator:

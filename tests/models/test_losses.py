@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from simsid.losses import adversarial_loss, distillation_loss, reconstruction_loss
+from simsid.models.losses import adversarial_loss, distillation_loss, reconstruction_loss
 
 
 def test_distillation_sums_over_blocks_and_detaches_neither():

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from simsid import patches
 from simsid.config import Config
 from simsid.kernels import space_aware_memory
+from simsid.models import patches
 
 
 class SpaceAwareMemory(nn.Module):

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simsid import checkpoint, patches
+from simsid import checkpoint
 from simsid.config import Config, ConfigError
-from simsid.discriminator import Discriminator
-from simsid.generator import Encoder, Generator
-from simsid.inference import InferenceForm
 from simsid.kernels.ranges import stage
-from simsid.losses import distillation_loss
-from simsid.signals import SIGNALS, Calibration, CalibrationError
+from simsid.models import patches
+from simsid.models.discriminator import Discriminator
+from simsid.models.generator import Encoder, Generator
+from simsid.models.inference import InferenceForm
+from simsid.models.losses import distillation_loss
+from simsid.models.signals import SIGNALS, Calibration, CalibrationError
 
 BATCH = 16
 """Images that pass through the network at a time; fewer are filled up, since libraries sum in another order for another
@@ -86,7 +87,7 @@ class Model(nn.Module):
 
     @property
     def signal(self) -> str:
-        """The full name of the signal that `score` uses, one of `simsid.signals.SIGNALS`."""
+        """The full name of the signal that `score` uses, one of `simsid.models.signals.SIGNALS`."""
         name = self.config.signal
         return f"{name}_{self.config.score_statistics}" if name == "discriminator" else name
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from simsid import patches
+from simsid.models import patches
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

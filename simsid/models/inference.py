@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_weights
 
-from simsid import graphs, patches, signals
+from simsid import graphs
 from simsid.kernels.ranges import stage
+from simsid.models import patches, signals
 
 
 class InferenceForm:

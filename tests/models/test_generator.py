@@ -4,8 +4,8 @@ import pytest
 import tiny
 import torch
 
-from simsid import patches
-from simsid.generator import Encoder, Generator
+from simsid.models import patches
+from simsid.models.generator import Encoder, Generator
 
 
 def sized(P=2, levels=3, **changes):

@@ -4,8 +4,8 @@ import pytest
 import tiny
 import torch
 
-from simsid import patches
-from simsid.memory import DecoderMemory, SpaceAwareMemory, hard_shrinkage_memory
+from simsid.models import patches
+from simsid.models.memory import DecoderMemory, SpaceAwareMemory, hard_shrinkage_memory
 
 
 def memory(locations=4, items=6, features=5, *, queue=False, **changes) -> SpaceAwareMemory:

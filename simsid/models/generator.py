@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simsid import patches
 from simsid.config import Config
-from simsid.inpainting import InpaintingBlock
 from simsid.kernels.ranges import stage
-from simsid.layers import ConvBlock
-from simsid.memory import DecoderMemory
+from simsid.models import patches
+from simsid.models.inpainting import InpaintingBlock
+from simsid.models.layers import ConvBlock
+from simsid.models.memory import DecoderMemory
 
 
 class Encoded(NamedTuple):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from simsid.config import Config
 from simsid.kernels import neighbor_attention, residual_layer_norm
 from simsid.kernels.ranges import stage
-from simsid.memory import SpaceAwareMemory
+from simsid.models.memory import SpaceAwareMemory
 
 
 class Inpainted(NamedTuple):

@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch.nn import functional as F
 
-from simsid.inpainting import InpaintingBlock, NeighborAttention
+from simsid.models.inpainting import InpaintingBlock, NeighborAttention
 
 
 def block(seed=0, **changes) -> InpaintingBlock:

@@ -10,7 +10,7 @@ from test_model import images, lively
 from torch import nn
 
 from simsid import Model
-from simsid.inference import InferenceForm
+from simsid.models.inference import InferenceForm
 
 CHANGES = [
     {},

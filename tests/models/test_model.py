@@ -17,9 +17,9 @@ import torch
 from simsid import checkpoint
 from simsid.checkpoint import CheckpointError
 from simsid.config import ABLATIONS, PRESETS, Config, ConfigError
-from simsid.losses import adversarial_loss, reconstruction_loss
-from simsid.model import BATCH, Model
-from simsid.signals import SIGNALS, Calibration, CalibrationError
+from simsid.models.losses import adversarial_loss, reconstruction_loss
+from simsid.models.model import BATCH, Model
+from simsid.models.signals import SIGNALS, Calibration, CalibrationError
 
 
 def lively(**changes) -> Model:
@@ -229,7 +229,7 @@ def test_order_does_not_matter_on_two_threads():
     """In a process of its own, whose threads wait without spinning: tests share their machine."""
     script = (
         "import sys, torch\n"
-        "sys.path.insert(0, sys.argv[1])\n"
+        "sys.path[:0] = sys.argv[1:]\n"
         "import test_model\n"
         "torch.set_num_threads(2)\n"
         "model, batch = test_model.lively(), test_model.images(5)\n"
@@ -238,7 +238,8 @@ def test_order_does_not_matter_on_two_threads():
         "assert all((part[name] == whole[name][::-1]).all() for name in whole)\n"
     )
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}
-    subprocess.run([sys.executable, "-c", script, os.path.dirname(__file__)], check=True, env=environment)
+    folders = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
+    subprocess.run([sys.executable, "-c", script, *folders], check=True, env=environment)
 
 
 def test_signals_are_what_they_are_called():
@@ -451,7 +452,7 @@ def test_imports_stay_light():
     script = (
         "import sys, simsid\n"
         "assert not {'torch', 'numpy'} & set(sys.modules), 'import simsid'\n"
-        "import simsid.model, simsid.released\n"
+        "import simsid.models.model, simsid.models.released\n"
         "found = {'triton', 'matplotlib', 'sklearn', 'pydicom', 'PIL', 'tyro', 'tensorboard'} & set(sys.modules)\n"
         "assert not found, found\n"
     )

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from simsid.baselines import BASELINES, knn, pca
+from simsid.models.baselines import BASELINES, knn, pca
 
 
 def some_images(seed=0, count=60):

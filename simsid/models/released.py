@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simsid import checkpoint
 from simsid.config import Config, ConfigError
-from simsid.model import Model
+from simsid.models.model import Model
 
 BLOCK = {"conv1.0": "entry.0", "conv1.1": "entry.1", "conv2.0": "inner.0", "conv2.1": "inner.1"} | {
     "conv2.3": "outer.0",

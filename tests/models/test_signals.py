@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from simsid.signals import SIGNALS, Calibration, focal_residual, heat_map, local_residual, memory_distance, residual
+from simsid.models.signals import (
+    SIGNALS,
+    Calibration,
+    focal_residual,
+    heat_map,
+    local_residual,
+    memory_distance,
+    residual,
+)
 
 
 @pytest.fixture
