@@ -88,7 +88,7 @@ class Baseline:
 
 
 class BaselineStep:
-    """Updates a model as `simsid.step.TrainingStep` does, in the written-out manner."""
+    """Updates a model as `simsid.training.step.TrainingStep` does, in the written-out manner."""
 
     def __init__(self, model: Model, config: TrainingConfig | None = None) -> None:
         self.baseline, self.config = Baseline(model), config or TrainingConfig()

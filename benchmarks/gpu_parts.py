@@ -30,7 +30,7 @@ from simsid.config import ABLATIONS
 from simsid.data import ImageSet, Record, ZhangLab, load_images
 from simsid.kernels import inspect, neighbor_attention, residual_layer_norm, space_aware_memory
 from simsid.kernels.launch import record_launches
-from simsid.step import LOSSES, TrainingStep
+from simsid.training.step import LOSSES, TrainingStep
 
 RESULT = "RESULT "
 METHODS = {"simsid": Config.simsid, "squid": Config.squid}

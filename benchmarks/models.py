@@ -20,7 +20,7 @@ from simsid.data import Radiographs, stream_images
 from simsid.kernels.backend import why_not_triton
 from simsid.models.model import BATCH
 from simsid.scoring import Score, preparation, score_files
-from simsid.step import TrainingStep
+from simsid.training.step import TrainingStep
 
 METHODS = {"SimSID": Config.simsid, "SQUID": Config.squid}
 PAPERS = {"training": {"SimSID": 11.0, "SQUID": 28.2}, "inference": {"SimSID": 9.0, "SQUID": 9.5}}

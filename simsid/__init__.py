@@ -14,9 +14,9 @@ _EXPORTS = {
     "Config": "simsid.config",
     "Model": "simsid.models.model",
     "Reconstruction": "simsid.models.model",
-    "Trainer": "simsid.training",
+    "Trainer": "simsid.training.trainer",
     "TrainingConfig": "simsid.config",
-    "History": "simsid.training",
+    "History": "simsid.training.trainer",
 }
 _MODULES = ("data", "kernels")
 

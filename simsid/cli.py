@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from simsid.distributed import Rank, Team
     from simsid.metrics import Evaluation
     from simsid.models.model import Model
-    from simsid.runs import RunFolder
-    from simsid.training import History
+    from simsid.training.run_folder import RunFolder
+    from simsid.training.trainer import History
 
 FEWEST_HELD_OUT = 50
 """With fewer normal validation images than this, some training images are held out beside them."""
@@ -110,9 +110,10 @@ class Demo:
 
     def run(self) -> int:
         """Train, evaluate on held-out digits, print the table, write the report."""
-        from simsid import demo, runs, scoring
+        from simsid import demo, scoring
         from simsid.metrics import format_table
-        from simsid.training import Trainer
+        from simsid.training import run_folder as runs
+        from simsid.training.trainer import Trainer
 
         device = self.machine.prepare()
         config, training = Config.digit_anatomy(), demo.training(self.epochs, self.seed)
@@ -183,7 +184,7 @@ class Train:
 
     def _train(self, request: "Train", device: str, workers: int, team: "Team") -> int:
         from simsid.data import open_dataset
-        from simsid.training import Trainer
+        from simsid.training.trainer import Trainer
 
         train_records, val_records = team.from_main(lambda: partition(open_dataset(request.data), request.val_share))
         path = self.resume or request.output or pathlib.Path("runs") / f"{request.data.resolve().stem}-{request.name}"
@@ -213,7 +214,7 @@ class Train:
         """Hold the run folder, with the request in it."""
         import torch
 
-        from simsid import runs
+        from simsid.training import run_folder as runs
 
         with runs.RunFolder(path) as folder:
             if not self.resume:
@@ -447,9 +448,9 @@ class Calibrate:
 
     def run(self) -> int:
         """Calibrate and save."""
-        from simsid import runs
         from simsid.data import open_dataset
         from simsid.models.model import Model
+        from simsid.training import run_folder as runs
 
         device = self.machine.prepare()
         model = Model.load(self.model, device=device)
@@ -842,7 +843,8 @@ def _write_report(
     notes: list[str],
     training: TrainingConfig | None,
 ) -> None:
-    from simsid import report, runs, scoring
+    from simsid import report, scoring
+    from simsid.training import run_folder as runs
 
     shown = evaluation.signals[evaluation.default]
     configuration = {"model": model.config.to_dict()}
@@ -860,8 +862,9 @@ def _write_report(
 
 
 def _score_report(model: "Model", summary: "Summary", report: pathlib.Path, data: pathlib.Path) -> None:
-    from simsid import runs, scoring
+    from simsid import scoring
     from simsid.report import write_report
+    from simsid.training import run_folder as runs
 
     count = len(summary.top)
     write_report(
@@ -908,7 +911,7 @@ def _check_replaceable(path: pathlib.Path, command: str) -> None:
 
 
 def _clear_run(path: pathlib.Path) -> None:
-    from simsid.runs import WRITTEN
+    from simsid.training.run_folder import WRITTEN
 
     # The request goes last: a folder without it is refused the next time.
     for pattern in (*(name for name in WRITTEN if name != "run.json"), "report.html", "run.json"):

@@ -11,7 +11,7 @@ import torch
 
 from simsid import TrainingConfig
 from simsid.models.losses import reconstruction_loss
-from simsid.step import TrainingStep
+from simsid.training.step import TrainingStep
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

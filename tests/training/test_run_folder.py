@@ -10,11 +10,11 @@ import pytest
 import tiny
 
 from simsid import data
-from simsid.runs import WRITTEN, RunError, RunFolder, versions
+from simsid.training.run_folder import WRITTEN, RunError, RunFolder, versions
 
 HOLD = """
 import sys, time
-from simsid.runs import RunFolder
+from simsid.training.run_folder import RunFolder
 
 folder = RunFolder(sys.argv[1])
 print("held", flush=True)

@@ -25,8 +25,8 @@ from simsid.distributed import Team, synchronise_batch_norms
 from simsid.kernels.ranges import stage
 from simsid.models.model import Model
 from simsid.models.signals import Calibration
-from simsid.runs import RunError, RunFolder
-from simsid.step import NonFiniteError, TrainingStep
+from simsid.training.run_folder import RunError, RunFolder
+from simsid.training.step import NonFiniteError, TrainingStep
 
 AGREED_EVERY = 8
 """Iterations on GPUs after which a team asks whether anyone pressed Ctrl-C."""

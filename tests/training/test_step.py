@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from simsid import TrainingConfig, graphs
-from simsid.step import LOSSES, NonFiniteError, TrainingStep
+from simsid.training.step import LOSSES, NonFiniteError, TrainingStep
 
 CHANGES = [{}, {"memory": "queue", "rho": 0.7, "dropout": 0.3}, {"distillation": False}, {"pixel_inpainting": 0.25}]
 

@@ -13,11 +13,12 @@ import tiny
 import torch
 from torch.nn import functional as F
 
-from simsid import Model, Trainer, TrainingConfig, checkpoint, data, training
-from simsid import step as step_module
+from simsid import Model, Trainer, TrainingConfig, checkpoint, data
 from simsid.models.memory import SpaceAwareMemory
-from simsid.runs import RunError
-from simsid.step import NonFiniteError, TrainingStep
+from simsid.training import step as step_module
+from simsid.training import trainer as training
+from simsid.training.run_folder import RunError
+from simsid.training.step import NonFiniteError, TrainingStep
 
 PLAIN = {"translate": 0.0, "scale": 0.0, "batch_size": 4}
 """No augmentation: what a step computes is then a function of the images alone."""

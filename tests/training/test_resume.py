@@ -14,8 +14,8 @@ import tiny
 import torch
 
 from simsid import Model, Trainer, TrainingConfig, checkpoint, cli
-from simsid.runs import RunError, RunFolder
-from simsid.step import TrainingStep
+from simsid.training.run_folder import RunError, RunFolder
+from simsid.training.step import TrainingStep
 
 EPOCHS = 6
 OPTIONS = [*tiny.OPTIONS, "--memory", "queue", "--rho", "0.8", "--epochs", str(EPOCHS), "--batch-size", "4"]
