@@ -25,7 +25,7 @@ from simsid.models.layers import ConvBlock
 from simsid.models.memory import DecoderMemory, SpaceAwareMemory
 from simsid.models.model import Reconstruction
 from simsid.models.patches import merge, split
-from simsid.scoring import Score, preparation, threshold
+from simsid.scoring.stream import Score, preparation, threshold
 
 PAPERS = {"distillation": True, "inpainting": "attention", "border": "zero", "shrinkage": "topk", "gumbel_noise": False}
 AROUND = [(row, column) for row in (0, 1, 2) for column in (0, 1, 2) if (row, column) != (1, 1)]
@@ -72,7 +72,7 @@ class Baseline:
         return {name: np.array(values) for name, values in columns.items()}
 
     def score_files(self, files: Iterable[Record | str], batch_size: int = 1) -> Iterator[Score]:
-        """Score readable files as `simsid.scoring.score_files` does, each batch read file by file before it."""
+        """Score readable files as `simsid.scoring.stream.score_files` does, each batch read file by file before it."""
         model, files = self.model, list(files)
         limit, name = threshold(model), model.signal
         for start in range(0, len(files), batch_size):

@@ -19,7 +19,7 @@ from simsid import Config, Model, TrainingConfig
 from simsid.data import Radiographs, stream_images
 from simsid.kernels.backend import why_not_triton
 from simsid.models.model import BATCH
-from simsid.scoring import Score, preparation, score_files
+from simsid.scoring.stream import Score, preparation, score_files
 from simsid.training.step import TrainingStep
 
 METHODS = {"SimSID": Config.simsid, "SQUID": Config.squid}

@@ -17,7 +17,7 @@ from shapes import MODEL
 from simsid.data import ZhangLab, load_images
 from simsid.models.losses import reconstruction_loss
 from simsid.models.model import BATCH
-from simsid.scoring import preparation
+from simsid.scoring.stream import preparation
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LONG = 5.0  # seconds of a call from which on two rounds do

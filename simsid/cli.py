@@ -21,11 +21,11 @@ from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 from simsid.config import ABLATIONS, PRESETS, Config, ConfigError, TrainingConfig
 
 if TYPE_CHECKING:
-    from simsid.archive import Summary, Work
     from simsid.data import Dataset, ImageSet, Record
     from simsid.distributed import Rank, Team
     from simsid.metrics import Evaluation
     from simsid.models.model import Model
+    from simsid.scoring.archive import Summary, Work
     from simsid.training.run_folder import RunFolder
     from simsid.training.trainer import History
 
@@ -110,8 +110,9 @@ class Demo:
 
     def run(self) -> int:
         """Train, evaluate on held-out digits, print the table, write the report."""
-        from simsid import demo, scoring
+        from simsid import demo
         from simsid.metrics import format_table
+        from simsid.scoring import stream as scoring
         from simsid.training import run_folder as runs
         from simsid.training.trainer import Trainer
 
@@ -236,8 +237,8 @@ class Train:
         self, request: "Train", path: pathlib.Path, model: "Model", val: "ImageSet | None", history: "History"
     ) -> None:
         """Say what came of it, and report on the validation images where they are labelled."""
-        from simsid import scoring
         from simsid.metrics import format_table
+        from simsid.scoring import stream as scoring
 
         quoted = shlex.quote(str(path))
         if history.interrupted:
@@ -304,9 +305,10 @@ class Evaluate:
 
     def run(self) -> int:
         """Evaluate and write; the exit status is 1 when a file could not be read."""
-        from simsid import checkpoint, scoring
+        from simsid import checkpoint
         from simsid.data import open_dataset
         from simsid.metrics import format_table
+        from simsid.scoring import stream as scoring
 
         model = _calibrated_model(self.model, self.machine.prepare())
         scoring.threshold(model, self.false_alarm_rate)
@@ -368,8 +370,9 @@ class Score:
         before = _version(table)
         from tqdm import tqdm
 
-        from simsid import archive, scoring
         from simsid.distributed import Rank
+        from simsid.scoring import archive
+        from simsid.scoring import stream as scoring
 
         if self.pictures < 0:
             raise UsageError(f"pictures must be at least 0, got {self.pictures}")
@@ -486,10 +489,10 @@ class Baselines:
         """Fit on normal training images, print the table."""
         import numpy as np
 
-        from simsid import scoring
         from simsid.data import load_images, open_dataset
         from simsid.metrics import Evaluation, format_table
         from simsid.models.baselines import BASELINES
+        from simsid.scoring import stream as scoring
 
         self.machine.prepare()
         dataset = open_dataset(self.data)
@@ -843,7 +846,8 @@ def _write_report(
     notes: list[str],
     training: TrainingConfig | None,
 ) -> None:
-    from simsid import report, scoring
+    from simsid import report
+    from simsid.scoring import stream as scoring
     from simsid.training import run_folder as runs
 
     shown = evaluation.signals[evaluation.default]
@@ -862,8 +866,8 @@ def _write_report(
 
 
 def _score_report(model: "Model", summary: "Summary", report: pathlib.Path, data: pathlib.Path) -> None:
-    from simsid import scoring
     from simsid.report import write_report
+    from simsid.scoring import stream as scoring
     from simsid.training import run_folder as runs
 
     count = len(summary.top)

@@ -190,7 +190,7 @@ def test_the_baseline_trains_as_the_product_does(name):
 
 
 def test_the_baseline_scores_files_as_the_product_does(tmp_path):
-    from simsid.scoring import score_files
+    from simsid.scoring.stream import score_files
 
     model = tiny.calibrated(tmp_path / "model")
     files = tiny.films(tmp_path / "films", 3)

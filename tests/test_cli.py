@@ -15,8 +15,9 @@ import pytest
 import tiny
 import torch
 
-from simsid import Model, cli, data, report, scoring
+from simsid import Model, cli, data, report
 from simsid.data import Record
+from simsid.scoring import stream as scoring
 from simsid.training import run_folder as runs
 
 TRAINING = [*tiny.OPTIONS, "--epochs", "1", "--batch-size", "4"]

@@ -14,9 +14,10 @@ import pytest
 import tiny
 import torch
 
-from simsid import Model, scoring
-from simsid.archive import ArchiveError, Work
+from simsid import Model
 from simsid.distributed import Rank
+from simsid.scoring import stream as scoring
+from simsid.scoring.archive import ArchiveError, Work
 
 TWO = [Rank(0, 2), Rank(1, 2)]
 

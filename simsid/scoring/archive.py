@@ -24,11 +24,12 @@ from typing import BinaryIO
 import torch
 from filelock import FileLock, Timeout
 
-from simsid import __version__, checkpoint, scoring
+from simsid import __version__, checkpoint
 from simsid.data import Record, iter_records
 from simsid.distributed import Rank
 from simsid.models.model import BATCH, Model
-from simsid.scoring import Score
+from simsid.scoring import stream as scoring
+from simsid.scoring.stream import Score
 
 SYNC_SECONDS = 10
 """How much work a power failure may cost; what a kill of the process costs is one batch."""

@@ -7,8 +7,9 @@ import pytest
 import tiny
 import torch
 
-from simsid import Model, data, metrics, scoring
+from simsid import Model, data, metrics
 from simsid.models.signals import CalibrationError
+from simsid.scoring import stream as scoring
 
 
 @pytest.fixture(scope="module")
