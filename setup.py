@@ -47,7 +47,7 @@ setup(
         "tensorboard": TENSORBOARD,
         "test": [*TEST, *CODECS, *TENSORBOARD],
     },
-    entry_points={"console_scripts": ["simsid = simsid.cli:main"]},
+    entry_points={"console_scripts": ["simsid = simsid.commands.main:main"]},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",

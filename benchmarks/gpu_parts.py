@@ -324,7 +324,7 @@ def films(options: dict, size: int) -> dict[str, ImageSet]:
     """Return normal films to train on, labelled ones to validate on, and those of a test split where there is one."""
     if options.get("data") is None:
         return {"train": _random_films(12, 0, size, 0), "val": _random_films(4, 4, size, 1)}
-    from simsid.cli import partition
+    from simsid.commands.main import partition
 
     dataset = ZhangLab(options["data"])
     train, val = partition(dataset, VAL_SHARE)

@@ -1,6 +1,6 @@
 """`python -m simsid` is the command line."""
 
-from simsid.cli import main
+from simsid.commands.main import main
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,8 @@ import torch
 import two_processes
 from torch import nn
 
-from simsid import Model, Trainer, TrainingConfig, checkpoint, cli, distributed
+from simsid import Model, Trainer, TrainingConfig, checkpoint, distributed
+from simsid.commands import main as cli
 from simsid.distributed import Rank, RankError, Team
 
 HERE = pathlib.Path(__file__).parent

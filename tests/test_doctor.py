@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from simsid import cli, doctor
+from simsid import doctor
+from simsid.commands import main as cli
 
 SETUP = pathlib.Path(__file__).parents[1] / "setup.py"
 

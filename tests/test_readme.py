@@ -8,7 +8,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from simsid.cli import COMMANDS
+from simsid.commands.main import COMMANDS
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -17,7 +17,7 @@ from simsid.kernels.ranges import stage
 from simsid.metrics import Evaluation
 from simsid.models import signals
 from simsid.models.model import BATCH, Model
-from simsid.report import Example
+from simsid.report.page import Example
 
 
 @dataclass(frozen=True)

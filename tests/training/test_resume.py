@@ -13,7 +13,8 @@ import pytest
 import tiny
 import torch
 
-from simsid import Model, Trainer, TrainingConfig, checkpoint, cli
+from simsid import Model, Trainer, TrainingConfig, checkpoint
+from simsid.commands import main as cli
 from simsid.training.run_folder import RunError, RunFolder
 from simsid.training.step import TrainingStep
 

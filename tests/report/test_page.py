@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from simsid.metrics import Evaluation
-from simsid.report import NOTICE, Example, write_picture, write_report
+from simsid.report.page import NOTICE, Example, write_picture, write_report
 
 NASTY = '<script src="http://evil.example/x.js">alert(1)</script>&"\'$x_$.png'
 SIGNALS = ("local_residual", "residual", "discriminator_running")
@@ -234,13 +234,13 @@ def test_examples_are_checked():
 def test_libraries_load_late_and_matplotlib_keeps_its_settings(tmp_path):
     code = f"""
 import sys
-import simsid.models.baselines, simsid.metrics, simsid.report
+import simsid.models.baselines, simsid.metrics, simsid.report.page
 late = {{"matplotlib", "sklearn", "PIL", "torch"}}
 assert not late & set(sys.modules), late & set(sys.modules)
 import matplotlib
 matplotlib.rcParams["font.size"] = 33
 before = matplotlib.rcParams.copy()
-simsid.report.write_report(
+simsid.report.page.write_report(
     {str(tmp_path / "r.html")!r}, title="", evaluation=None, examples=[], configuration={{}}, versions={{}}
 )
 assert "matplotlib.pyplot" not in sys.modules

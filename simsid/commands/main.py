@@ -110,7 +110,7 @@ class Demo:
 
     def run(self) -> int:
         """Train, evaluate on held-out digits, print the table, write the report."""
-        from simsid import demo
+        from simsid.commands import demo_data as demo
         from simsid.metrics import format_table
         from simsid.scoring import stream as scoring
         from simsid.training import run_folder as runs
@@ -846,7 +846,7 @@ def _write_report(
     notes: list[str],
     training: TrainingConfig | None,
 ) -> None:
-    from simsid import report
+    from simsid.report import page as report
     from simsid.scoring import stream as scoring
     from simsid.training import run_folder as runs
 
@@ -866,7 +866,7 @@ def _write_report(
 
 
 def _score_report(model: "Model", summary: "Summary", report: pathlib.Path, data: pathlib.Path) -> None:
-    from simsid.report import write_report
+    from simsid.report.page import write_report
     from simsid.scoring import stream as scoring
     from simsid.training import run_folder as runs
 

@@ -15,8 +15,10 @@ import pytest
 import tiny
 import torch
 
-from simsid import Model, cli, data, report
+from simsid import Model, data
+from simsid.commands import main as cli
 from simsid.data import Record
+from simsid.report import page as report
 from simsid.scoring import stream as scoring
 from simsid.training import run_folder as runs
 
