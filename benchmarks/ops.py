@@ -11,8 +11,8 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from simsid.kernels import neighbor_attention, residual_layer_norm, roofline, space_aware_memory
+from simsid.kernels.attention.reference import neighbor_index
 from simsid.kernels.backend import why_not_triton
-from simsid.kernels.neighbor_attention.reference import neighbor_index
 from simsid.kernels.roofline import Cost
 
 TOPK = 5

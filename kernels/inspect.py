@@ -1,6 +1,6 @@
 """Compile the kernels ahead of time and report what the compiler made of them; no GPU is needed.
 
-    python -m simsid.kernels.inspect --op space_aware_memory --arch 90
+    python -m simsid.kernels.inspect --op memory --arch 90
 
 Each op's `fused.py` has `inspect_cases()`: names and host calls, and the architectures they are for where that matters.
 The calls are run on meta tensors with launching switched off. What they would have launched is compiled with the
@@ -28,7 +28,7 @@ from torch import Tensor
 from simsid.kernels.backend import interpreter_on
 from simsid.kernels.launch import Launch, record_launches
 
-OPS = ("space_aware_memory", "neighbor_attention", "residual_layer_norm")
+OPS = ("memory", "attention", "layer_norm")
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory one program may ask for
 # Bytes of stack and instructions that use it, at most, by Triton's version and architecture. ptxas parks a few values

@@ -1,14 +1,31 @@
 """simsid: anomaly detection in chest radiographs without labels (SimSID, arXiv 2403.08689; SQUID, arXiv 2111.13495)."""
 
 import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import pathlib
+import sys
 
 __version__ = "0.1.0"
 
-# In a source checkout kernels/ lies beside this folder, not in it; let `simsid.kernels` be found there too.
-_here = pathlib.Path(__file__).parent
-if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "space_aware_memory").is_dir():
-    __path__.append(str(_here.parent))
+
+class _CheckoutKernels(importlib.abc.MetaPathFinder):
+    """Finds `simsid.kernels` in a source checkout that is not installed, where kernels/ lies beside this folder."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:  # noqa: ARG004
+        """Return the spec of `simsid.kernels`, and of nothing else."""
+        folder = pathlib.Path(__file__).parents[1] / "kernels"
+        if name != "simsid.kernels" or not (folder / "memory" / "op.py").is_file():
+            return None
+        return importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+
+
+# Last in the list: an installed `simsid.kernels` is found before.
+sys.meta_path.append(_CheckoutKernels)
 
 _EXPORTS = {
     "Config": "simsid.config",
@@ -18,7 +35,7 @@ _EXPORTS = {
     "TrainingConfig": "simsid.config",
     "History": "simsid.training.trainer",
 }
-_MODULES = ("data", "kernels")
+_MODULES = ("data", "kernels", "models", "report", "scoring", "training")
 
 __all__ = [*_EXPORTS, *_MODULES]
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simsid import graphs
+from simsid import cuda_graph
 from simsid.config import TrainingConfig
 from simsid.data import augment
 from simsid.distributed import Judgement, Team, data_parallel, synchronise_batch_norms
@@ -68,7 +68,7 @@ class TrainingStep:
         self._number, self._bad_number, self._bad_update = torch.zeros(3, dtype=torch.int64, device=self.device)
         self._bad_values = torch.zeros(len(LOSSES) + 1 + len(self._names), device=self.device)
         self._checked: dict[int, list[str]] = {}
-        self._replays: dict[bool, graphs.Replay] = {}
+        self._replays: dict[bool, cuda_graph.Replay] = {}
         self._record = config.cuda_graph and self.device.type == "cuda" and team.size == 1
 
     def __call__(self, images: Tensor, number: int) -> None:
@@ -148,14 +148,14 @@ class TrainingStep:
         else:
             replay(images)
 
-    def _recorded(self, images: Tensor, with_generator: bool) -> "graphs.Replay | None":
+    def _recorded(self, images: Tensor, with_generator: bool) -> "cuda_graph.Replay | None":
         """Record an iteration; whatever the rehearsals changed is put back."""
         # On the host: on the GPU, weights and moments once more would be the peak of its memory.
         before = {id(tensor): tensor.to("cpu", copy=True) for tensor in self._state()}
         try:
             # The random numbers that the rehearsals draw are put back too.
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                replay = graphs.record(
+                replay = cuda_graph.record(
                     lambda inputs: self._iterate(inputs, with_generator),
                     [images],
                     between=lambda: self._put_back(before),

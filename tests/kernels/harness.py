@@ -19,9 +19,9 @@ BASELINE = pathlib.Path(__file__).with_name("compiled.json")
 
 # The in-painting block of the default model, by the name that each op's inspection cases give it.
 MAIN_CASE = {
-    "space_aware_memory": "[A fp32]",
-    "neighbor_attention": "4x4 D=512 float32 pads",
-    "residual_layer_norm": "D=512 float32",
+    "memory": "[A fp32]",
+    "attention": "4x4 D=512 float32 pads",
+    "layer_norm": "D=512 float32",
 }
 
 needs_kernels = pytest.mark.skipif(why_not_triton(DEVICE) is not None, reason=str(why_not_triton(DEVICE)))

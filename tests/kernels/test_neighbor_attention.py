@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from simsid.kernels import neighbor_attention
-from simsid.kernels.neighbor_attention.reference import OFFSETS, neighbor_index
+from simsid.kernels.attention.reference import OFFSETS, neighbor_index
 
 GRIDS = [(1, 1), (1, 5), (4, 1), (2, 2), (3, 3), (2, 5), (4, 4)]
 

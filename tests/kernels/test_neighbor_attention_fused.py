@@ -9,12 +9,12 @@ from harness import DEVICE, assert_as_close_as_torch, inspect, needs_compiler, n
 from hypothesis import HealthCheck, given, settings
 
 from simsid.kernels import neighbor_attention
+from simsid.kernels.attention.reference import neighbor_index
 from simsid.kernels.backend import TRITON_INSTALLED
 from simsid.kernels.launch import record_launches
-from simsid.kernels.neighbor_attention.reference import neighbor_index
 
 if TRITON_INSTALLED:
-    from simsid.kernels.neighbor_attention.fused import plan
+    from simsid.kernels.attention.fused import plan
 
 NAMES = ("query", "key", "value", "pad_key", "pad_value")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -312,7 +312,7 @@ def test_the_plan_covers_the_grid_with_one_vector_a_thread():
 )
 def test_compiled_kernels_keep_to_registers_and_wide_accesses(shape, architectures):
     chosen = (word for arch in architectures for word in ("--arch", str(arch)))
-    reports, _ = inspect("--op", "neighbor_attention", "--match", shape, *chosen)
+    reports, _ = inspect("--op", "attention", "--match", shape, *chosen)
     assert len(reports) == 2 * len(architectures), "forward and backward"
     for report in reports:
         name = f"{report['name']} sm_{report['arch']}"

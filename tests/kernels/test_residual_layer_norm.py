@@ -240,7 +240,7 @@ def test_the_plan_holds_a_row_in_at_most_16_registers_a_thread():
 
 @needs_compiler
 def test_compiled_kernels_do_not_spill():
-    reports, _ = inspect("--op", "residual_layer_norm", "--arch", "90", "--match", "D=8192 float32")
+    reports, _ = inspect("--op", "layer_norm", "--arch", "90", "--match", "D=8192 float32")
     assert len(reports) == 2, "forward and backward"
     for report in reports:
         assert report["stack"] == report["spills"] == report["atomics"] == 0, report["name"]

@@ -5,8 +5,8 @@ import torch
 from harness import needs_compiler
 
 from simsid.kernels import roofline
+from simsid.kernels.attention.reference import neighbor_index
 from simsid.kernels.launch import record_launches
-from simsid.kernels.neighbor_attention.reference import neighbor_index
 
 SHAPES = {
     "A": (16, 16, 100, 512),
@@ -55,7 +55,7 @@ def test_pairs_of_neighbors(grid):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("shared", [False, True])
 def test_launches_of_the_memory(shape, needs, shared):
-    from simsid.kernels.space_aware_memory.fused import memory_backward, memory_forward
+    from simsid.kernels.memory.fused import memory_backward, memory_forward
 
     B, L, N, D = SHAPES[shape]
     z, M = torch.empty(B, L, D, device="meta"), torch.empty(1 if shared else L, N, D, device="meta")
@@ -70,7 +70,7 @@ def test_launches_of_the_memory(shape, needs, shared):
 
 @needs_compiler
 def test_launches_of_neighbor_attention():
-    from simsid.kernels.neighbor_attention.fused import inspect_cases
+    from simsid.kernels.attention.fused import inspect_cases
 
     counted = {"forward": roofline.neighbor_attention_forward, "backward": roofline.neighbor_attention_backward}
     for name, call in inspect_cases():

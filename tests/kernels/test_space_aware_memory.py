@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simsid.kernels import space_aware_memory
-from simsid.kernels.space_aware_memory.reference import shrink
+from simsid.kernels.memory.reference import shrink
 
 
 def by_hand(z, M, k, threshold="inclusive", noise=None, temperature=1.0, g=None):

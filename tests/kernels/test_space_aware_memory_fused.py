@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from simsid.kernels import space_aware_memory
 from simsid.kernels.launch import record_launches
+from simsid.kernels.memory.reference import shrink, space_aware_memory_reference
 from simsid.kernels.space_aware_memory import plan
-from simsid.kernels.space_aware_memory.reference import shrink, space_aware_memory_reference
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned")]
 

@@ -58,7 +58,7 @@ def test_refusals_name_their_reason():
 
 @pytest.fixture(scope="module")
 def reports():
-    return inspect_every_variant("space_aware_memory")
+    return inspect_every_variant("memory")
 
 
 @needs_compiler

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from simsid import TrainingConfig, graphs
+from simsid import TrainingConfig, cuda_graph
 from simsid.training.step import LOSSES, NonFiniteError, TrainingStep
 
 CHANGES = [{}, {"memory": "queue", "rho": 0.7, "dropout": 0.3}, {"distillation": False}, {"pixel_inpainting": 0.25}]
@@ -48,7 +48,7 @@ def assert_close(one, other, tolerance):
     assert share > 0.9, [(name, apart[name].item()) for name in worst]
 
 
-class Rehearsed(graphs.Replay):
+class Rehearsed(cuda_graph.Replay):
     """Stands for a recording where there is no GPU: rehearses, puts back, and then runs the work itself."""
 
     made = 0
@@ -57,7 +57,7 @@ class Rehearsed(graphs.Replay):
         Rehearsed.made += 1
         assert (share is None) == (Rehearsed.made == 1)
         self.inputs, self.work = [tensor.clone() for tensor in inputs], work
-        for _ in range(graphs.REHEARSALS):
+        for _ in range(cuda_graph.REHEARSALS):
             work(*self.inputs)
         between()
 
@@ -71,7 +71,7 @@ class Rehearsed(graphs.Replay):
 def test_rehearsals_leave_no_trace(monkeypatch, changes):
     """Recording rehearses each kind of iteration; weights, moments, statistics, queue and sums are as without it."""
     eager = train(5, changes=changes)
-    monkeypatch.setattr(graphs, "record", Rehearsed)
+    monkeypatch.setattr(cuda_graph, "record", Rehearsed)
     monkeypatch.setattr(Rehearsed, "made", 0)
     real = TrainingStep.__init__
 
@@ -94,7 +94,7 @@ def test_what_cannot_be_recorded_runs_eagerly(monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     eager = train(3)
-    monkeypatch.setattr(graphs, "record", refuse)
+    monkeypatch.setattr(cuda_graph, "record", refuse)
     step = TrainingStep(tiny.model().train(), TrainingConfig(batch_size=4, learning_rate=1e-3))
     step._record = True
     with pytest.warns(UserWarning, match="runs eagerly: operation not permitted"):
@@ -229,11 +229,11 @@ def test_steps_repeat_bit_for_bit(deterministic, changes, graph):
 
 FAILS = """
 import torch
-from simsid import graphs
+from simsid import cuda_graph
 
 before, x = torch.cuda.current_stream(), torch.ones(4, device="cuda")
 try:
-    graphs.record(lambda x: (x * 2).sum().item(), [x])
+    cuda_graph.record(lambda x: (x * 2).sum().item(), [x])
 except RuntimeError:
     assert torch.cuda.current_stream() == before and (x * 2).sum().item() == 8
     print("as before")

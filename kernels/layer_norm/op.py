@@ -5,8 +5,8 @@ from torch import Tensor
 
 from simsid.kernels.backend import choose_backend
 from simsid.kernels.checks import check_tensor
+from simsid.kernels.layer_norm.reference import residual_layer_norm_reference
 from simsid.kernels.ranges import named_range
-from simsid.kernels.residual_layer_norm.reference import residual_layer_norm_reference
 
 MAX_FEATURES = 8192  # of a row that one Triton program holds in registers; longer rows run in PyTorch
 
@@ -60,7 +60,7 @@ def residual_layer_norm(
     elif features > MAX_FEATURES:
         refusal = f"rows of {features} features are longer than the {MAX_FEATURES} that one program can hold"
     if choose_backend(backend, x.device, refusal).backend == "triton":
-        from simsid.kernels.residual_layer_norm.fused import residual_layer_norm_fused
+        from simsid.kernels.layer_norm.fused import residual_layer_norm_fused
 
         return residual_layer_norm_fused(x, residual, weight, bias, eps)
     return residual_layer_norm_reference(x, residual, weight, bias, eps)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from simsid.kernels.attention.reference import neighbor_attention_reference
 from simsid.kernels.backend import choose_backend
 from simsid.kernels.checks import check_tensor
-from simsid.kernels.neighbor_attention.reference import neighbor_attention_reference
 from simsid.kernels.ranges import named_range
 
 MAX_LOCATIONS = 256  # of a grid in one Triton program; larger grids run in PyTorch
@@ -66,7 +66,7 @@ def neighbor_attention(
         check_tensor("pad_key", pad_key, (features,), like=query)
         check_tensor("pad_value", pad_value, (features,), like=query)
     if choose_backend(backend, query.device, _refusal(query)).backend == "triton":
-        from simsid.kernels.neighbor_attention.fused import neighbor_attention_fused as run
+        from simsid.kernels.attention.fused import neighbor_attention_fused as run
     else:
         run = neighbor_attention_reference
     return run(query, key, value, tuple(grid), heads, pad_key, pad_value)

@@ -4,9 +4,9 @@ from torch import Tensor
 
 from simsid.kernels.backend import choose_backend
 from simsid.kernels.checks import check_choice, check_tensor
+from simsid.kernels.memory.plan import refuse
+from simsid.kernels.memory.reference import space_aware_memory_reference
 from simsid.kernels.ranges import named_range
-from simsid.kernels.space_aware_memory.plan import refuse
-from simsid.kernels.space_aware_memory.reference import space_aware_memory_reference
 
 THRESHOLDS = ("inclusive", "exclusive")
 
@@ -82,7 +82,7 @@ def space_aware_memory(
         raise ValueError(f"temperature must be a positive number, got {temperature!r}")
     refusal = refuse(query.dtype, memory.dtype, locations, memory.shape[1], topk)
     if choose_backend(backend, query.device, refusal).backend == "triton":
-        from simsid.kernels.space_aware_memory.fused import space_aware_memory_fused
+        from simsid.kernels.memory.fused import space_aware_memory_fused
 
         return space_aware_memory_fused(query, memory, topk, threshold, noise, temperature)
     return space_aware_memory_reference(query, memory, topk, threshold, noise, temperature)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simsid.kernels.launch import launch, on_device
-from simsid.kernels.space_aware_memory.plan import (
+from simsid.kernels.memory.plan import (
     GradientPlan,
     ceil_div,
     plan_items_gradient,
