@@ -19,11 +19,9 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from simsid.errors import CheckpointError
+
 FORMAT = 1
-
-
-class CheckpointError(RuntimeError):
-    """A folder that holds no readable checkpoint; the message names the file and what is wrong with it."""
 
 
 def write_file(path: pathlib.Path, content: bytes) -> None:

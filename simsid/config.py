@@ -6,12 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from simsid.errors import ConfigError
+
 WIDEST = 16
 """The deepest feature map has at most this many times `width` channels."""
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be built; the message names the field, what was expected and what came."""
 
 
 @dataclass(frozen=True)

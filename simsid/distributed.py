@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simsid.data.parallel import in_order, thread_count
+from simsid.errors import ProcessGroupError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,10 +26,6 @@ WAIT = timedelta(hours=2)
 
 TURN = 64
 """Results that each process adds before they are handed round."""
-
-
-class RankError(RuntimeError):
-    """An environment that makes no sense for one of several processes, or asks more of the machine than it has."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Rank:
         """Read what torchrun sets: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; without WORLD_SIZE, one process.
 
         Raises:
-            RankError: values that are no ranks.
+            ProcessGroupError: values that are no ranks.
         """
         if "WORLD_SIZE" not in environment:
             return cls()
@@ -54,7 +51,9 @@ class Rank:
             text = environment.get(name, default)
             if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
                 limits = f"at least {least}" if most is None else f"from {least} to {most}"
-                raise RankError(f"the environment variable {name} must be a whole number {limits}, got {text!r}")
+                raise ProcessGroupError(
+                    f"the environment variable {name} must be a whole number {limits}, got {text!r}"
+                )
             return int(text)
 
         count = number("WORLD_SIZE", "", 1)
@@ -69,12 +68,12 @@ class Rank:
         """Return the device to compute on: where `device` names no GPU, each rank of a machine takes its own.
 
         Raises:
-            RankError: more ranks than GPUs.
+            ProcessGroupError: more ranks than GPUs.
         """
         if device != "cuda" or self.count == 1:
             return device
         if self.local >= torch.cuda.device_count():
-            raise RankError(
+            raise ProcessGroupError(
                 f"rank {self.number} is number {self.local + 1} on its machine, where PyTorch sees "
                 f"{torch.cuda.device_count()} GPUs; start fewer processes, or name a device with --device cuda:N"
             )
@@ -104,13 +103,13 @@ class Team:
         After an error the connections stay until the process ends, so that it is told before the others lose them.
 
         Raises:
-            RankError: processes that were started without an address to meet at.
+            ProcessGroupError: processes that were started without an address to meet at.
         """
         backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
         try:
             distributed.init_process_group(backend, timeout=WAIT)
         except ValueError as error:
-            raise RankError(f"start the processes with torchrun, which tells them where to meet: {error}") from None
+            raise ProcessGroupError(f"start the processes with torchrun: {error}") from None
         yield cls(distributed.get_rank(), distributed.get_world_size())
         distributed.destroy_process_group()
 

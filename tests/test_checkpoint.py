@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from simsid import checkpoint
-from simsid.checkpoint import CheckpointError
+from simsid.errors import CheckpointError
 
 OLD, NEW = {"weight": torch.arange(6.0).view(2, 3)}, {"weight": torch.ones(2, 3), "step": torch.tensor(7)}
 

@@ -9,7 +9,8 @@ import pickle
 import pytest
 import tiny
 
-from simsid.config import ABLATIONS, PRESETS, Config, ConfigError, TrainingConfig
+from simsid.config import ABLATIONS, PRESETS, Config, TrainingConfig
+from simsid.errors import ConfigError
 
 
 def test_presets_are_the_papers():

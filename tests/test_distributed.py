@@ -16,7 +16,8 @@ from torch import nn
 
 from simsid import Model, Trainer, TrainingConfig, checkpoint, distributed
 from simsid.commands import main as cli
-from simsid.distributed import Rank, RankError, Team
+from simsid.distributed import Rank, Team
+from simsid.errors import ProcessGroupError
 
 HERE = pathlib.Path(__file__).parent
 
@@ -167,9 +168,9 @@ def test_ranks_are_what_torchrun_says(monkeypatch):
         ("LOCAL_WORLD_SIZE", "0", "at least 1"),
     ):
         message = f"environment variable {name} must be a whole number {limits}, got '{value}'"
-        with pytest.raises(RankError, match=message):
+        with pytest.raises(ProcessGroupError, match=message):
             Rank.from_environment({**set_by_torchrun, name: value})
-    with pytest.raises(RankError, match="variable RANK must be"):
+    with pytest.raises(ProcessGroupError, match="variable RANK must be"):
         Rank.from_environment({"WORLD_SIZE": "2"})
 
     taken = []
@@ -180,7 +181,7 @@ def test_ranks_are_what_torchrun_says(monkeypatch):
     assert [rank.take_device(device) for device in ("cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:1", "cpu"]
     assert taken == [3] and rank.workers() == 3 and Rank().workers() == 14 and Rank(0, 99, 0, 99).workers() == 1
     assert Rank().take_device("cuda") == "cuda"
-    with pytest.raises(RankError, match="rank 4 is number 5 on its machine, where PyTorch sees 4 GPUs"):
+    with pytest.raises(ProcessGroupError, match="rank 4 is number 5 on its machine, where PyTorch sees 4 GPUs"):
         Rank(4, 8, 4, 8).take_device("cuda")
 
 
@@ -197,7 +198,10 @@ def test_processes_need_a_place_to_meet(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(RankError, match=r"start the processes with torchrun.*MASTER_ADDR"), Team.gathered("cpu"):
+    with (
+        pytest.raises(ProcessGroupError, match=r"start the processes with torchrun.*MASTER_ADDR"),
+        Team.gathered("cpu"),
+    ):
         pass
 
 

@@ -10,9 +10,9 @@ import torch
 
 from simsid import Trainer, TrainingConfig, checkpoint
 from simsid.distributed import Team
+from simsid.errors import NonFiniteError, RunError
 from simsid.training import step as step_module
-from simsid.training.run_folder import RunError
-from simsid.training.step import NonFiniteError, TrainingStep
+from simsid.training.step import TrainingStep
 
 CHANGES = {"memory": "queue"}
 OPTIONS = {"batch_size": 4, "learning_rate": 1e-3, "sync_batchnorm": True}

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
-from simsid.config import ABLATIONS, PRESETS, Config, ConfigError, TrainingConfig
+from simsid.config import ABLATIONS, PRESETS, Config, TrainingConfig
+from simsid.errors import ConfigError, IncompleteError, UsageError
 
 if TYPE_CHECKING:
     from simsid.data import Dataset, ImageSet, Record
@@ -41,14 +42,6 @@ Data = Annotated[pathlib.Path, arg(metavar="DATA")]
 ModelFolder = Annotated[pathlib.Path, arg(metavar="MODEL")]
 Output = Annotated[pathlib.Path, arg(aliases=["-o"], metavar="FOLDER")]
 MaybeOutput = Annotated[pathlib.Path | None, arg(aliases=["-o"], metavar="FOLDER")]
-
-
-class UsageError(ValueError):
-    """A request that makes no sense; the message says what would."""
-
-
-class IncompleteError(RuntimeError):
-    """What matters is done and saved, and what should have followed failed; the exit status is 1."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +213,7 @@ class Train:
         with runs.RunFolder(path) as folder:
             if not self.resume:
                 if folder.taken:
-                    raise runs.RunError(
+                    raise RunError(
                         f"{path} already holds a run or a model; "
                         f"continue a run with --resume {shlex.quote(str(path))}, or choose another -o"
                     )
@@ -261,7 +254,8 @@ class Train:
         return self.ablation or self.preset
 
     def _resumed(self) -> "Train":
-        from simsid.checkpoint import CheckpointError, read_json
+        from simsid.checkpoint import read_json
+        from simsid.errors import CheckpointError
 
         file = self.resume / "run.json"
         if not file.exists():

@@ -4,9 +4,10 @@ from simsid.data.augmentation import augment
 from simsid.data.datasets import CheXpert, COVIDx, Dataset, Radiographs, ZhangLab, iter_records, open_dataset
 from simsid.data.digits import DigitAnatomy
 from simsid.data.images import ImageSet, load_images, stream_images
-from simsid.data.reading import DecodedImage, ReadError, read_image
+from simsid.data.reading import DecodedImage, read_image
 from simsid.data.records import Failure, Record, read_csv, split_by_patient, write_csv
 from simsid.data.scanning import ScanReport, scan
+from simsid.errors import ReadError
 
 __all__ = [
     "COVIDx",

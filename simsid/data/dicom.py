@@ -18,7 +18,8 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-from simsid.data.reading import DecodedImage, ReadError, check_size, one_sentence, silence_loggers
+from simsid.data.reading import DecodedImage, check_size, one_sentence, silence_loggers
+from simsid.errors import ReadError
 
 # What a message may quote; a damaged element can hold anything, a patient's name too.
 _COLOUR = ("PALETTE COLOR", "RGB", "HSV", "ARGB", "CMYK", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_RCT")

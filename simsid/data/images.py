@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from simsid.data.parallel import in_order, thread_count, with_progress
-from simsid.data.reading import MAX_PIXELS, DecodedImage, ReadError, one_sentence, read_image
+from simsid.data.reading import MAX_PIXELS, DecodedImage, one_sentence, read_image
 from simsid.data.records import Failure, Record
+from simsid.errors import ReadError
 
 ASPECTS = ("stretch", "pad", "crop")
 INTENSITIES = ("auto", "range", "minmax")

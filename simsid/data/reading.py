@@ -13,6 +13,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from simsid.errors import ReadError
+
 # Below Pillow's own limit (179 million, an error there), so that one rule speaks for every format. A 35 x 43 cm film
 # scanned at 50 micrometres has 60 million pixels.
 MAX_PIXELS = 100_000_000
@@ -37,10 +39,6 @@ _ORIENTATIONS = {
     7: (True, True, True),
     8: (True, True, False),
 }
-
-
-class ReadError(Exception):
-    """An image file cannot be read; the message is one clear sentence without the path."""
 
 
 @dataclass(frozen=True)

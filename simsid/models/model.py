@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from simsid import checkpoint
-from simsid.config import Config, ConfigError
+from simsid.config import Config
+from simsid.errors import CalibrationError, CheckpointError, ConfigError
 from simsid.kernels.ranges import stage
 from simsid.models import patches
 from simsid.models.discriminator import Discriminator
 from simsid.models.generator import Encoder, Generator
 from simsid.models.inference import InferenceForm
 from simsid.models.losses import distillation_loss
-from simsid.models.signals import SIGNALS, Calibration, CalibrationError
+from simsid.models.signals import SIGNALS, Calibration
 
 BATCH = 16
 """Images that pass through the network at a time; fewer are filled up, since libraries sum in another order for another
@@ -231,9 +232,9 @@ class Model(nn.Module):
             config = Config.from_dict(document["config"])
             calibration = Calibration.from_dict(document["calibration"]) if document["calibration"] else None
         except KeyError as error:
-            raise checkpoint.CheckpointError(f"{os.fspath(folder)}/model.json is not a model: no {error}") from None
+            raise CheckpointError(f"{os.fspath(folder)}/model.json is not a model: no {error}") from None
         except (TypeError, ValueError) as error:
-            raise checkpoint.CheckpointError(f"{os.fspath(folder)}/model.json is not a model: {error}") from None
+            raise CheckpointError(f"{os.fspath(folder)}/model.json is not a model: {error}") from None
         with torch.random.fork_rng(devices=[]):
             model = cls(config, fused=fused)
         checkpoint.load_state(model, tensors, f"{os.fspath(folder)}/model.json")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from simsid import checkpoint
-from simsid.config import Config, ConfigError
+from simsid.config import Config
+from simsid.errors import CheckpointError, ConfigError, ConversionError
 from simsid.models.model import Model
 
 BLOCK = {"conv1.0": "entry.0", "conv1.1": "entry.1", "conv2.0": "inner.0", "conv2.1": "inner.1"} | {
@@ -41,10 +42,6 @@ UNUSED = r"generator\.inpaint_block\.conv\.\w+"
 DISCRIMINATOR = re.compile(r"discriminator\.conv_model\.(\d+)\.(\w+)")
 PACKED = re.compile(r"generator\.inpaint_block\.attention\.in_proj_(weight|bias)")
 ITEMS = re.compile(r"generator\.(inpaint_block|memory_blocks\.(\d+))\.memory\.(\d+)\.memMatrix")
-
-
-class ConversionError(ValueError):
-    """A file that is no checkpoint of the released code; the message names the file or tensor."""
 
 
 def read_released(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -114,7 +111,7 @@ def convert(
         renamed["student.inpainting.memory.pointer"] = torch.zeros((), dtype=torch.int64)
     try:
         checkpoint.load_state(model, renamed, "the checkpoint (in simsid's naming)")
-    except checkpoint.CheckpointError as error:
+    except CheckpointError as error:
         raise ConversionError(str(error)) from None
     return model.eval()
 

@@ -23,10 +23,6 @@ POOL = 8
 """Side of the squares whose mean error the local residual compares, pixels."""
 
 
-class CalibrationError(RuntimeError):
-    """A score was asked of a model that has not seen normal films."""
-
-
 def residual(images: Tensor, reconstruction: Tensor) -> Tensor:
     """Return the mean squared reconstruction error of each image: `[B, 1, H, W]` twice to `[B]`, float64."""
     return (images.double() - reconstruction.double()).square().flatten(1).mean(1)

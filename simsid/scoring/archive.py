@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from simsid import __version__, checkpoint
 from simsid.data import Record, iter_records
 from simsid.distributed import Rank
+from simsid.errors import ArchiveError
 from simsid.models.model import BATCH, Model
 from simsid.scoring import stream as scoring
 from simsid.scoring.stream import Score
@@ -46,10 +47,6 @@ _REQUEST = {
     "device": "another kind of device",
     "version": "another version of simsid",
 }
-
-
-class ArchiveError(RuntimeError):
-    """A scoring that cannot go on as asked: it is in use, was begun otherwise, or its files have changed."""
 
 
 @dataclass(frozen=True)

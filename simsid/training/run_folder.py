@@ -21,13 +21,10 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from simsid import __version__, checkpoint
+from simsid.errors import RunError
 
 WRITTEN = ("run.json", "manifest.csv", "metrics.jsonl", "last.json", "last-*", "model.json", "model-*")
 """What a run folder consists of; a file being written has its name with a dot before and an ending after."""
-
-
-class RunError(RuntimeError):
-    """A run folder that is in use, taken, or does not fit what was asked of it."""
 
 
 class RunFolder:

@@ -10,6 +10,7 @@ from simsid import cuda_graph
 from simsid.config import TrainingConfig
 from simsid.data import augment
 from simsid.distributed import Judgement, Team, data_parallel, synchronise_batch_norms
+from simsid.errors import NonFiniteError
 from simsid.kernels.ranges import stage
 from simsid.models.losses import adversarial_loss, reconstruction_loss
 from simsid.models.model import Model, Reconstruction
@@ -20,13 +21,6 @@ LOSSES = ("real", "fake", "student", "generator", "teacher", "distillation")
 ALONE, DISCRIMINATOR, GENERATOR = range(3)
 """The updates that can find something not finite: the discriminator's in an iteration that leaves the generator alone,
 in one that trains both, and the generator's."""
-
-
-class NonFiniteError(FloatingPointError):
-    """Images, a loss or a gradient are NaN or infinite; no weight was updated with it, the last checkpoint is whole.
-
-    The BatchNorms had measured the batch by then: load the model anew, or resume the run.
-    """
 
 
 class TrainingStep:

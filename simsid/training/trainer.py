@@ -22,11 +22,12 @@ from simsid import checkpoint, metrics
 from simsid.config import Config, TrainingConfig
 from simsid.data import ImageSet
 from simsid.distributed import Team, synchronise_batch_norms
+from simsid.errors import CheckpointError, NonFiniteError, RunError
 from simsid.kernels.ranges import stage
 from simsid.models.model import Model
 from simsid.models.signals import Calibration
-from simsid.training.run_folder import RunError, RunFolder
-from simsid.training.step import NonFiniteError, TrainingStep
+from simsid.training.run_folder import RunFolder
+from simsid.training.step import TrainingStep
 
 AGREED_EVERY = 8
 """Iterations on GPUs after which a team asks whether anyone pressed Ctrl-C."""
@@ -451,7 +452,7 @@ class Trainer:
             progress["history"] = History(**progress["history"])
             return _Progress(**progress)
         except (KeyError, TypeError) as error:
-            raise checkpoint.CheckpointError(f"{source} is not a training state: {error}") from None
+            raise CheckpointError(f"{source} is not a training state: {error}") from None
 
     @contextmanager
     def _graceful_interrupt(self) -> Iterator[None]:

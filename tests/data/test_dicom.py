@@ -27,7 +27,8 @@ from pydicom.uid import (
 from sample_files import dicom, look_up_table, ramp, save, write_dicom
 
 import simsid.data.dicom
-from simsid.data import ReadError, Record, load_images, read_image
+from simsid.data import Record, load_images, read_image
+from simsid.errors import ReadError
 
 PACKAGED = pathlib.Path(pydicom.__file__).parent / "data"
 DEEP = ramp(16, 24, 4095, np.uint16)

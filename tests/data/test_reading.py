@@ -13,8 +13,9 @@ import pytest
 from PIL import Image, ImageCms
 from sample_files import ramp, save, write_dicom
 
-from simsid.data import ReadError, read_image
+from simsid.data import read_image
 from simsid.data.reading import MAX_PIXELS
+from simsid.errors import ReadError
 
 
 def assert_sentence(reason):

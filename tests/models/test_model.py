@@ -15,11 +15,11 @@ import tiny
 import torch
 
 from simsid import checkpoint
-from simsid.checkpoint import CheckpointError
-from simsid.config import ABLATIONS, PRESETS, Config, ConfigError
+from simsid.config import ABLATIONS, PRESETS, Config
+from simsid.errors import CalibrationError, CheckpointError, ConfigError
 from simsid.models.losses import adversarial_loss, reconstruction_loss
 from simsid.models.model import BATCH, Model
-from simsid.models.signals import SIGNALS, Calibration, CalibrationError
+from simsid.models.signals import SIGNALS, Calibration
 
 
 def lively(**changes) -> Model:

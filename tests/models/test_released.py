@@ -8,9 +8,10 @@ import pytest
 import tiny
 import torch
 
+from simsid.errors import ConversionError
 from simsid.models import released
 from simsid.models.model import Model
-from simsid.models.released import ConversionError, convert, read_released
+from simsid.models.released import convert, read_released
 
 BLOCK = {ours: theirs for theirs, ours in released.BLOCK.items()}
 

@@ -16,8 +16,9 @@ import torch
 
 from simsid import Model
 from simsid.distributed import Rank
+from simsid.errors import ArchiveError
 from simsid.scoring import stream as scoring
-from simsid.scoring.archive import ArchiveError, Work
+from simsid.scoring.archive import Work
 
 TWO = [Rank(0, 2), Rank(1, 2)]
 

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from simsid import Model, data, metrics
-from simsid.models.signals import CalibrationError
+from simsid.errors import CalibrationError
 from simsid.scoring import stream as scoring
 
 

@@ -15,7 +15,8 @@ import torch
 
 from simsid import Model, Trainer, TrainingConfig, checkpoint
 from simsid.commands import main as cli
-from simsid.training.run_folder import RunError, RunFolder
+from simsid.errors import RunError
+from simsid.training.run_folder import RunFolder
 from simsid.training.step import TrainingStep
 
 EPOCHS = 6

@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 from simsid import data
-from simsid.training.run_folder import WRITTEN, RunError, RunFolder, versions
+from simsid.errors import RunError
+from simsid.training.run_folder import WRITTEN, RunFolder, versions
 
 HOLD = """
 import sys, time

@@ -10,7 +10,8 @@ import tiny
 import torch
 
 from simsid import TrainingConfig, cuda_graph
-from simsid.training.step import LOSSES, NonFiniteError, TrainingStep
+from simsid.errors import NonFiniteError
+from simsid.training.step import LOSSES, TrainingStep
 
 CHANGES = [{}, {"memory": "queue", "rho": 0.7, "dropout": 0.3}, {"distillation": False}, {"pixel_inpainting": 0.25}]
 

@@ -14,11 +14,11 @@ import torch
 from torch.nn import functional as F
 
 from simsid import Model, Trainer, TrainingConfig, checkpoint, data
+from simsid.errors import NonFiniteError, RunError
 from simsid.models.memory import SpaceAwareMemory
 from simsid.training import step as step_module
 from simsid.training import trainer as training
-from simsid.training.run_folder import RunError
-from simsid.training.step import NonFiniteError, TrainingStep
+from simsid.training.step import TrainingStep
 
 PLAIN = {"translate": 0.0, "scale": 0.0, "batch_size": 4}
 """No augmentation: what a step computes is then a function of the images alone."""
