@@ -19,7 +19,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
 from simsid.config import ABLATIONS, PRESETS, Config, TrainingConfig
-from simsid.errors import ConfigError, IncompleteError, UsageError
+from simsid.errors import ConfigError, IncompleteError, RunError, UsageError
 
 if TYPE_CHECKING:
     from simsid.data import Dataset, ImageSet, Record
