@@ -23,7 +23,7 @@ from simsid.errors import ConfigError, IncompleteError, RunError, UsageError
 
 if TYPE_CHECKING:
     from simsid.data import Dataset, ImageSet, Record
-    from simsid.distributed import Rank, Team
+    from simsid.distributed import ProcessGroup
     from simsid.metrics import Evaluation
     from simsid.models.model import Model
     from simsid.scoring.archive import Summary, Work
@@ -55,23 +55,23 @@ class Machine:
     workers: int = 0
     """Threads that decode images; 0 is one a core."""
 
-    def prepare(self, rank: "Rank | None" = None) -> str:
+    def prepare(self, group: "ProcessGroup | None" = None) -> str:
         """Set the threads and return the device, of one process or of one of several."""
         import torch
 
-        from simsid.distributed import Rank
+        from simsid.distributed import ProcessGroup
 
-        rank = rank or Rank()
+        group = group or ProcessGroup()
         if self.threads < 0 or self.workers < 0:
             raise UsageError(f"threads and workers must be at least 0, got {self.threads} and {self.workers}")
         threads = self.threads
         # torchrun leaves each process one; alone, PyTorch takes cores that a container's quota keeps from it.
-        if not threads and (rank.count > 1 or torch.get_num_threads() > rank.workers()):
-            threads = rank.workers()
+        if not threads and (group.size > 1 or torch.get_num_threads() > group.cpu_threads()):
+            threads = group.cpu_threads()
         if threads:
             torch.set_num_threads(threads)
         if self.device == "auto":
-            return rank.take_device("cuda" if torch.cuda.is_available() else "cpu")
+            return group.select_device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             kind = torch.device(self.device).type
         except RuntimeError:
@@ -82,7 +82,7 @@ class Machine:
             raise UsageError(f"device {self.device} was asked for, but PyTorch sees no GPU; see `simsid doctor`")
         if kind == "cuda" and (torch.device(self.device).index or 0) >= torch.cuda.device_count():
             raise UsageError(f"device {self.device} was asked for, but PyTorch sees {torch.cuda.device_count()} GPUs")
-        return rank.take_device(self.device)
+        return group.select_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -163,34 +163,32 @@ class Train:
 
     def run(self) -> int:
         """Train or resume; Ctrl-C leaves a run that `--resume` continues."""
-        from simsid.distributed import Rank, Team
+        from simsid.distributed import ProcessGroup
 
         request = self._resumed() if self.resume else self
         if request.data is None:
             raise UsageError("train needs a folder or CSV of images, or --resume RUN")
-        rank = Rank.from_environment()
-        device = request.machine.prepare(rank)
-        workers = self.machine.workers or rank.workers()
-        if rank.count == 1:
-            return self._train(request, device, workers, Team())
-        with Team.gathered(device) as team:
-            return self._train(request, device, workers, team)
+        group = ProcessGroup.from_environment()
+        device = request.machine.prepare(group)
+        workers = self.machine.workers or group.cpu_threads()
+        with group.joined(device):
+            return self._train(request, device, workers, group)
 
-    def _train(self, request: "Train", device: str, workers: int, team: "Team") -> int:
+    def _train(self, request: "Train", device: str, workers: int, group: "ProcessGroup") -> int:
         from simsid.data import open_dataset
         from simsid.training.trainer import Trainer
 
-        train_records, val_records = team.from_main(lambda: partition(open_dataset(request.data), request.val_share))
+        train_records, val_records = group.broadcast(lambda: partition(open_dataset(request.data), request.val_share))
         path = self.resume or request.output or pathlib.Path("runs") / f"{request.data.resolve().stem}-{request.name}"
         model = _model(request.model, request.training.seed, device)
-        with self._folder(request, path) if team.main else contextlib.nullcontext(path) as folder:
-            trainer = Trainer(model, request.training, run=folder, progress=True, team=team)
+        with self._folder(request, path) if group.main else contextlib.nullcontext(path) as folder:
+            trainer = Trainer(model, request.training, run=folder, progress=True, group=group)
             # A resumed run may have been killed before it was written.
-            if team.main and not (self.resume and (path / "manifest.csv").exists()):
+            if group.main and not (self.resume and (path / "manifest.csv").exists()):
                 folder.write_manifest([*train_records, *val_records])
-            train = _load(train_records, request.model, workers, team)
-            val = _load(val_records, request.model, workers, team) if val_records else None
-            if team.main:
+            train = _load(train_records, request.model, workers, group)
+            val = _load(val_records, request.model, workers, group) if val_records else None
+            if group.main:
                 failures = [*train.failures, *(val.failures if val else ())]
                 (path / "failures.csv").unlink(missing_ok=True)
                 if failures:
@@ -199,7 +197,7 @@ class Train:
                             write([failure.path, failure.reason])
                 print(_summary(train, val, len(failures)), flush=True)
             history = trainer.fit(train, val, resume=self.resume is not None)
-            if team.main:
+            if group.main:
                 self._conclude(request, path, model, val, history)
             return 130 if history.interrupted else 0
 
@@ -364,26 +362,26 @@ class Score:
         before = _version(table)
         from tqdm import tqdm
 
-        from simsid.distributed import Rank
+        from simsid.distributed import ProcessGroup
         from simsid.scoring import archive
         from simsid.scoring import stream as scoring
 
         if self.pictures < 0:
             raise UsageError(f"pictures must be at least 0, got {self.pictures}")
-        rank = Rank.from_environment()
-        model = _calibrated_model(self.model, self.machine.prepare(rank))
+        group = ProcessGroup.from_environment()
+        model = _calibrated_model(self.model, self.machine.prepare(group))
         limit = scoring.threshold(model, self.false_alarm_rate)
         work = archive.Work(
             model,
             self.data,
             self.output,
-            rank,
+            group,
             false_alarm_rate=self.false_alarm_rate,
             batch_size=self.batch_size,
             workers=self.machine.workers or None,
             superseded=lambda: _version(table) != before,
         )
-        who = f"rank {rank.number} of {rank.count}: " if rank.count > 1 else ""
+        who = f"rank {group.rank} of {group.size}: " if group.size > 1 else ""
         _output(self.output)
         with work:
             if not work.begin():
@@ -392,7 +390,7 @@ class Score:
             done = work.resume()
             if done:
                 print(f"{who}going on after {done} files that are done", flush=True)
-            quiet = rank.number > 0 or not sys.stderr.isatty()
+            quiet = not group.main or not sys.stderr.isatty()
             try:
                 for _ in tqdm(work.score(), total=work.total, initial=done, unit="film", disable=quiet):
                     done += 1
@@ -802,20 +800,20 @@ def _usual_split(dataset: "Dataset") -> str | None:
     return next((name for name in ("test", "val") if name in splits), None)
 
 
-def _load(records: "list[Record]", config: Config, workers: int, team: "Team | None" = None) -> "ImageSet":
-    """Load images; the members of a team decode a share each."""
+def _load(records: "list[Record]", config: Config, workers: int, group: "ProcessGroup | None" = None) -> "ImageSet":
+    """Load images; each rank of a process group decodes a shard."""
     from simsid.data import load_images
-    from simsid.distributed import Team
+    from simsid.distributed import ProcessGroup
 
-    team = team or Team()
+    group = group or ProcessGroup()
     return load_images(
         records,
         config.image_size,
         aspect=config.aspect,
         intensity=config.intensity,
         workers=workers or None,
-        progress=team.main and sys.stderr.isatty(),
-        decode=team.in_order,
+        progress=group.main and sys.stderr.isatty(),
+        decode=group.in_order,
     )
 
 

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from simsid.data.parallel import in_order, thread_count, with_progress
 from simsid.data.reading import MAX_PIXELS, DecodedImage, one_sentence, read_image
 from simsid.data.records import Failure, Record
 from simsid.errors import ReadError
+from simsid.parallel import in_order, thread_count, with_progress
 
 ASPECTS = ("stretch", "pad", "crop")
 INTENSITIES = ("auto", "range", "minmax")

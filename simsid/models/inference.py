@@ -41,7 +41,7 @@ class InferenceForm:
                 for name, child in module.named_children():
                     if _is_normalised(child):
                         setattr(module, name, self._fold(*child))
-        self._replays: dict[tuple[int, ...], cuda_graph.Replay] = {}
+        self._replays: dict[tuple[int, ...], cuda_graph.CapturedGraph] = {}
         self._record = model.device.type == "cuda"
         self.lock = threading.Lock() if self._record else nullcontext()
 
@@ -84,7 +84,7 @@ class InferenceForm:
         if replay is None:
             try:
                 # Everything at once: one graph serves all signals and the reconstruction.
-                replay = cuda_graph.record(lambda inputs: self._compute(inputs, self._names), [images])
+                replay = cuda_graph.capture(lambda inputs: self._compute(inputs, self._names), [images])
             except RuntimeError as error:
                 warnings.warn(
                     f"inference could not be recorded as a CUDA graph and runs eagerly: {error}", stacklevel=2

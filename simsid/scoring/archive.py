@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from simsid import __version__, checkpoint
 from simsid.data import Record, iter_records
-from simsid.distributed import Rank
+from simsid.distributed import ProcessGroup
 from simsid.errors import ArchiveError
 from simsid.models.model import BATCH, Model
 from simsid.scoring import stream as scoring
@@ -81,7 +81,7 @@ class Work:
         model: Model,
         data: str | os.PathLike,
         output: str | os.PathLike,
-        rank: Rank | None = None,
+        group: ProcessGroup | None = None,
         *,
         false_alarm_rate: float = 0.05,
         batch_size: int = BATCH,
@@ -89,15 +89,15 @@ class Work:
         superseded: Callable[[], bool] = lambda: False,
     ) -> None:
         self.model = model
-        self.rank = rank or Rank()
+        self.group = group or ProcessGroup()
         self.output = pathlib.Path(output)
         self.folder = self.output / ".scoring"
         self.total: int | None = None
         """Files of this rank, None where only a walk of the folder could tell."""
         if os.path.isfile(data):
             # A list is read through once before anything is computed: its mistakes should not show up hours later.
-            self.total = len(range(self.rank.number, sum(1 for _ in iter_records(data)), self.rank.count))
-        self._share = _Share(iter_records(data), self.rank)
+            self.total = len(range(self.group.rank, sum(1 for _ in iter_records(data)), self.group.size))
+        self._share = _Share(iter_records(data), self.group)
         self._batch_size = batch_size
         # Lazy: the files that `resume` finds done are gone from the share when the first score is asked for.
         self._scores = scoring.score_files(
@@ -105,20 +105,20 @@ class Work:
             self._share,
             false_alarm_rate=false_alarm_rate,
             batch_size=batch_size,
-            workers=workers or self.rank.workers(),
+            workers=workers or self.group.cpu_threads(),
         )
         self._request = {
             "data": os.path.abspath(data),
             "model": _identity(model),
             "false_alarm_rate": false_alarm_rate,
             "batch_size": batch_size,
-            "ranks": self.rank.count,
+            "ranks": self.group.size,
             "device": model.device.type,
             "version": __version__,
         }
         self._superseded = superseded
         self._lock = FileLock(self.output / ".scoring.lock")
-        self._shard_lock = FileLock(self._file(self.rank.number, "lock"))
+        self._shard_lock = FileLock(self._file(self.group.rank, "lock"))
 
     def __enter__(self) -> "Work":
         return self
@@ -137,14 +137,14 @@ class Work:
         """
         try:
             # Other ranks hold it for a moment, or while they merge; one process alone has none to wait for.
-            lock = self._lock.acquire(timeout=-1 if self.rank.count > 1 else 0)
+            lock = self._lock.acquire(timeout=-1 if self.group.size > 1 else 0)
         except Timeout:
             raise self._in_use() from None
         with lock:
             request = self.folder / "request.json"
             if request.exists():
                 self._check_request(checkpoint.read_json(request))
-            elif self.rank.count > 1 and self._superseded():
+            elif self.group.size > 1 and self._superseded():
                 return False
             else:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -155,7 +155,7 @@ class Work:
             except Timeout:
                 raise self._in_use() from None
             # Until `resume` has compared the rows with the files that are there now.
-            self._file(self.rank.number, "json").unlink(missing_ok=True)
+            self._file(self.group.rank, "json").unlink(missing_ok=True)
         return True
 
     def resume(self) -> int:
@@ -165,7 +165,7 @@ class Work:
             ArchiveError: the rows are not those of the files that are there now.
         """
         done = 0
-        with open(self._file(self.rank.number, "jsonl"), "a+b") as rows:
+        with open(self._file(self.group.rank, "jsonl"), "a+b") as rows:
             whole = rows.seek(0)
             while (row := self._read(rows)) is not None:
                 record = next(self._share, None)
@@ -182,7 +182,7 @@ class Work:
     def score(self) -> Iterator[Score]:
         """Score the remaining files of this rank and write their rows, in batches."""
         synced = time.monotonic()
-        with open(self._file(self.rank.number, "jsonl"), "ab") as rows:
+        with open(self._file(self.group.rank, "jsonl"), "ab") as rows:
             for count, score in enumerate(self._scores, 1):
                 values = [score.signals[name] for name in self.model.signal_names] if not score.reason else []
                 alarm = None if score.alarm is None else int(score.alarm)
@@ -205,9 +205,9 @@ class Work:
         """
         mark = {"files": self._share.passed, "sha256": self._share.digest()}
         with self._lock.acquire():
-            checkpoint.write_json(self._file(self.rank.number, "json"), mark)
+            checkpoint.write_json(self._file(self.group.rank, "json"), mark)
             self._shard_lock.release()
-            missing = [rank for rank in range(self.rank.count) if not self._file(rank, "json").exists()]
+            missing = [rank for rank in range(self.group.size) if not self._file(rank, "json").exists()]
             if not missing:
                 self._check_marks(mark)
             yield missing
@@ -226,7 +226,7 @@ class Work:
         scored, alarms = 0, 0
         top: list[tuple[float, int, Score]] = []
         with contextlib.ExitStack() as stack:
-            ranks = range(self.rank.count)
+            ranks = range(self.group.size)
             shards = [stack.enter_context(open(self._file(rank, "jsonl"), "rb")) for rank in ranks]
             for place in range(self._share.passed):
                 row = self._read(shards[place % len(shards)])
@@ -253,10 +253,10 @@ class Work:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _file(self, rank: int, ending: str) -> pathlib.Path:
-        return self.folder / f"shard-{rank}-of-{self.rank.count}.{ending}"
+        return self.folder / f"shard-{rank}-of-{self.group.size}.{ending}"
 
     def _in_use(self) -> ArchiveError:
-        who = f" as rank {self.rank.number} of {self.rank.count}" if self.rank.count > 1 else ""
+        who = f" as rank {self.group.rank} of {self.group.size}" if self.group.size > 1 else ""
         return ArchiveError(f"{self.output} is in use by another process that scores into it{who}")
 
     def _check_request(self, found: dict[str, object]) -> None:
@@ -270,13 +270,13 @@ class Work:
 
     def _check_marks(self, mine: dict[str, object]) -> None:
         """Refuse to merge shards of different lists; the next start then brings the others up to date."""
-        other = [rank for rank in range(self.rank.count) if checkpoint.read_json(self._file(rank, "json")) != mine]
+        other = [rank for rank in range(self.group.size) if checkpoint.read_json(self._file(rank, "json")) != mine]
         for rank in other:
             self._file(rank, "json").unlink()
         if other:
             raise ArchiveError(
                 f"{self._request['data']} changed while it was scored: ranks {', '.join(map(str, other))} saw other "
-                f"files than rank {self.rank.number}; start the same command again"
+                f"files than rank {self.group.rank}; start the same command again"
             )
 
     def _read(self, rows: BinaryIO) -> Score | None:
@@ -295,10 +295,10 @@ class Work:
 class _Share:
     """Every `count`-th record, and what passed by altogether: how many files, and the hash of their paths."""
 
-    def __init__(self, records: Iterator[Record], rank: Rank) -> None:
+    def __init__(self, records: Iterator[Record], group: ProcessGroup) -> None:
         self.passed = 0
         self._records = records
-        self._rank = rank
+        self._group = group
         self._hash = hashlib.sha256()
 
     def __iter__(self) -> "_Share":
@@ -306,7 +306,7 @@ class _Share:
 
     def __next__(self) -> Record:
         for record in self._records:
-            mine = self.passed % self._rank.count == self._rank.number
+            mine = self.passed % self._group.size == self._group.rank
             self.passed += 1
             self._hash.update(os.fsencode(record.path) + b"\0")
             if mine:

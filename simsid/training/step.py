@@ -9,11 +9,12 @@ from torch import Tensor
 from simsid import cuda_graph
 from simsid.config import TrainingConfig
 from simsid.data import augment
-from simsid.distributed import Judgement, Team, data_parallel, synchronise_batch_norms
+from simsid.distributed import ProcessGroup
 from simsid.errors import NonFiniteError
 from simsid.kernels.ranges import stage
 from simsid.models.losses import adversarial_loss, reconstruction_loss
 from simsid.models.model import Model, Reconstruction
+from simsid.training.parallel import DiscriminatorPair, data_parallel, synchronize_batch_norms
 
 LOSSES = ("real", "fake", "student", "generator", "teacher", "distillation")
 """Every loss by name: the discriminator's first, which every iteration has, then the generator's."""
@@ -37,21 +38,21 @@ class TrainingStep:
     Args:
         model: trained in place, on the device it is on; its convolutions are laid out channels-last.
         config: a `TrainingConfig`; None is the papers'.
-        team: the processes that train together, each on its share of every batch: gradients are averaged
+        group: the processes that train together, each on its share of every batch: gradients are averaged
             (`DistributedDataParallel`), the queue takes all queries in rank order. Their iterations run eagerly.
     """
 
-    def __init__(self, model: Model, config: TrainingConfig | None = None, team: Team | None = None) -> None:
+    def __init__(self, model: Model, config: TrainingConfig | None = None, group: ProcessGroup | None = None) -> None:
         self.model = model.to(memory_format=torch.channels_last)
         self.config = config = config or TrainingConfig()
-        self.team = team = team or Team()
+        self.group = group = group or ProcessGroup()
         self.device = model.device
-        synchronise_batch_norms(model, config.sync_batchnorm and team.size > 1)
+        synchronize_batch_norms(model, config.sync_batchnorm and group.size > 1)
         self.optimizers = _optimizers(model, config)
         self.counts: dict[str, int] = {}
         self._names = {parameter: name for name, parameter in model.named_parameters()}
-        self._generate, self._judge, self._fool = model, Judgement(model.discriminator), model.discriminator
-        if team.size > 1:
+        self._generate, self._judge, self._fool = model, DiscriminatorPair(model.discriminator), model.discriminator
+        if group.size > 1:
             self._generate, self._judge = data_parallel(model)
         if config.compile:
             calls = (self._generate, self._judge, self._fool)
@@ -62,18 +63,18 @@ class TrainingStep:
         self._number, self._bad_number, self._bad_update = torch.zeros(3, dtype=torch.int64, device=self.device)
         self._bad_values = torch.zeros(len(LOSSES) + 1 + len(self._names), device=self.device)
         self._checked: dict[int, list[str]] = {}
-        self._replays: dict[bool, cuda_graph.Replay] = {}
-        self._record = config.cuda_graph and self.device.type == "cuda" and team.size == 1
+        self._replays: dict[bool, cuda_graph.CapturedGraph] = {}
+        self._record = config.cuda_graph and self.device.type == "cuda" and group.size == 1
 
     def __call__(self, images: Tensor, number: int) -> None:
         """Run iteration `number` on `[B, 1, H, W]` images in -1..1, this process's share, not yet augmented."""
-        config, team = self.config, self.team
+        config, group = self.config, self.group
         seed_generators(_seed(config.seed, 2, number), self.device)
         with stage("augmentation"):
             draws = None
-            if team.size > 1:
-                draws = team.share(torch.rand(len(images) * team.size, 3))
-                seed_generators(_seed(config.seed, 2, number, team.rank), self.device)
+            if group.size > 1:
+                draws = group.shard(torch.rand(len(images) * group.size, 3))
+                seed_generators(_seed(config.seed, 2, number, group.rank), self.device)
             images = augment(images, translate=config.translate, scale=config.scale, draws=draws)
             images = images.contiguous(memory_format=torch.channels_last)
         with_generator = number % config.generator_every == 0
@@ -142,18 +143,18 @@ class TrainingStep:
         else:
             replay(images)
 
-    def _recorded(self, images: Tensor, with_generator: bool) -> "cuda_graph.Replay | None":
+    def _recorded(self, images: Tensor, with_generator: bool) -> "cuda_graph.CapturedGraph | None":
         """Record an iteration; whatever the rehearsals changed is put back."""
         # On the host: on the GPU, weights and moments once more would be the peak of its memory.
         before = {id(tensor): tensor.to("cpu", copy=True) for tensor in self._state()}
         try:
             # The random numbers that the rehearsals draw are put back too.
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                replay = cuda_graph.record(
+                replay = cuda_graph.capture(
                     lambda inputs: self._iterate(inputs, with_generator),
                     [images],
-                    between=lambda: self._put_back(before),
-                    share=next(iter(self._replays.values()), None),
+                    after_warmup=lambda: self._put_back(before),
+                    share_memory_with=next(iter(self._replays.values()), None),
                 )
         except RuntimeError as error:
             warnings.warn(f"the step could not be recorded as a CUDA graph and runs eagerly: {error}", stacklevel=2)
@@ -211,10 +212,10 @@ class TrainingStep:
                 model.discriminator.requires_grad_(True)
             losses |= terms
             if model.queue is not None:
-                model.queue.push(self.team.concatenated(found.query.detach()), unless=self._bad.bool())
+                model.queue.push(self.group.gather(found.query.detach()), unless=self._bad.bool())
         names = self._trained(with_generator)
         values = torch.stack([losses[name].detach() for name in names]).double()
-        self._sums[: len(names)] += self.team.mean(values)
+        self._sums[: len(names)] += self.group.mean(values)
 
     def _reconstruct(self, images: Tensor, with_generator: bool) -> Reconstruction:
         with torch.set_grad_enabled(with_generator):
@@ -244,8 +245,8 @@ class TrainingStep:
         """Note on the device whether something is not finite; the first find stays."""
         parameters = [parameter for parameter in parameters if parameter.grad is not None]
         norms = torch._foreach_norm([parameter.grad for parameter in parameters])
-        # Of the whole team, as the gradients are: all members stop at once, and for one reason.
-        means = self.team.mean(torch.stack([loss.detach().float() for loss in losses.values()]))
+        # Of the whole group, as the gradients are: all members stop at once, and for one reason.
+        means = self.group.mean(torch.stack([loss.detach().float() for loss in losses.values()]))
         values = torch.cat([means, torch.stack(norms)])
         bad = ~values.isfinite().all()
         first = bad & (self._bad == 0)

@@ -21,16 +21,17 @@ from tqdm import tqdm
 from simsid import checkpoint, metrics
 from simsid.config import Config, TrainingConfig
 from simsid.data import ImageSet
-from simsid.distributed import Team, synchronise_batch_norms
+from simsid.distributed import ProcessGroup
 from simsid.errors import CheckpointError, NonFiniteError, RunError
 from simsid.kernels.ranges import stage
 from simsid.models.model import Model
 from simsid.models.signals import Calibration
+from simsid.training.parallel import synchronize_batch_norms
 from simsid.training.run_folder import RunFolder
 from simsid.training.step import TrainingStep
 
 AGREED_EVERY = 8
-"""Iterations on GPUs after which a team asks whether anyone pressed Ctrl-C."""
+"""Iterations on GPUs after which a group asks whether anyone pressed Ctrl-C."""
 
 REQUEST = {
     "config": "another model configuration",
@@ -83,7 +84,7 @@ class Trainer:
         config: a `TrainingConfig`; None is the papers'.
         run: a folder for metrics and checkpoints, or None to keep everything in memory.
         progress: show a progress bar.
-        team: the processes that train together; every one of them calls `fit` with the same images. Rank 0 alone reads
+        group: the processes that train together; every one of them calls `fit` with the same images. Rank 0 alone reads
             and writes the run folder.
 
     Raises:
@@ -97,13 +98,13 @@ class Trainer:
         *,
         run: RunFolder | str | os.PathLike | None = None,
         progress: bool = False,
-        team: Team | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.model = model
-        self.team = team or Team()
+        self.group = group or ProcessGroup()
         self.config = config = config or TrainingConfig()
         self.run = run
-        self.progress = progress and self.team.main
+        self.progress = progress and self.group.main
         self._step: TrainingStep | None = None
         self._interrupted = False
         self._best: dict[str, Tensor] | None = None
@@ -130,7 +131,7 @@ class Trainer:
         Raises:
             ValueError: images that do not fit the model, or a criterion that `val` cannot give.
             NonFiniteError: images, a loss or a gradient are not finite; the last checkpoint is whole.
-            RunError: the run folder is in use, already holds a run or a model, or holds another run; members of a team
+            RunError: the run folder is in use, already holds a run or a model, or holds another run; members of a group
                 that were given different images or configurations.
         """
         train, val = _as_images(train), _as_images(val) if val is not None and len(val) else None
@@ -141,7 +142,7 @@ class Trainer:
             if resume:
                 raise RunError("resume=True needs the run folder to resume")
             return self._fit(train, val, criterion, None, resume=False)
-        if not self.team.main:
+        if not self.group.main:
             return self._fit(train, val, criterion, None, resume=resume)
         held = nullcontext(self.run) if isinstance(self.run, RunFolder) else RunFolder(self.run)
         with held as folder:
@@ -156,7 +157,7 @@ class Trainer:
         self._check_agreement(fingerprint)
         train, val = _on_device(train, self.model.device), _on_device(val, self.model.device)
         # Optimisers without a past.
-        self._step, self._best = TrainingStep(self.model, self.config, self.team), None
+        self._step, self._best = TrainingStep(self.model, self.config, self.group), None
         # What normal films look like to other weights; none of the epochs kept on the way may carry it.
         self.model.calibration = None
         at = self._restored(folder, fingerprint) if resume else _Progress()
@@ -178,7 +179,7 @@ class Trainer:
                 at.finished = True
                 self._calibrate(train, val, folder, at, fingerprint)
         # Synchronised or not is this training's affair.
-        synchronise_batch_norms(self.model, False)
+        synchronize_batch_norms(self.model, False)
         self.model.eval()
         return at.history
 
@@ -222,7 +223,7 @@ class Trainer:
                         history.interrupted = True
                         return False
                     with stage("data"):
-                        index = self.team.share(order[at.position * size : (at.position + 1) * size])
+                        index = self.group.shard(order[at.position * size : (at.position + 1) * size])
                         images = train.batch(index, self.model.device)
                     step(images, at.step)
                     at.position, at.step = at.position + 1, at.step + 1
@@ -263,7 +264,7 @@ class Trainer:
         """Return reconstruction error of normal validation images, and each signal's AUC where there are anomalies."""
         if val is None:
             return {}
-        self.team.follow_main(self.model)
+        self.group.broadcast_tensors(self.model.buffers())
         # Signals that are not finite are left out: there is no number to compare, and JSON has none to write.
         found = self._signals(val)
         found = {name: values for name, values in found.items() if np.isfinite(values).all()}
@@ -276,29 +277,29 @@ class Trainer:
         return result
 
     def _signals(self, images: ImageSet) -> dict[str, np.ndarray]:
-        """Return the signals of all images, each measured by one member of the team."""
-        if self.team.size == 1:
+        """Return the signals of all images, each measured by one member of the group."""
+        if self.group.size == 1:
             return self.model.signals(images.batches())
-        own = range(self.team.rank, len(images), self.team.size)
+        own = range(self.group.rank, len(images), self.group.size)
         where = images.pixels.device
         parts = (images.batch(own[start : start + 256], where) for start in range(0, len(own), 256))
-        return self.team.collected(self.model.signals(parts), len(images))
+        return self.group.interleave(self.model.signals(parts), len(images))
 
     def _batch_size(self, train: ImageSet) -> int:
-        """Return the images of an iteration, which divide among the team."""
-        size, team = self.config.batch_size, self.team.size
-        if size % team or len(train) < team:
+        """Return the images of an iteration, which divide among the group."""
+        size, group = self.config.batch_size, self.group.size
+        if size % group or len(train) < group:
             raise ValueError(
-                f"the batch size must be a multiple of the {team} processes, with an image for each, "
+                f"the batch size must be a multiple of the {group} processes, with an image for each, "
                 f"got batch_size={size} and {len(train)} images"
             )
-        return min(size, len(train) // team * team)
+        return min(size, len(train) // group * group)
 
     def _should_stop(self, at: _Progress) -> bool:
-        """Return whether Ctrl-C was pressed; a team agrees, and on GPUs not at every iteration."""
-        if self.model.device.type == "cuda" and at.step % AGREED_EVERY and self.team.size > 1:
+        """Return whether Ctrl-C was pressed; a group agrees, and on GPUs not at every iteration."""
+        if self.model.device.type == "cuda" and at.step % AGREED_EVERY and self.group.size > 1:
             return False
-        return self.team.any(self._interrupted)
+        return self.group.any(self._interrupted)
 
     def _criterion(self, train: ImageSet, val: ImageSet | None) -> str:
         """Check the images and return the criterion that chooses the epoch."""
@@ -365,7 +366,7 @@ class Trainer:
     def _keep(self, folder: RunFolder | None) -> None:
         if folder is not None:
             self.model.save(folder.path)
-        elif self.team.main:
+        elif self.group.main:
             self._best = copy.deepcopy(self.model.state_dict())
 
     def _load_best(self, folder: RunFolder | None) -> None:
@@ -375,8 +376,8 @@ class Trainer:
             self.model.calibration = best.calibration
         elif self._best is not None:
             self.model.load_state_dict(self._best)
-        self.team.follow_main(self.model, weights=True)
-        self.model.calibration = self.team.from_main(lambda: self.model.calibration)
+        self.group.broadcast_tensors([*self.model.buffers(), *self.model.parameters()])
+        self.model.calibration = self.group.broadcast(lambda: self.model.calibration)
         self.model.eval()
 
     def _save_if_due(self, folder: RunFolder | None, at: _Progress, fingerprint: str) -> None:
@@ -401,7 +402,7 @@ class Trainer:
 
     def _check_agreement(self, fingerprint: str) -> None:
         """Refuse to train on what is not the same at every member."""
-        requests = self.team.everyones(self._request(fingerprint))
+        requests = self.group.all_gather_object(self._request(fingerprint))
         for rank, request in enumerate(requests):
             for name, value in request.items():
                 if value != requests[0][name]:
@@ -425,7 +426,7 @@ class Trainer:
     def _restored(self, folder: RunFolder | None, fingerprint: str) -> _Progress:
         """Load weights and optimisers from the run folder's state, if there is one, and return where training stood."""
         # From rank 0, before it writes; the others need not see the folder.
-        state = self.team.from_main(lambda: self._read_state(folder, fingerprint))
+        state = self.group.broadcast(lambda: self._read_state(folder, fingerprint))
         if state is None:
             return _Progress()
         tensors, document = state
@@ -475,7 +476,7 @@ class Trainer:
 
     @contextmanager
     def _writer(self, folder: RunFolder | None, at: _Progress) -> Iterator[object | None]:
-        if not self.config.tensorboard or not self.team.main:
+        if not self.config.tensorboard or not self.group.main:
             yield None
             return
         # What a killed process showed beyond its state goes.
