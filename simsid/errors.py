@@ -59,3 +59,7 @@ class NonFiniteError(SimsidError, FloatingPointError):
 
 class IncompleteError(SimsidError, RuntimeError):
     """The main result is saved, and a later step failed; the command line's exit status is 1."""
+
+
+class DeviceMemoryError(SimsidError, RuntimeError):
+    """A GPU has too little free memory; the message names the batch size and the remedy."""

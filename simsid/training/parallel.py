@@ -1,6 +1,7 @@
 """Data-parallel training: wrappers that average gradients over the ranks, and BatchNorm over the global batch."""
 
 import inspect
+from typing import Any
 
 import torch
 import torch.distributed.nn
@@ -39,7 +40,10 @@ def data_parallel(model: Model) -> tuple[nn.Module, nn.Module]:
     """Return the model's forward pass and a `DiscriminatorPair`, whose gradients are averaged over the ranks."""
     # Forward passes must not broadcast buffers, which the backward pass still needs. PyTorch 2.13 renamed the option.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    options = {"forward_sync_buffers" if renamed else "broadcast_buffers": False, "gradient_as_bucket_view": True}
+    options: dict[str, Any] = {
+        "forward_sync_buffers" if renamed else "broadcast_buffers": False,
+        "gradient_as_bucket_view": True,
+    }
     reconstruct = DistributedDataParallel(_ModelWithoutDiscriminator(model), **options)
     discriminate = DistributedDataParallel(DiscriminatorPair(model.discriminator), **options)
     return reconstruct, discriminate
@@ -66,12 +70,14 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
         """Normalize `[B, C, H, W]`; in training mode with mean and variance of the global batch."""
         if not self.training or not distributed.is_initialized():
             return super().forward(x)
+        assert self.running_mean is not None and self.running_var is not None  # for type checkers
+        assert self.num_batches_tracked is not None and self.momentum is not None
         count = x.numel() // x.shape[1] * distributed.get_world_size()
         mean = _sum_over_ranks(x.sum((0, 2, 3))) / count
         centered = x - mean[:, None, None]
         variance = _sum_over_ranks(centered.square().sum((0, 2, 3))) / count
         with torch.no_grad():
-            self.num_batches_tracked += 1
+            self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
