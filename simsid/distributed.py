@@ -15,8 +15,8 @@ import torch.distributed.nn
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simsid.data.parallel import in_order, thread_count
 from simsid.errors import ProcessGroupError
+from simsid.parallel import in_order, thread_count
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -168,7 +168,7 @@ class Team:
     def in_order(
         self, function: Callable[[Item], Result], items: Sequence[Item], workers: int
     ) -> Iterator[tuple[Item, Result]]:
-        """Do what `simsid.data.parallel.in_order` does, each member computing every `size`-th result."""
+        """Do what `simsid.parallel.in_order` does, each member computing every `size`-th result."""
         if self.size == 1:
             yield from in_order(function, items, workers)
             return
