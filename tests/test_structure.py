@@ -15,7 +15,7 @@ TIERS = [
     {"evaluation"},
     {"training", "scoring"},
     {"models", "data"},
-    {"metrics", "checkpoint", "parallel", "distributed", "cuda_graph", "config", "errors"},
+    {"metrics", "checkpoint", "distributed", "cuda_graph", "parallel", "config", "errors"},
     {"kernels"},
     {"__init__"},
 ]

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from simsid.training.run_folder import RunFolder
     from simsid.training.trainer import History
 
-FEWEST_HELD_OUT = 50
-"""With fewer normal validation images than this, some training images are held out beside them."""
-
 RESEARCH = "For research use only; not a medical device."
 
 RESUMABLE = ("resume", "device", "threads", "workers", "help")
@@ -183,12 +180,12 @@ class Train:
         model = _model(request.model, request.training.seed, device)
         with self._folder(request, path) if group.main else contextlib.nullcontext(path) as folder:
             trainer = Trainer(model, request.training, run=folder, progress=True, group=group)
-            # A resumed run may have been killed before it was written.
-            if group.main and not (self.resume and (path / "manifest.csv").exists()):
-                folder.write_manifest([*train_records, *val_records])
             train = _load(train_records, request.model, workers, group)
             val = _load(val_records, request.model, workers, group) if val_records else None
             if group.main:
+                # A resumed run may have been killed before the manifest was written.
+                if not (self.resume and (path / "manifest.csv").exists()):
+                    folder.write_manifest([*train_records, *val_records], [train, *([val] if val else [])])
                 failures = [*train.failures, *(val.failures if val else ())]
                 (path / "failures.csv").unlink(missing_ok=True)
                 if failures:
@@ -668,31 +665,10 @@ def _run(arguments: list[str]) -> int | str | None:
 
 
 def partition(dataset: "Dataset", val_share: float) -> "tuple[list[Record], list[Record]]":
-    """Choose the images to train on, normal ones only, and those to validate on.
+    """See `simsid.data.partition`; imported when called, because it needs PyTorch."""
+    from simsid import data
 
-    A data set's own splits are kept. Where fewer than 50 normal images are there to validate on, `val_share` of the
-    normal training images is held out beside them, patients kept apart.
-    """
-    from simsid.data import split_by_patient
-
-    if not 0 < val_share < 1:
-        raise UsageError(f"val_share must be between 0 and 1, got {val_share}")
-    train = [record for record in dataset.records if record.split in ("", "train") and record.label != 1]
-    val = [record for record in dataset.records if record.split == "val"]
-    if not train:
-        raise UsageError(f"{dataset.name} has no normal image to train on")
-    if sum(record.label != 1 for record in val) < FEWEST_HELD_OUT:
-        train = split_by_patient([dataclasses.replace(record, split="") for record in train], val_share)
-        val += [record for record in train if record.split == "val"]
-        # Anomalies without a split are of no use for training; they help to validate, unless it knows the patient.
-        known = {record.patient for record in train if record.split != "val"} - {""}
-        val += [
-            record
-            for record in dataset.records
-            if record.split == "" and record.label == 1 and record.patient not in known
-        ]
-    train = [dataclasses.replace(record, split="train") for record in train if record.split != "val"]
-    return train, [dataclasses.replace(record, split="val") for record in val]
+    return data.partition(dataset, val_share)
 
 
 def _parse(arguments: list[str]) -> object:

@@ -7,9 +7,7 @@ last.json, last-*.safetensors     the training state, from which a run resumes
 model.json, model-*.safetensors   the best model so far; `simsid.load(folder)` reads it
 """
 
-import csv
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -23,7 +21,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from simsid import __version__, checkpoint
-from simsid.data import Record
+from simsid.data import ImageSet, Record
 from simsid.errors import RunError
 
 WRITTEN = ("run.json", "manifest.csv", "metrics.jsonl", "last.json", "last-*", "model.json", "model-*")
@@ -84,17 +82,20 @@ class RunFolder:
         """Read run.json."""
         return checkpoint.read_json(self.path / "run.json")
 
-    def write_manifest(self, records: Iterable[Record]) -> None:
-        """Write manifest.csv: the records with the hash of each file, which is empty for images that have no file."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["path", "sha256", "split", "label", "finding", "patient"])
-        for record in records:
-            label = "" if record.label is None else record.label
-            writer.writerow([record.path, _sha256(record.path), record.split, label, record.finding, record.patient])
-        with self.writing("manifest.csv"):
-            # "surrogateescape" writes file names that are not UTF-8 byte for byte.
-            checkpoint.write_file(self.path / "manifest.csv", text.getvalue().encode("utf-8", "surrogateescape"))
+    def write_manifest(self, records: Iterable[Record], loaded: Iterable[ImageSet] = ()) -> None:
+        """Write manifest.csv: the records with the SHA-256 of each file, empty for images that are not files.
+
+        Args:
+            records: one for each row.
+            loaded: images that were read, with the hashes of their files; only other files are read here.
+        """
+        hashes = {path: digest for images in loaded for path, digest in zip(images.paths, images.sha256)}
+        columns = ["path", "sha256", "split", "label", "finding", "patient"]
+        with self.writing("manifest.csv"), checkpoint.csv_writer(self.path / "manifest.csv", columns) as write:
+            for record in records:
+                digest = hashes.get(record.path)
+                digest = _sha256(record.path) if digest is None else digest
+                write([record.path, digest, record.split, record.label, record.finding, record.patient])
 
     def write_state(self, tensors: dict[str, Tensor], document: Mapping[str, object]) -> None:
         """Write the training state atomically."""

@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from simsid.config import TrainingConfig
-from simsid.data import ImageSet
+from simsid.data import ImageSet, Preprocessing, as_image_set
 from simsid.distributed import ProcessGroup
 from simsid.errors import InputError, InputTypeError, RunError
 from simsid.kernels.ranges import stage
@@ -103,7 +103,7 @@ class Trainer:
                 raise RunError("tensorboard=True needs a run folder to write into")
             _summary_writer()
 
-    def fit(self, train: ImageSet | Tensor, val: ImageSet | Tensor | None = None, *, resume: bool = False) -> History:
+    def fit(self, train: object, val: object = None, *, resume: bool = False) -> History:
         """Train on `train`, keep the best epoch by the criterion on `val`, calibrate, and return the history.
 
         All images of `train` are trained on: pass normal ones. The model ends with the best epoch's weights, in
@@ -111,19 +111,24 @@ class Trainer:
         After Ctrl-C the state is written, the model keeps the weights of the moment, and `History.interrupted` is set.
 
         Args:
-            train: images, an `ImageSet` or `[n, 1, H, W]` in -1..1; at least 2.
-            val: images to validate on, those with label 1 as anomalies; None validates nothing.
+            train: at least 2 images: an `ImageSet`, a float tensor or array `[n, 1, H, W]` in -1..1, a torch `Dataset`,
+                a `DataLoader`, or whatever else `simsid.data.as_image_set` takes. They are read into memory.
+            val: images to validate on, likewise; label 1 is abnormal, and images without labels are taken as normal.
+                None validates nothing.
             resume: resume from the run folder's state, or begin where the run was stopped before it wrote one; the
                 images and the configuration must be the same.
 
         Raises:
             InputError: images that do not fit the model, or a criterion that `val` cannot give.
+            InputTypeError: objects that hold no images.
             NonFiniteError: images, a loss, a gradient or a statistic are not finite; the last checkpoint is intact.
             DeviceMemoryError: the GPU has too little memory for a batch.
             RunError: the run folder is in use, cannot be written, already holds a run or a model, or holds another
                 run; or ranks that have different images or configurations.
         """
-        images, val_images = _as_images(train), _as_images(val) if val is not None and len(val) else None
+        images = self._as_image_set(train, "train")
+        is_empty = val is None or (isinstance(val, Sized) and len(val) == 0)
+        val_images = None if is_empty else self._as_image_set(val, "val")
         validate_images(images, val_images, self.model.config.image_size)
         criterion = choose_criterion(self.config, val_images)
         batch_size = self._batch_size(len(images))
@@ -134,7 +139,8 @@ class Trainer:
                 raise RunError(f"{folder.path} already holds a run or a model; resume it or choose another folder")
             request = state.make_request(self.model, self.config, images, val_images)
             state.check_agreement(self.group, request)
-            images, val_images = (_on_device(part, self.model.device) for part in (images, val_images))
+            images = _on_device(images, self.model.device)
+            val_images = _on_device(val_images, self.model.device) if val_images is not None else None
             # A new step: its optimizers start without moments.
             step = TrainingStep(self.model, self.config, self.group)
             training = _Training(images, val_images, criterion, batch_size, folder, request, step, Progress())
@@ -246,6 +252,12 @@ class Trainer:
         self._save_if_due(training)
         return epoch, better
 
+    def _as_image_set(self, source: object, name: str) -> ImageSet:
+        """Return images in memory; where the source has no labels they are taken as normal."""
+        config = self.model.config
+        preprocessing = Preprocessing(config.image_size, config.aspect, config.intensity)
+        return as_image_set(source, name=name, label=0, preprocessing=preprocessing)
+
     def _batch_size(self, images: int) -> int:
         """Return the number of images in an iteration, which divide among the ranks."""
         size, ranks = self.config.batch_size, self.group.size
@@ -324,38 +336,9 @@ def learning_rate(config: TrainingConfig, epoch: int) -> float:
     return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * cosine
 
 
-class _TensorSet:
-    """Images `[n, 1, H, W]` in -1..1, all normal, in the form that training reads."""
-
-    def __init__(self, images: Tensor) -> None:
-        if images.dim() != 4 or images.shape[1] != 1 or not images.is_floating_point():
-            raise InputError(f"images must be float [n, 1, H, W], got {images.dtype} {list(images.shape)}")
-        self.pixels = images
-        self.labels = np.zeros(len(images), dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def batch(self, index: Tensor | slice, device: torch.device | str = "cpu") -> Tensor:
-        return self.pixels[index].to(device, torch.float32)
-
-    def batches(self, size: int = 256) -> Iterator[Tensor]:
-        yield from self.pixels.float().split(size)
-
-    def select(self, index: np.ndarray) -> "_TensorSet":
-        return _TensorSet(self.pixels[torch.as_tensor(index)])
-
-    def to(self, device: torch.device) -> "_TensorSet":
-        return _TensorSet(self.pixels.to(device))
-
-
-def _as_images(images: ImageSet | Tensor) -> Any:
-    return _TensorSet(images) if isinstance(images, Tensor) else images
-
-
-def _on_device(images: Any, device: torch.device) -> Any:
+def _on_device(images: ImageSet, device: torch.device) -> ImageSet:
     """Move images to a GPU if they take no more than a quarter of its free memory; else batches are copied."""
-    if images is None or device.type != "cuda":
+    if device.type != "cuda":
         return images
     pixels = images.pixels
     free, _ = torch.cuda.mem_get_info(device)

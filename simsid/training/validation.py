@@ -5,7 +5,7 @@ import numpy as np
 from simsid import metrics
 from simsid.data import ImageSet
 from simsid.distributed import ProcessGroup
-from simsid.errors import InputError, NonFiniteError
+from simsid.errors import InputError
 from simsid.models.model import Model
 from simsid.models.signals import Calibration
 
@@ -18,7 +18,6 @@ def validate_images(train: ImageSet, val: ImageSet | None, image_size: int) -> N
 
     Raises:
         InputError: images of another size, or fewer than 2 to train on.
-        NonFiniteError: pixels that are NaN or infinite.
     """
     for name, images in (("train", train), ("val", val)):
         if images is None:
@@ -26,9 +25,6 @@ def validate_images(train: ImageSet, val: ImageSet | None, image_size: int) -> N
         if tuple(images.pixels.shape[2:]) != (image_size, image_size):
             actual = " x ".join(map(str, images.pixels.shape[2:]))
             raise InputError(f"{name} images must be {image_size} x {image_size} pixels, as the model's, got {actual}")
-        # Once here, because a check in every iteration would wait for the device.
-        if images.pixels.is_floating_point() and not images.pixels.isfinite().all():
-            raise NonFiniteError(f"the {name} images hold NaN or infinite pixels; nothing was trained")
     if len(train) < 2:
         raise InputError(f"training needs at least 2 images, got {len(train)}")
 
