@@ -14,7 +14,7 @@ import pathlib
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from safetensors import SafetensorError
@@ -59,20 +59,6 @@ def replaced(path: pathlib.Path) -> Iterator[pathlib.Path]:
     sync_folder(path.parent)
 
 
-@contextlib.contextmanager
-def csv_writer(path: pathlib.Path, columns: Iterable[str]) -> Iterator[Callable[[Iterable[object]], object]]:
-    """Yield a function that writes rows of a CSV file; the file appears atomically when the block ends."""
-    with (
-        replaced(path) as temporary,
-        open(temporary, "x", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        yield writer.writerow
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def sync_folder(folder: pathlib.Path) -> None:
     """Make the names in a folder durable, as after a rename."""
     # A rename is durable only once its folder is; Windows cannot open folders and needs no such step.
@@ -87,6 +73,53 @@ def sync_folder(folder: pathlib.Path) -> None:
 def write_json(path: pathlib.Path, document: dict[str, object]) -> None:
     """Write a JSON document atomically."""
     write_file(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def csv_writer(path: pathlib.Path, columns: Sequence[str]) -> Iterator[Callable[[Iterable[object]], None]]:
+    """Write a CSV file row by row and atomically: the file appears when the block ends, and not if it raises.
+
+    The text is UTF-8 with `\\n` after each row; bytes of file names that are not UTF-8 are written as they are. Text
+    that a spreadsheet would run as a formula is escaped, see `escape_cell`; numbers stay numbers, None is empty.
+
+    Yields:
+        A function that writes one row, a sequence of as many values as there are columns.
+    """
+    with (
+        replaced(path) as temporary,
+        open(temporary, "x", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+
+        def write(row: Iterable[object]) -> None:
+            file.write(",".join(map(_csv_cell, row)) + "\n")
+
+        write(columns)
+        yield write
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def escape_cell(text: str) -> str:
+    """Return text that no spreadsheet takes for a formula.
+
+    Text that begins with `=`, `+`, `-`, `@`, a tab or a line break gets an apostrophe before it, and so does such text
+    with apostrophes before it, so that `unescape_cell` restores every text exactly.
+    """
+    return "'" + text if re.match(r"'*[=+\-@\t\r\n]", text) else text
+
+
+def unescape_cell(text: str) -> str:
+    """Return the text that `escape_cell` was given."""
+    return text[1:] if re.match(r"'+[=+\-@\t\r\n]", text) else text
+
+
+def _csv_cell(value: object) -> str:
+    """Return one cell of a CSV file, quoted where needed; Python's csv module leaves a carriage return unquoted."""
+    text = escape_cell(value) if isinstance(value, str) else "" if value is None else str(value)
+    # Readers drop white space around a cell that is not quoted.
+    if re.search(r'[",\r\n]|^\s|\s$', text):
+        return '"' + text.replace('"', '""') + '"'
+    return text
 
 
 def read_json(path: pathlib.Path) -> dict[str, object]:

@@ -264,8 +264,8 @@ class TrainingConfig:
     """Weight of the student's reconstruction error."""
     distillation_weight: float = 0.001
     """Weight of the distance between the student's and the teacher's features."""
-    generator_weight: float = 0.005
-    """Weight of the generator's adversarial loss."""
+    adversarial_weight: float = 0.005
+    """Weight of the adversarial loss, by which the generator is trained to look real to the discriminator."""
     discriminator_weight: float = 0.005
     """Weight of the discriminator's loss."""
     generator_weight_decay: float = 1e-5
