@@ -6,7 +6,6 @@ ever executed, and only regular files of a bounded size are read.
 """
 
 import contextlib
-import csv
 import hashlib
 import json
 import os
