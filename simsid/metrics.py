@@ -47,7 +47,7 @@ class Row:
     held-out normal images, which is what a user can act on; they are None where there are no held-out images.
     """
 
-    finding: str  # "all", or one kind of finding
+    finding: str | None  # None: all abnormal images together
     signal: str
     normal: int  # images
     abnormal: int  # images
@@ -59,7 +59,7 @@ class Row:
     best_accuracy: float
     best_f1: float
     threshold: float | None
-    false_alarm_rate: float | None  # measured on the evaluated normal images, 1 - specificity
+    false_positive_rate: float | None  # measured on the evaluated normal images, 1 - specificity
     accuracy: float | None
     f1: float | None
     sensitivity: float | None
@@ -78,7 +78,9 @@ class Evaluation:
         default: the model's default signal, a key of `signals`; it comes first everywhere.
         holdout: raw scores of held-out *normal* images per signal, of any number, from which the thresholds come; a
             signal that it lacks has no threshold. None: no thresholds.
-        false_alarm_rate: the share of normal images that may raise an alarm, strictly between 0 and 1.
+        false_positive_rate: the fraction of normal images that may be flagged, strictly between 0 and 1.
+        in_sample: whether the held-out images are among the evaluated ones, so that sensitivity and false positive
+            rate are measured on the images that set the threshold.
 
     Raises:
         ValueError: a length, label, score, default or rate outside these ranges; the message names the signal.
@@ -90,7 +92,8 @@ class Evaluation:
     signals: dict[str, np.ndarray]
     default: str
     holdout: dict[str, np.ndarray] | None = None
-    false_alarm_rate: float = 0.05
+    false_positive_rate: float = 0.05
+    in_sample: bool = False
 
     def __post_init__(self) -> None:
         labels = _check_labels(self.labels)
@@ -104,7 +107,7 @@ class Evaluation:
         holdout = self.holdout
         if holdout is not None:
             holdout = {name: _check_scores(scores, f"held-out signal {name!r}") for name, scores in holdout.items()}
-        _check_rate("false_alarm_rate", self.false_alarm_rate)
+        _check_rate("false_positive_rate", self.false_positive_rate)
         for name, value in (("labels", labels), ("signals", signals), ("holdout", holdout)):
             object.__setattr__(self, name, value)
 
@@ -113,9 +116,9 @@ class Evaluation:
         """The kinds of finding among the abnormal images, in alphabetical order."""
         return sorted({finding for finding, label in zip(self.findings, self.labels) if label == 1})
 
-    def subset(self, finding: str) -> np.ndarray:
-        """Return the mask `[n]` of the normal images and the abnormal ones of a kind; `"all"` keeps every image."""
-        if finding == "all":
+    def subset(self, finding: str | None) -> np.ndarray:
+        """Return the mask `[n]` of the normal images and the abnormal ones of a kind; None keeps every image."""
+        if finding is None:
             return np.ones(len(self.labels), dtype=bool)
         return (self.labels == 0) | (np.asarray(self.findings, dtype=object) == finding)
 
@@ -123,7 +126,7 @@ class Evaluation:
         """Return the threshold of each signal that has held-out normal images, by `normal_threshold`."""
         holdout = self.holdout or {}
         return {
-            name: normal_threshold(holdout[name], self.false_alarm_rate) for name in self.signals if name in holdout
+            name: normal_threshold(holdout[name], self.false_positive_rate) for name in self.signals if name in holdout
         }
 
     def rows(self) -> list[Row]:
@@ -131,7 +134,7 @@ class Evaluation:
         thresholds = self.thresholds()
         rows = []
         for signal, scores in self.signals.items():
-            for finding in ("all", *self.kinds):
+            for finding in (None, *self.kinds):
                 mask = self.subset(finding)
                 rows.append(_row(finding, signal, self.labels[mask], scores[mask], thresholds.get(signal)))
         return rows
@@ -218,7 +221,7 @@ def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(np.sum(np.diff(points.recall) * points.precision[1:]))
 
 
-def normal_threshold(holdout: np.ndarray, false_alarm_rate: float) -> float:
+def normal_threshold(holdout: np.ndarray, false_positive_rate: float) -> float:
     """Choose the threshold that lets a given share of normal images raise an alarm, from held-out normals alone.
 
     The threshold is the j-th smallest of the n held-out scores, `j = n + 1 - floor((n + 1) rate)`, the conservative
@@ -230,18 +233,18 @@ def normal_threshold(holdout: np.ndarray, false_alarm_rate: float) -> float:
 
     Args:
         holdout: `[n]` raw scores of normal images that neither training nor this evaluation has seen, `n >= 1`.
-        false_alarm_rate: strictly between 0 and 1.
+        false_positive_rate: strictly between 0 and 1.
 
     Raises:
         ValueError: no scores, NaN or infinite ones, or a rate out of range.
     """
     scores = np.sort(_check_scores(holdout, "holdout"))
-    _check_rate("false_alarm_rate", false_alarm_rate)
+    _check_rate("false_positive_rate", false_positive_rate)
     # The slack keeps (n + 1) rate = 0.99999... from losing an alarm that exact arithmetic would allow.
-    allowed = math.floor((len(scores) + 1) * false_alarm_rate + 1e-9)
+    allowed = math.floor((len(scores) + 1) * false_positive_rate + 1e-9)
     if allowed < 1:
         warnings.warn(
-            f"{len(scores)} held-out normal images cannot promise a false-alarm rate of {false_alarm_rate:g}: the "
+            f"{len(scores)} held-out normal images cannot promise a false positive rate of {false_positive_rate:g}: the "
             f"threshold is their largest score, good for {1 / (len(scores) + 1):.2g}",
             stacklevel=2,
         )
@@ -249,7 +252,7 @@ def normal_threshold(holdout: np.ndarray, false_alarm_rate: float) -> float:
     return float(scores[len(scores) - allowed])
 
 
-def format_table(rows: Iterable[Row]) -> str:
+def format_table(rows: Iterable[Row], in_sample: bool = False) -> str:
     """Lay the rows out as plain text for a terminal, one block a signal, with the optimistic figures marked."""
     rows = list(rows)
     head = ["signal", "finding", "abn.", "norm.", "AUC", "95 % interval", "AP"]
@@ -260,7 +263,8 @@ def format_table(rows: Iterable[Row]) -> str:
     lines = []
     for row, previous in zip(rows, [None, *rows]):
         first = previous is None or previous.signal != row.signal
-        cells = [row.signal if first else "", row.finding, str(row.abnormal), str(row.normal)]
+        finding = "all abnormal" if row.finding is None else row.finding
+        cells = [row.signal if first else "", finding, str(row.abnormal), str(row.normal)]
         cells += [f"{row.auc:.3f}", f"{row.low:.3f} - {row.high:.3f}", f"{row.average_precision:.3f}"]
         if held_out:
             cells += [_figure(value) for value in (row.sensitivity, row.specificity, row.accuracy, row.f1)]
@@ -272,16 +276,18 @@ def format_table(rows: Iterable[Row]) -> str:
         text.append("  ".join(cells).rstrip())
     if held_out:
         text.append("sens., spec., acc., F1: at a threshold from held-out normal images.")
+        if in_sample:
+            text.append("In-sample: these held-out images are among the ones evaluated, so new images may do worse.")
     text.append("* optimistic: at the threshold of highest accuracy on these very images.")
     return "\n".join(text)
 
 
-def _row(finding: str, signal: str, labels: np.ndarray, scores: np.ndarray, threshold: float | None) -> Row:
+def _row(finding: str | None, signal: str, labels: np.ndarray, scores: np.ndarray, threshold: float | None) -> Row:
     """Compute one row; `threshold` comes from held-out normals."""
     area = auc(labels, scores)
     best_threshold = _best_threshold(labels, scores)
     best = _rates(labels, scores, best_threshold)
-    held_out = dict.fromkeys(("false_alarm_rate", "accuracy", "f1", "sensitivity", "specificity"))
+    held_out = dict.fromkeys(("false_positive_rate", "accuracy", "f1", "sensitivity", "specificity"))
     if threshold is not None:
         held_out = _rates(labels, scores, threshold)
     return Row(
@@ -307,7 +313,7 @@ def _rates(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str
     hits, false_alarms = int(np.sum(alarm & (labels == 1))), int(np.sum(alarm & (labels == 0)))
     abnormal, normal = int(np.sum(labels == 1)), int(np.sum(labels == 0))
     return {
-        "false_alarm_rate": false_alarms / normal,
+        "false_positive_rate": false_alarms / normal,
         "accuracy": (hits + normal - false_alarms) / (abnormal + normal),
         "f1": 2 * hits / (hits + false_alarms + abnormal),
         "sensitivity": hits / abnormal,

@@ -164,7 +164,7 @@ def evaluate(model: Model, images: ImageSet, *, false_alarm_rate: float = 0.05) 
         signals=model.signals(images.batches()),
         default=model.signal,
         holdout=holdout or None,
-        false_alarm_rate=false_alarm_rate,
+        false_positive_rate=false_alarm_rate,
     )
 
 
