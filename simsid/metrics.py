@@ -79,8 +79,6 @@ class Evaluation:
         holdout: raw scores of held-out *normal* images per signal, of any number, from which the thresholds come; a
             signal that it lacks has no threshold. None: no thresholds.
         false_positive_rate: the fraction of normal images that may be flagged, strictly between 0 and 1.
-        in_sample: whether the held-out images are among the evaluated ones, so that sensitivity and false positive
-            rate are measured on the images that set the threshold.
 
     Raises:
         ValueError: a length, label, score, default or rate outside these ranges; the message names the signal.
@@ -93,7 +91,6 @@ class Evaluation:
     default: str
     holdout: dict[str, np.ndarray] | None = None
     false_positive_rate: float = 0.05
-    in_sample: bool = False
 
     def __post_init__(self) -> None:
         labels = _check_labels(self.labels)
@@ -115,6 +112,17 @@ class Evaluation:
     def kinds(self) -> list[str]:
         """The kinds of finding among the abnormal images, in alphabetical order."""
         return sorted({finding for finding, label in zip(self.findings, self.labels) if label == 1})
+
+    @property
+    def in_sample(self) -> bool:
+        """Whether the thresholds come from images that are evaluated here, so that their figures are in-sample.
+
+        Equal scores show it: a signal has the same value, bit for bit, whenever an image is scored.
+        """
+        held = (self.holdout or {}).get(self.default)
+        if held is None:
+            return False
+        return bool(np.isin(held, self.signals[self.default][self.labels == 0]).mean() > 0.5)
 
     def subset(self, finding: str | None) -> np.ndarray:
         """Return the mask `[n]` of the normal images and the abnormal ones of a kind; None keeps every image."""
@@ -252,7 +260,7 @@ def normal_threshold(holdout: np.ndarray, false_positive_rate: float) -> float:
     return float(scores[len(scores) - allowed])
 
 
-def format_table(rows: Iterable[Row], in_sample: bool = False) -> str:
+def format_table(rows: Iterable[Row]) -> str:
     """Lay the rows out as plain text for a terminal, one block a signal, with the optimistic figures marked."""
     rows = list(rows)
     head = ["signal", "finding", "abn.", "norm.", "AUC", "95 % interval", "AP"]
@@ -276,8 +284,6 @@ def format_table(rows: Iterable[Row], in_sample: bool = False) -> str:
         text.append("  ".join(cells).rstrip())
     if held_out:
         text.append("sens., spec., acc., F1: at a threshold from held-out normal images.")
-        if in_sample:
-            text.append("In-sample: these held-out images are among the ones evaluated, so new images may do worse.")
     text.append("* optimistic: at the threshold of highest accuracy on these very images.")
     return "\n".join(text)
 

@@ -62,6 +62,6 @@ def _percent(fraction: float | None) -> str:
     return "–" if fraction is None or fraction != fraction else f"{100.0 * fraction:.3g} %"
 
 
-def _breakable(name: str) -> Markup:
-    """Let a browser break a name after its underscores, so that a table's head stays narrow."""
-    return Markup("_<wbr>").join(escape(part) for part in name.split("_"))
+def _breakable(name: str, after: str = "_") -> Markup:
+    """Let a browser break a name after each separator, so that a column stays narrow."""
+    return Markup(f"{after}<wbr>").join(escape(part) for part in name.split(after))

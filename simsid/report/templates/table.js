@@ -4,17 +4,18 @@ const table = document.getElementById("films");
 const body = table.tBodies[0];
 const heads = [...table.tHead.rows[0].cells];
 const collator = new Intl.Collator("en", { numeric: true });
-// Read once: text of the file, finding and label to filter, and one key a column to sort.
+// Read once: columns 0, 4 and 5 hold the file, finding and label, which the filter searches; 1 holds a failure's reason.
 const rows = [...body.rows].map((row) => {
   const text = [...row.cells].map((cell) => cell.textContent.trim());
-  return { row, text, search: text.slice(0, 3).join(" ").toLowerCase(), flagged: text[5] === "yes" };
+  const search = text.length > 2 ? [text[0], text[4], text[5]] : text;
+  return { row, text, search: search.join(" ").toLowerCase(), flagged: text[3] === "yes" };
 });
 
 function sort(column, descending) {
   const number = "number" in heads[column].dataset;
   const sign = descending ? -1 : 1;
   const key = ({ text }) => (number ? parseFloat(text[column]) : text[column]);
-  const missing = (value) => value === undefined || value === "" || Number.isNaN(value);
+  const missing = (value) => !value && value !== 0; // undefined, "" or NaN
   const keyed = rows.map((entry) => [key(entry), entry.row]);
   // Missing values stay at the end in both directions.
   keyed.sort(([a], [b]) => missing(a) - missing(b) ||
