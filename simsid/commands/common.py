@@ -139,18 +139,22 @@ def write_evaluation_report(
 ) -> None:
     """Write report.html of labelled images, with examples at even steps through the scores of each kind."""
     from simsid import report
-    from simsid.report.selection import evaluation_rows, examples_of_set, typical_indices
+    from simsid.report import selection
 
+    examples = selection.examples_of_set(model, images, evaluation, selection.typical_indices(evaluation))
+    rows = selection.evaluation_rows(model, images, evaluation, [example.path for example in examples])
     report.write_report(
         path,
         title=title,
         evaluation=evaluation,
-        examples=examples_of_set(model, images, evaluation, typical_indices(evaluation)),
-        rows=evaluation_rows(model, evaluation),
+        examples=examples,
+        rows=rows,
         configuration={"model": described(model), **(configuration or {})},
         versions=versions(),
         notes=list(notes),
+        descriptions=selection.descriptions(model),
     )
+    selection.write_film_pages(path, model, rows, examples)
 
 
 def described(model: "AnomalyModel") -> dict[str, object]:

@@ -111,8 +111,10 @@ class Score:
         return 0 if not summary.failed else 1 if summary.scored else 2
 
     def _report(self, model: "AnomalyModel", summary: "Summary") -> None:
+        import numpy as np
+
         from simsid import report
-        from simsid.report.selection import examples_of_scores
+        from simsid.report import selection
 
         if not summary.top:
             return
@@ -121,18 +123,26 @@ class Score:
             f"{self.signal or model.signal} are shown.",
             "The score is standardized on normal training images: 0.5 is an average normal image, 1 is anomalous.",
         ]
-        if summary.shift is not None:
-            notes.insert(0, f"{summary.shift}.")
+        path = self.output / "report.html"
+        signal = self.signal or model.signal
+        held = np.asarray(model.calibrated().holdout.get(signal, []))
         with saved(f"the scores are in {self.output / 'scores.csv'}"):
+            examples = selection.examples_of_scores(model, summary.top, signal)
+            pages = {example.path for example in examples}
+            rows = [selection.film_row(score, held, signal, pages) for score in reversed(summary.top)]
             report.write_report(
-                self.output / "report.html",
+                path,
                 title=f"simsid: {self.data.resolve().name}",
                 evaluation=None,
-                examples=examples_of_scores(model, summary.top, self.signal),
+                examples=examples,
+                rows=rows,
                 configuration={"model": described(model)},
                 versions=versions(),
                 notes=notes,
+                warnings=[] if summary.shift is None else [f"{summary.shift}."],
+                descriptions=selection.descriptions(model),
             )
+            selection.write_film_pages(path, model, rows, examples)
 
 
 def _version(path: pathlib.Path) -> tuple[int, int] | None:
