@@ -1,7 +1,6 @@
 """The command line: each command is a dataclass whose fields are its options."""
 
 import contextlib
-import csv
 import dataclasses
 import io
 import json
@@ -11,7 +10,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -904,17 +903,7 @@ def _saved(what: str) -> "Iterator[None]":
         raise IncompleteError(f"{what}, but writing the report failed: {type(error).__name__}: {error}") from error
 
 
-@contextlib.contextmanager
-def _table(path: pathlib.Path, columns: list[str]) -> "Iterator[Callable[[Iterable[object]], object]]":
-    """Write a CSV row by row beside its place; it takes its place when it is whole."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(columns)
-            yield writer.writerow
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _table(path: pathlib.Path, columns: list[str]) -> "contextlib.AbstractContextManager[Callable[..., object]]":
+    from simsid import checkpoint
+
+    return checkpoint.csv_writer(path, columns)

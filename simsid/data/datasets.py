@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils import data
 
+from simsid.data.files import FileReader
 from simsid.data.folders import excluded, is_image, iter_images, list_images, patterns
-from simsid.data.images import FileReader, ImageSet, load_images, stream_images
+from simsid.data.images import ImageSet, load_images, stream_images
 from simsid.data.preprocessing import ImageSize, Preprocessing, to_float
 from simsid.data.records import SPLITS, Record, failure_summary, iter_csv, missing_files, read_csv, split_from_name
 from simsid.errors import InputError, ReadError
@@ -63,8 +64,10 @@ class Dataset(data.Dataset):
             ReadError: a file cannot be read; its image would be missing from the results without notice.
         """
         chosen = self.preprocessing
-        options = {"aspect": chosen.aspect, "intensity": chosen.intensity, "batch_size": size}
-        for images, _, failures in stream_images(self.records, chosen.image_size, **options):
+        stream = stream_images(
+            self.records, chosen.image_size, aspect=chosen.aspect, intensity=chosen.intensity, batch_size=size
+        )
+        for images, _, failures in stream:
             if failures:
                 raise ReadError(failure_summary(failures, len(self)))
             yield images
@@ -194,8 +197,7 @@ class CheXpert(Dataset):
     marks, and left out where it has none. `finding` is `"No Finding"`, the finding's name where it is the only one, or
     `"several"`. `valid` becomes split `"val"`.
 
-    Source: Irvin et al., CheXpert, arXiv 1901.07031; the selection is that of the SQUID paper, arXiv 2111.13495,
-    section 4.
+    Source: Irvin et al., CheXpert, arXiv 1901.07031.
 
     Raises:
         InputError: files, columns or values are not as published.

@@ -140,7 +140,7 @@ def _images(images: Tensor | np.ndarray, name: str, axes: int) -> Tensor:
         return images.detach().to(torch.float32)
     raise InputError(
         f"{name} must be floating point in -1..1, from black to white, got {images.dtype}; "
-        "for uint8 use images / 127.5 - 1; simsid.data.read maps raw grey values"
+        "for uint8 use images / 127.5 - 1; simsid.data.read maps raw gray values"
     )
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from sample_files import ramp, save, write_dicom
 from torch.utils.data import DataLoader
 
-import simsid.data.images
+import simsid.data.files
 from simsid.data import Failure, ImageSet, Preprocessing, Record, load_images, read, stream_images
 from simsid.data.images import FAILURES_AT_ONCE
 from simsid.data.reading import read_image
@@ -74,7 +74,7 @@ def test_an_unforeseen_error_is_a_failure_of_that_file(folder, monkeypatch):
             raise RuntimeError("odd\nthing")
         return image
 
-    monkeypatch.setattr(simsid.data.images, "read_image", read)
+    monkeypatch.setattr(simsid.data.files, "read_image", read)
     images = load_images(folder, 8)
     assert len(images) == 4
     assert images.failures[-1] == Failure(str(folder[4]), "the image cannot be prepared: odd thing")
@@ -347,8 +347,8 @@ def test_float_images_keep_their_values():
 
 def test_each_file_is_opened_once_and_hashed_from_the_decoded_bytes(folder, monkeypatch):
     opened = []
-    open_file = simsid.data.images.open_file
-    monkeypatch.setattr(simsid.data.images, "open_file", lambda path: opened.append(path) or open_file(path))
+    open_file = simsid.data.files.open_file
+    monkeypatch.setattr(simsid.data.files, "open_file", lambda path: opened.append(path) or open_file(path))
     images = load_images(folder, 8)
     assert sorted(opened) == sorted(map(str, folder))
     files = [*images.paths, images.failures[0].path]
