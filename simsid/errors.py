@@ -61,6 +61,10 @@ class IncompleteError(SimsidError, RuntimeError):
     """The main result is saved, and a later step failed; the command line's exit status is 1."""
 
 
+class DeviceMemoryError(SimsidError, RuntimeError):
+    """A GPU has too little free memory; the message names the batch size and the remedy."""
+
+
 def printable(text: str) -> str:
     """Return a text, such as a file name, for one line of a terminal.
 
