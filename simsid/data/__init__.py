@@ -4,7 +4,7 @@ from simsid.data.augmentation import augment
 from simsid.data.datasets import CheXpert, COVIDx, Dataset, Radiographs, ZhangLab, iter_records, open_dataset
 from simsid.data.digits import DigitAnatomy
 from simsid.data.files import read
-from simsid.data.images import ImageSet, load_images, manifest_rows, stream_images
+from simsid.data.images import ImageSet, load_images, stream_images
 from simsid.data.preprocessing import Preprocessing
 from simsid.data.reading import DecodedImage, read_image
 from simsid.data.records import Failure, Record, missing_files, read_csv, write_csv
@@ -32,7 +32,6 @@ __all__ = [
     "augment",
     "iter_records",
     "load_images",
-    "manifest_rows",
     "missing_files",
     "open_dataset",
     "partition",

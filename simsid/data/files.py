@@ -1,7 +1,6 @@
 """Prepares one image, a file or an array of gray values, as a model takes it."""
 
 import hashlib
-import io
 import os
 import stat
 from typing import BinaryIO, NamedTuple
@@ -57,7 +56,7 @@ def read(
 
 
 class Decoded(NamedTuple):
-    """One file that was read: `[H, W]` uint8 or uint16, and the SHA-256 of the file's bytes."""
+    """One file that was read: `[H, W]` uint8 or uint16, and the file's SHA-256 in hexadecimal, `""` if not wanted."""
 
     pixels: np.ndarray
     sha256: str
@@ -66,16 +65,20 @@ class Decoded(NamedTuple):
 class FileReader:
     """Reads, hashes and preprocesses one file at a time; called with a record, it returns failures as values."""
 
-    def __init__(self, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS, *, hash_files: bool = False) -> None:
         self.preprocessing = preprocessing
         self.max_pixels = max_pixels
+        self.hash_files = hash_files
 
     def __call__(self, record: Record) -> Decoded | Failure:
         """Return the decoded file, or why it could not be read, whatever went wrong."""
         digest = ""
         try:
-            content, digest = _read_and_hash(record.path)
-            return Decoded(self.preprocessing.quantize(read_image(content, max_pixels=self.max_pixels)), digest)
+            with open_file(record.path) as file:
+                # The hash is that of the file which is decoded: one handle, even if another file takes its name.
+                digest = _sha256(file) if self.hash_files else ""
+                image = read_image(file, max_pixels=self.max_pixels)
+            return Decoded(self.preprocessing.quantize(image), digest)
         except ReadError as error:
             return Failure(record.path, str(error), digest)
         except Exception as error:  # a defect of one file must not stop a run over thousands
@@ -114,14 +117,13 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
         raise ReadError(f"the {what}: {error.strerror or error}") from error
 
 
-def _read_and_hash(path: str) -> tuple[io.BytesIO, str]:
-    """Read a file once, so that the hash is that of the bytes which are decoded."""
-    try:
-        with open_file(path) as file:
-            content = file.read()
-    except MemoryError as error:
-        raise ReadError("there is not enough memory to read the file") from error
-    return io.BytesIO(content), hashlib.sha256(content).hexdigest()
+def _sha256(file: BinaryIO) -> str:
+    """Return the hash of a file, block by block so that the memory stays bounded, and rewind it."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    file.seek(0)
+    return digest.hexdigest()
 
 
 def _decoded_from_array(array: np.ndarray | Tensor) -> DecodedImage:

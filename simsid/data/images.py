@@ -18,7 +18,6 @@ from simsid.parallel import in_order, thread_count, with_progress
 
 # Failures per batch of `stream_images`: a folder of broken files must neither fill the memory nor look stuck.
 FAILURES_AT_ONCE = 256
-MANIFEST_COLUMNS = ("path", "sha256", "split", "label", "finding", "patient")
 
 Source = Record | str | os.PathLike[str]
 Index = Tensor | np.ndarray | Sequence[int] | slice
@@ -131,7 +130,7 @@ def load_images(
 ) -> ImageSet:
     """Decode images in parallel threads and keep them in memory, in the given order.
 
-    Each file is read once: `ImageSet.sha256` is the hash of the same bytes that were decoded.
+    Each file is opened once and hashed on the way: `ImageSet.sha256`, and `Failure.sha256` for those that fail.
 
     Args:
         records: records, or paths.
@@ -151,7 +150,7 @@ def load_images(
     files = [_as_record(source) for source in _sequence_of_files(records)]
     if not files:
         raise InputError("records must name at least one image, got none")
-    reader = FileReader(Preprocessing(image_size, aspect, intensity), max_pixels)
+    reader = FileReader(Preprocessing(image_size, aspect, intensity), max_pixels, hash_files=True)
     decoded = decode(reader, files, thread_count(workers))
     if progress:
         decoded = with_progress(decoded, len(files), "reading")
@@ -200,20 +199,6 @@ def stream_images(
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     reader = FileReader(Preprocessing(image_size, aspect, intensity), max_pixels)
     return _batches(map(_as_record, _sequence_of_files(paths_or_records)), reader, thread_count(workers), batch_size)
-
-
-def manifest_rows(records: Iterable[Record], *sets: ImageSet) -> Iterator[list[object]]:
-    """Yield the rows of a data manifest, columns `MANIFEST_COLUMNS`, for records that were loaded into `sets`.
-
-    The hash is that of the bytes that were decoded, also for files that failed; `""` where no byte could be read and
-    for images that are not files.
-    """
-    hash_of: dict[str, str] = {}
-    for images in sets:
-        hash_of.update(zip(images.paths, images.sha256))
-        hash_of.update({failure.path: failure.sha256 for failure in images.failures})
-    for record in records:
-        yield [record.path, hash_of.get(record.path, ""), record.split, record.label, record.finding, record.patient]
 
 
 def _batches(
