@@ -6,26 +6,8 @@ import pytest
 
 from simsid import checkpoint
 
-CELLS = [
-    "",
-    "a",
-    "a,b",
-    'a"b',
-    "a\rb",
-    "a\nb",
-    " a ",
-    "=A1",
-    "+1",
-    "-1.5",
-    "@x",
-    "\tx",
-    "\rx",
-    "'=A1",
-    "''@",
-    "'a",
-    "ü",
-    "\udcfc",
-]
+FORMULAS = ["=A1", "+1", "-1.5", "@x", "\tx", "\rx", "\nx", "'=A1", "''@"]
+CELLS = ["", "a", "a,b", 'a"b', "a\rb", "a\nb", " a ", "'a", "ü", "\udcfc", *FORMULAS]
 
 
 def test_cells_survive_a_csv_reader_and_unescape_and_none_begins_a_formula(tmp_path):

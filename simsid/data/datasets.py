@@ -287,6 +287,8 @@ def open_dataset(
         if kind.fits(_folder(path)):
             dataset = kind(path, preprocessing=preprocessing)
             dataset.records = tuple(_kept(dataset.records, path, exclude))
+            if not dataset.records:
+                raise InputError(f"{path} has no image that exclude leaves")
             return dataset
     return Radiographs(path, exclude=exclude, preprocessing=preprocessing)
 

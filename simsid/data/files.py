@@ -12,7 +12,7 @@ from torch import Tensor
 from simsid.data.preprocessing import ImageSize, Preprocessing, to_float
 from simsid.data.reading import MAX_PIXELS, DecodedImage, one_sentence, read_image
 from simsid.data.records import Failure, Record
-from simsid.errors import InputError, InputTypeError, NonFiniteError, ReadError
+from simsid.errors import InputError, InputTypeError, NonFiniteError, ReadError, printable
 
 
 def read(
@@ -92,7 +92,7 @@ class FileReader:
         """
         result = self(record)
         if isinstance(result, Failure):
-            raise ReadError(f"{result.path}: {result.reason}")
+            raise ReadError(f"{printable(result.path)}: {result.reason}")
         return result
 
 

@@ -108,25 +108,6 @@ LINE_BREAKS = ["a\rb", "a\nb", "a\r\nb", "\ra"]
 SPACES = [" a", "a ", "a\t", "\ta"]
 FORMULAS = ["-a", "=1+1", "+a", "@a", "'=a", "''-a"]
 NAMES = [*LINE_BREAKS, *SPACES, *FORMULAS, "'a", '"a"', "a,b", "a'b"]
-    "a\rb",
-    "a\nb",
-    "a\r\nb",
-    " a",
-    "a ",
-    "a\t",
-    "-a",
-    "=1+1",
-    "+a",
-    "@a",
-    "'a",
-    "'=a",
-    "''-a",
-    '"a"',
-    "a,b",
-    "a'b",
-    "\ta",
-    "\ra",
-]
 
 
 def test_any_file_name_and_text_survives_a_list(tmp_path, monkeypatch):
