@@ -106,7 +106,10 @@ def _figures(evaluation: Evaluation) -> dict[str, object]:
     with figures.style():
         curves = [
             (figures.roc_figure(evaluation, totals), f"ROC curves, default signal first: {areas}"),
-            (figures.precision_figure(evaluation, totals), f"Precision-recall curves, default signal first: {precisions}"),
+            (
+                figures.precision_figure(evaluation, totals),
+                f"Precision-recall curves, default first: {precisions}",
+            ),
         ]
         histograms = [
             (
