@@ -63,11 +63,7 @@ class Dataset(data.Dataset):
         Raises:
             ReadError: a file cannot be read; its image would be missing from the results without notice.
         """
-        chosen = self.preprocessing
-        stream = stream_images(
-            self.records, chosen.image_size, aspect=chosen.aspect, intensity=chosen.intensity, batch_size=size
-        )
-        for images, _, failures in stream:
+        for images, _, failures in stream_images(self.records, **self.preprocessing.to_dict(), batch_size=size):
             if failures:
                 raise ReadError(failure_summary(failures, len(self)))
             yield images
@@ -83,8 +79,9 @@ class Dataset(data.Dataset):
         Raises:
             InputError: the split has no image, or no file of it can be read.
         """
-        options = {"aspect": self.preprocessing.aspect, "intensity": self.preprocessing.intensity, **options}
-        return load_images(self.select(split), image_size or self.preprocessing.image_size, **options)
+        if image_size is not None:
+            options["image_size"] = image_size
+        return load_images(self.select(split), **{**self.preprocessing.to_dict(), **options})
 
     def select(self, split: str | None = None) -> list[Record]:
         """Return the records of one split (`""`: those without a split), or all.

@@ -18,6 +18,8 @@ from simsid.errors import InputError, InputTypeError
 ACCEPTED = (
     "a float array [n, 1, H, W] in -1..1, an ImageSet, a torch Dataset, a DataLoader or an iterable of such batches"
 )
+# Images scaled to 0..1 have a pixel this dark somewhere; bright details in -1..1 almost never end just there.
+DARKEST_SCALED = 0.02
 
 
 def as_batches(source: object, size: int = 256, *, name: str = "images") -> Iterator[Tensor]:
@@ -39,8 +41,8 @@ def as_batches(source: object, size: int = 256, *, name: str = "images") -> Iter
         ReadError: a file of a data set of `simsid.data` cannot be read.
 
     Warns:
-        UserWarning: no value of the whole source is negative although its values differ. Images scaled to 0..1 look
-            like that, and their black would be taken for mid-gray; but so may a very bright detail, so it is no error.
+        UserWarning: the darkest value of the whole source lies in 0..0.02. Images scaled to 0..1 look like that, and
+            their black would be taken for mid-gray; it is not an error, because a very bright image might as well.
     """
     if size < 1:
         raise InputError(f"size must be at least 1, got {size}")
@@ -71,8 +73,7 @@ def as_image_set(
     if isinstance(source, ImageSet):
         return source
     if isinstance(source, Dataset):
-        chosen = preprocessing or source.preprocessing
-        return source.load(image_size=chosen.image_size, aspect=chosen.aspect, intensity=chosen.intensity)
+        return source.load(**(preprocessing or source.preprocessing).to_dict())
     labels: list[int | None] = []
 
     def images() -> Iterator[Tensor]:
@@ -155,17 +156,17 @@ def _labels(labels: object, count: int, name: str) -> list[int | None]:
 
 
 def _checked(batches: Iterable[Tensor], name: str) -> Iterator[Tensor]:
-    """Check the values of every batch, and warn at the end when none of them was negative."""
+    """Check the values of every batch, and warn at the end when they look scaled to 0..1."""
     low, high = np.inf, -np.inf
     for batch in batches:
         if len(batch):
             least, greatest = value_range(batch, name)
             low, high = min(low, least), max(high, greatest)
             yield batch
-    if 0 <= low < high:
+    if 0 <= low <= DARKEST_SCALED and low < high:
         warnings.warn(
-            f"{name} have no negative value ({low:g} to {high:g}), so nothing is darker than mid-gray; images scaled "
-            "to 0..1 need images * 2 - 1",
+            f"{name} lie in {low:g} to {high:g}, nothing darker than mid-gray in -1..1; if they are scaled to 0..1, "
+            "use images * 2 - 1",
             UserWarning,
             stacklevel=3,
         )

@@ -410,6 +410,16 @@ def test_read_refuses_what_it_cannot_prepare(arguments, error, message):
         read(*arguments)
 
 
+def test_preprocessing_is_the_options_of_load_images(folder):
+    preprocessing = Preprocessing([8, 12], "crop", "minmax")
+    assert preprocessing == Preprocessing((8, 12), "crop", "minmax") and preprocessing.size == (8, 12)
+    assert torch.equal(
+        load_images(folder, **preprocessing.to_dict()).pixels,
+        load_images(folder, (8, 12), aspect="crop", intensity="minmax").pixels,
+    )
+    assert Preprocessing(8).size == (8, 8) and hash(Preprocessing()) == hash(Preprocessing(128, "stretch", "auto"))
+
+
 def test_read_refuses_options_beside_a_preprocessing():
     with pytest.raises(InputError, match="must be left out"):
         read(np.zeros((4, 4)), Preprocessing(), image_size=64)
