@@ -77,8 +77,8 @@ def as_image_set(
     labels: list[int | None] = []
 
     def images() -> Iterator[Tensor]:
-        for batch, found in _parts(source, name):
-            labels.extend([label] * len(batch) if found is None else _labels(found, len(batch), name))
+        for batch, own in _parts(source, name):
+            labels.extend([label] * len(batch) if own is None else _labels(own, len(batch), name))
             yield batch
 
     batches = list(_checked(images(), name))
@@ -86,7 +86,7 @@ def as_image_set(
         raise InputError(f"{name} must hold at least one image, got none")
     _check_one_size(batches, name)
     pixels = batches[0] if len(batches) == 1 else torch.cat(batches)
-    return ImageSet(pixels, tuple(Record(f"{name}/{i}", label=found) for i, found in enumerate(labels)))
+    return ImageSet(pixels, tuple(Record(f"{name}/{i}", label=value) for i, value in enumerate(labels)))
 
 
 def _parts(source: object, name: str) -> Iterator[tuple[Tensor, object]]:
@@ -147,12 +147,12 @@ def _images(images: Tensor | np.ndarray, name: str, axes: int) -> Tensor:
 
 def _labels(labels: object, count: int, name: str) -> list[int | None]:
     """Return one of 0, 1 and None (unknown) per image."""
-    found = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else labels
-    found = list(found) if isinstance(found, Iterable) and not isinstance(found, str) else [found]
-    numbers = [-1 if label is None else label for label in found]
-    if len(numbers) != count or not all(label in (-1, 0, 1) for label in numbers):
-        raise InputError(f"the labels of {name} must be one of 0, 1 and -1 for each image, got {found!r:.60}")
-    return [None if label == -1 else int(label) for label in numbers]
+    values = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else labels
+    values = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
+    numbers = [-1 if value is None else value for value in values]
+    if len(numbers) != count or not all(number in (-1, 0, 1) for number in numbers):
+        raise InputError(f"the labels of {name} must be one of 0, 1 and -1 for each image, got {values!r:.60}")
+    return [None if number == -1 else int(number) for number in numbers]
 
 
 def _checked(batches: Iterable[Tensor], name: str) -> Iterator[Tensor]:

@@ -27,7 +27,7 @@ def relative(dataset, folder):
     return [os.path.relpath(record.path, folder).replace(os.sep, "/") for record in dataset.records]
 
 
-def test_radiographs_finds_images_at_any_depth_by_content_or_extension(tmp_path):
+def test_radiographs_are_found_at_any_depth_by_content_or_extension(tmp_path):
     save(tmp_path / "b.PNG", ramp())
     save(tmp_path / "deep/er/a.jpeg", ramp())
     write_dicom(tmp_path / "deep/IM0001", ramp())
@@ -88,7 +88,7 @@ def test_absent_and_empty_folders(tmp_path):
         Radiographs(save(tmp_path / "a.png", ramp()))
 
 
-def test_records_come_one_by_one_and_in_the_same_order(tmp_path, monkeypatch):
+def test_iter_records_is_lazy_and_has_the_order_of_the_data_set(tmp_path, monkeypatch):
     for name in ("b", "a/z/c", "a/b", "c/d", "test/a"):
         save(tmp_path / f"{name}.png", ramp())
     assert list(iter_records(tmp_path)) == list(Radiographs(tmp_path).records)
@@ -108,7 +108,7 @@ def test_records_come_one_by_one_and_in_the_same_order(tmp_path, monkeypatch):
     assert len(listed) == 2
 
 
-def test_records_of_what_holds_none(tmp_path):
+def test_iter_records_raises_where_there_is_no_image(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "empty.csv").write_text("path\n")
     for name, message in (
@@ -153,7 +153,7 @@ def test_zhanglab_as_published(tmp_path):
 
 
 @needs_zhanglab
-def test_zhanglab_here():
+def test_zhanglab_copy_on_this_machine_has_the_published_counts():
     dataset = open_dataset(ZHANGLAB)
     assert isinstance(dataset, ZhangLab)
     counts = {(s, c): 0 for s in ("train", "val") for c in (0, 1)}

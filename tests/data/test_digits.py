@@ -20,7 +20,7 @@ def small():
 
 
 def cells(image):
-    """``[9, 32, 32]`` in reading order."""
+    """`[9, 32, 32]` in reading order."""
     return image.reshape(3, 32, 3, 32).transpose(0, 2, 1, 3).reshape(9, 32, 32)
 
 

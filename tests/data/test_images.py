@@ -42,7 +42,7 @@ def grays(images):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 7, None])
-def test_order_is_kept_and_failures_are_collected(folder, workers):
+def test_load_keeps_the_order_and_collects_failures(folder, workers):
     images = load_images(folder, 16, workers=workers)
     assert images.pixels.shape == (5, 1, 16, 16)
     assert images.pixels.dtype == torch.uint8
@@ -54,7 +54,7 @@ def test_order_is_kept_and_failures_are_collected(folder, workers):
     assert "PNG" in failure.reason
 
 
-def test_records_are_carried(folder):
+def test_load_keeps_records_with_their_labels_and_findings(folder):
     records = [Record(str(folder[1]), "val", 1, "mass", "p"), Record(str(folder[0]))]
     images = load_images(records)
     assert images.records == tuple(records)
@@ -65,7 +65,7 @@ def test_records_are_carried(folder):
     assert len(images) == 2
 
 
-def test_one_error_where_every_file_fails_or_there_is_none(tmp_path):
+def test_load_raises_when_every_file_fails_or_there_is_none(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"none of the 2 files could be read; the first, .*a\.png: the file is not a"):
         load_images([tmp_path / "a.png", tmp_path / "b.png"])
@@ -73,7 +73,7 @@ def test_one_error_where_every_file_fails_or_there_is_none(tmp_path):
         load_images([])
 
 
-def test_an_unforeseen_error_is_a_failure_of_that_file(folder, monkeypatch):
+def test_unexpected_error_becomes_a_failure_of_its_file(folder, monkeypatch):
     def read(file, **options):
         image = read_image(file, **options)
         if image.pixels[0, 0] == 150:
@@ -109,17 +109,17 @@ def test_batch_size_is_checked(folder):
         stream_images(folder, batch_size=0)
 
 
-def test_depth_of_the_cache_follows_the_deepest_file(folder, tmp_path):
+def test_image_set_has_the_depth_of_the_deepest_file(folder, tmp_path):
     deep = save(tmp_path / "deep.png", DEEP)
     mixed = load_images([*folder, deep], 16)
     assert mixed.pixels.dtype == torch.uint16
-    assert grays(mixed)[:5] == [257 * grey for grey in (0, 50, 100, 150, 200)]
+    assert grays(mixed)[:5] == [257 * value for value in (0, 50, 100, 150, 200)]
     first = load_images([deep, *folder], 16)
     assert grays(first)[1:] == grays(mixed)[:5]
     assert grays(first)[0] == grays(mixed)[5]
 
 
-def test_values_are_bitwise_the_same_in_both_caches_and_in_the_stream(tmp_path):
+def test_values_are_bitwise_equal_at_both_depths_and_in_the_stream(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
     shallow, deep = save(tmp_path / "a.png", noise), save(tmp_path / "b.png", DEEP)
     alone = load_images([shallow], 32)
@@ -144,7 +144,7 @@ def test_both_ends_are_exact_and_all_values_distinct():
     assert (values.diff() > 0).all()
 
 
-def test_sixteen_bits_survive_the_whole_way(tmp_path):
+def test_sixteen_bits_survive_from_file_to_image_set(tmp_path):
     narrow = (ramp(64, 64, 1000).astype(np.uint16) + 30000).astype(np.uint16)
     narrow[:, :32] += np.arange(64, dtype=np.uint16)[:, None]
     for name in ("a.png", "a.tif"):
@@ -153,7 +153,7 @@ def test_sixteen_bits_survive_the_whole_way(tmp_path):
         assert len(pixels.unique()) > 256
         assert pixels.min() == 0
         assert pixels.max() == 65535
-        # The order of the grey values is that of the file, up to the pixels clipped at either end.
+        # The order of the gray values is that of the file, up to the pixels clipped at either end.
         inside = (pixels[0, 0] > 0) & (pixels[0, 0] < 65535)
         assert inside.float().mean() > 0.9
         expected = torch.from_numpy(narrow.astype(np.int64))[inside]
@@ -168,7 +168,7 @@ def test_auto_is_the_full_range_for_eight_bits(tmp_path):
     assert sorted(load_images([path], 8, intensity="minmax").pixels.unique().tolist()) == [0, 255]
 
 
-def test_auto_is_not_moved_by_a_few_hot_pixels_of_deep_files(tmp_path):
+def test_auto_ignores_a_few_hot_pixels_of_deep_files(tmp_path):
     pixels = ramp(100, 100, 3000, np.uint16)
     clean = load_images([save(tmp_path / "a.png", pixels)], 100).pixels.to(torch.int64)
     pixels[50, :4] = 65535
@@ -232,7 +232,7 @@ def test_two_valued_deep_images_keep_both(tmp_path):
 
 
 def test_stretch_fills_pad_surrounds_and_crop_cuts(tmp_path):
-    # A white field with a black frame's worth of room: 20 rows, 40 columns, the outer ten columns grey.
+    # 20 rows and 40 columns, white, the outer ten columns on either side gray.
     pixels = np.full((20, 40), 255, np.uint8)
     pixels[:, :10] = pixels[:, 30:] = 128
     path = save(tmp_path / "a.png", pixels)
@@ -502,7 +502,7 @@ def test_progress_shows_a_bar(folder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_sixteen_bit_export_of_an_eight_bit_film_matches_with_range(tmp_path):
+def test_sixteen_bit_copy_of_an_eight_bit_image_is_equal_with_range(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (50, 50)).astype(np.uint8)
     paths = [save(tmp_path / "a.png", noise), save(tmp_path / "b.png", noise.astype(np.uint16) * 257)]
     values = load_images(paths, 50, intensity="range").batch([0, 1])

@@ -106,7 +106,7 @@ def test_control_characters_in_names_do_not_reach_the_terminal(tmp_path):
     assert all(line.isprintable() for line in text.splitlines()) and "\r" not in text
 
 
-def test_a_csv_list_and_a_folder_of_nothing(folder):
+def test_scan_of_a_csv_list_and_of_an_empty_folder(folder):
     (folder / "list.csv").write_text("path\na.png\nabsent.png\n")
     report = scan(folder / "list.csv")
     assert report.formats == {"PNG": 1}
@@ -120,7 +120,7 @@ def test_a_csv_list_and_a_folder_of_nothing(folder):
         scan(folder / "absent")
 
 
-def test_progress_and_the_pixel_cap(folder, capfd):
+def test_scan_shows_progress_and_limits_pixels(folder, capfd):
     report = scan(folder, progress=True, max_pixels=20 * 12)
     assert "scanning" in capfd.readouterr().err
     assert report.readable == 2

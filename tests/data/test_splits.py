@@ -92,7 +92,7 @@ def test_split_depends_on_the_seed_alone():
     assert split_by_patient(records, 0.2, seed=1) != split_by_patient(records, 0.2, seed=2)
 
 
-def test_split_without_patients_does_not_depend_on_where_the_folder_lies():
+def test_split_without_patients_does_not_depend_on_the_location_of_the_folder():
     def divide(folder):
         names = [os.path.join(folder, str(i % 5), f"{i}.png") for i in range(50)]
         return [record.split for record in split_by_patient([Record(name) for name in names], 0.2)]
@@ -110,12 +110,12 @@ def test_split_keeps_named_splits_and_gives_their_patients_the_same():
 
 @pytest.mark.parametrize("count", [2, 3, 30])
 def test_split_leaves_at_least_one_on_each_side(count):
-    for share in (0.001, 0.999):
-        splits = {record.split for record in split_by_patient([Record(f"{i}.png") for i in range(count)], share)}
+    for fraction in (0.001, 0.999):
+        splits = {record.split for record in split_by_patient([Record(f"{i}.png") for i in range(count)], fraction)}
         assert splits == {"train", "val"}
 
 
-@pytest.mark.parametrize("share", [0, 1, -0.1, 1.5])
-def test_split_refuses_a_fraction_outside_0_to_1(share):
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5])
+def test_split_refuses_a_fraction_outside_0_to_1(fraction):
     with pytest.raises(ValueError, match="val_share"):
-        split_by_patient([Record("a")], share)
+        split_by_patient([Record("a")], fraction)
