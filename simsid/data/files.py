@@ -3,7 +3,7 @@
 import hashlib
 import os
 import stat
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -30,22 +30,19 @@ def read(
     Args:
         path_or_array: an image file, or gray values `[H, W]`, larger is brighter: uint8 and uint16 have the display
             range of their dtype, other integers and floats none (intensity `"auto"` uses their percentiles).
-        model_or_preprocessing: a `Preprocessing`, or a model, whose `preprocessing` is used.
+        model_or_preprocessing: a model, or any object whose `preprocessing` has the fields of `Preprocessing`; or those
+            fields themselves.
         image_size, aspect, intensity: used where `model_or_preprocessing` is None; see `Preprocessing`.
 
     Raises:
         ReadError: the file cannot be read; the message has its path.
         InputTypeError, InputError, NonFiniteError: an array or an argument that cannot be used.
     """
-    own = Preprocessing(image_size, aspect, intensity)
-    preprocessing = getattr(model_or_preprocessing, "preprocessing", model_or_preprocessing)
-    if preprocessing is None:
-        preprocessing = own
-    elif not isinstance(preprocessing, Preprocessing):
-        got = type(model_or_preprocessing).__name__
-        raise InputTypeError(f"model_or_preprocessing must be a model or a Preprocessing, got {got}")
-    elif own != Preprocessing():
-        raise InputError("image_size, aspect and intensity must be left out where model_or_preprocessing gives them")
+    preprocessing = Preprocessing(image_size, aspect, intensity)
+    if model_or_preprocessing is not None:
+        if preprocessing != Preprocessing():
+            raise InputError("image_size, aspect and intensity must be left out beside model_or_preprocessing")
+        preprocessing = _preprocessing_of(model_or_preprocessing)
     if isinstance(path_or_array, (np.ndarray, Tensor)):
         pixels = preprocessing.quantize(_decoded_from_array(path_or_array))
     elif isinstance(path_or_array, (str, os.PathLike)):
@@ -53,6 +50,16 @@ def read(
     else:
         raise InputTypeError(f"path_or_array must be a path or a 2-D array, got {type(path_or_array).__name__}")
     return to_float(torch.from_numpy(pixels))[None, None]
+
+
+def _preprocessing_of(owner: object) -> Preprocessing:
+    """Return the preprocessing of a model, or the object itself where it is one."""
+    options: Any = getattr(owner, "preprocessing", owner)
+    try:
+        return Preprocessing(options.image_size, options.aspect, options.intensity)
+    except AttributeError:
+        got = type(owner).__name__
+        raise InputTypeError(f"model_or_preprocessing must be a model or a Preprocessing, got {got}") from None
 
 
 class Decoded(NamedTuple):

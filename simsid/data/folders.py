@@ -74,8 +74,13 @@ def patterns(exclude: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def is_image(path: str) -> bool:
-    """Return whether a file is an image by its extension, or by its first bytes (DICOM often has no extension)."""
-    return os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS or bool(identify_file(path))
+    """Return whether a file is to be read: an image by its extension or first bytes (DICOM often has no extension).
+
+    So is a file that exists but cannot be opened: it may be an image, and must not be skipped without notice.
+    """
+    if os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS or identify_file(path):
+        return True
+    return os.path.isfile(path) and not os.access(path, os.R_OK)
 
 
 def iter_images(folder: str, exclude: Sequence[str] = ()) -> Iterator[str]:

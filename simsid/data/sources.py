@@ -12,7 +12,7 @@ from torch.utils import data
 from simsid.data.datasets import Dataset
 from simsid.data.images import ImageSet
 from simsid.data.preprocessing import Preprocessing, value_range
-from simsid.data.records import Record
+from simsid.data.records import Record, failure_summary
 from simsid.errors import InputError, InputTypeError
 
 ACCEPTED = (
@@ -69,11 +69,17 @@ def as_image_set(
 
     Raises:
         InputError: no image, or a label other than 0, 1 and -1 (unknown).
+
+    Warns:
+        UserWarning: files of a data set of `simsid.data` could not be read; `ImageSet.failures` has them all.
     """
     if isinstance(source, ImageSet):
         return source
     if isinstance(source, Dataset):
-        return source.load(**(preprocessing or source.preprocessing).to_dict())
+        loaded = source.load(**(preprocessing or source.preprocessing).to_dict())
+        if loaded.failures:
+            warnings.warn(failure_summary(loaded.failures, len(source)), UserWarning, stacklevel=2)
+        return loaded
     labels: list[int | None] = []
 
     def images() -> Iterator[Tensor]:

@@ -43,6 +43,14 @@ def test_walk_yields_a_folder_that_cannot_be_listed_and_continues(tmp_path, lock
         open_file(tmp_path / "locked")
 
 
+def test_file_that_cannot_be_opened_is_not_skipped(tmp_path, monkeypatch):
+    touch(tmp_path, "IM0001", "notes")
+    (tmp_path / "absent").symlink_to(tmp_path / "nowhere")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not path.endswith("IM0001"))
+    assert below(tmp_path, iter_images(str(tmp_path))) == ["IM0001"]
+
+
 @pytest.mark.parametrize(
     ("pattern", "kept"),
     [

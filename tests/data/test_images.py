@@ -421,7 +421,7 @@ def test_preprocessing_is_the_options_of_load_images(folder):
 
 
 def test_read_refuses_options_beside_a_preprocessing():
-    with pytest.raises(InputError, match="must be left out"):
+    with pytest.raises(InputError, match="image_size, aspect and intensity must be left out"):
         read(np.zeros((4, 4)), Preprocessing(), image_size=64)
 
 

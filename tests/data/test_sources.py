@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sample_files import ramp, save
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from simsid.data import DigitAnatomy, ImageSet, Preprocessing, Radiographs, Record, as_batches, as_image_set
 from simsid.errors import InputError, InputTypeError, NonFiniteError, ReadError
@@ -62,6 +62,7 @@ LABELED = {
     "data set of dicts": lambda: Listed([{"image": i, "label": n} for i, n in zip(IMAGES, LABELS)]),
     "data set with further values": lambda: Listed([(i, int(n), "path") for i, n in zip(IMAGES, LABELS)]),
     "loader": lambda: DataLoader(TensorDataset(IMAGES, LABELS), 4),
+    "subset": lambda: Subset(TensorDataset(torch.cat([IMAGES, IMAGES]), torch.cat([LABELS, LABELS])), range(7, 14)),
     "loader of dicts": lambda: DataLoader(Listed([{"image": i, "label": n} for i, n in zip(IMAGES, LABELS)]), 4),
     "pairs": lambda: zip(IMAGES.split(3), LABELS.split(3)),
 }
@@ -112,6 +113,8 @@ def test_data_sets_of_files_are_decoded_as_asked(tmp_path):
         list(as_batches(dataset))
     with pytest.raises(ReadError, match=r"1\.png: the file is not"):
         dataset[1]
+    with pytest.warns(UserWarning, match=r"1 of 3 files could not be read; the first, .*1\.png"):
+        assert len(as_image_set(dataset)) == 2
 
 
 def test_digits_are_a_data_set_of_images_and_labels():
