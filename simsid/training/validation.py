@@ -3,7 +3,8 @@
 import numpy as np
 
 from simsid import metrics
-from simsid.data import ImageSet
+from simsid.config import Config
+from simsid.data import ImageSet, Preprocessing, as_image_set
 from simsid.distributed import ProcessGroup
 from simsid.errors import InputError
 from simsid.models.model import Model
@@ -11,6 +12,12 @@ from simsid.models.signals import Calibration
 
 READ_SIZE = 256
 """Images per batch that are converted to float32 at once; the model divides them further."""
+
+
+def to_image_set(source: object, name: str, config: Config) -> ImageSet:
+    """Read what the user passed as `name` into memory, prepared for a model; images without labels count as normal."""
+    preprocessing = Preprocessing(config.image_size, config.aspect, config.intensity)
+    return as_image_set(source, name=name, label=0, preprocessing=preprocessing)
 
 
 def validate_images(train: ImageSet, val: ImageSet | None, image_size: int) -> None:
@@ -27,6 +34,20 @@ def validate_images(train: ImageSet, val: ImageSet | None, image_size: int) -> N
             raise InputError(f"{name} images must be {image_size} x {image_size} pixels, as the model's, got {actual}")
     if len(train) < 2:
         raise InputError(f"training needs at least 2 images, got {len(train)}")
+
+
+def choose_batch_size(batch_size: int, group: ProcessGroup, images: int) -> int:
+    """Return the number of images in an iteration, which divide among the ranks: at most `batch_size`.
+
+    Raises:
+        InputError: the batch size does not divide, or there are fewer images than ranks.
+    """
+    if batch_size % group.size or images < group.size:
+        raise InputError(
+            f"the batch size must be a multiple of the {group.size} processes, with an image for each, "
+            f"got batch_size={batch_size} and {images} images"
+        )
+    return min(batch_size, images // group.size * group.size)
 
 
 def measure_signals(model: Model, group: ProcessGroup, images: ImageSet) -> dict[str, np.ndarray]:
