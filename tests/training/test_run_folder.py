@@ -1,4 +1,4 @@
-"""Run folders: one writer at a time, a manifest of every file, files that are whole."""
+"""Run folders: one writer at a time, a manifest of every file, atomic writes."""
 
 import hashlib
 import json
@@ -15,15 +15,17 @@ from simsid.training.run_folder import WRITTEN, RunFolder, versions
 
 HOLD = """
 import sys, time
-from simsid.training.run_folder import RunFolder
+from filelock import FileLock
 
-folder = RunFolder(sys.argv[1])
+lock = FileLock(sys.argv[1])
+lock.acquire()
 print("held", flush=True)
 time.sleep(99)
 """
+"""The lock of `RunFolder` without its imports, which take seconds."""
 
 
-def test_one_holder_at_a_time(tmp_path):
+def test_second_writer_is_refused(tmp_path):
     with RunFolder(tmp_path / "run") as folder:
         with pytest.raises(RunError, match=r"is in use by another process that writes into it$"):
             RunFolder(tmp_path / "run")
@@ -32,8 +34,9 @@ def test_one_holder_at_a_time(tmp_path):
         pass
 
 
-def test_a_killed_holder_lets_go(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+def test_lock_of_a_killed_process_is_free(tmp_path):
+    RunFolder(tmp_path / "run").close()
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run" / ".lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=tiny.ENVIRONMENT) as holder:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(RunError, match="in use"):
@@ -44,7 +47,7 @@ def test_a_killed_holder_lets_go(tmp_path):
             pass
 
 
-def test_a_file_is_no_run_folder(tmp_path):
+def test_file_instead_of_a_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RunError, match="must be a folder, got the file"):
         RunFolder(tmp_path / "file")
@@ -53,17 +56,17 @@ def test_a_file_is_no_run_folder(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_what_a_killed_process_left_half_written_goes(tmp_path):
-    left = [tmp_path / f".{name.replace('*', '0123')}.x7_k2" for name in WRITTEN]
+def test_unfinished_files_of_a_killed_process_are_removed(tmp_path):
+    unfinished = [tmp_path / f".{name.replace('*', '0123')}.x7_k2" for name in WRITTEN]
     others = [tmp_path / name for name in (".notes", "run.json", "mine.csv", ".DS_Store")]
-    for path in (*left, *others):
+    for path in (*unfinished, *others):
         path.write_text("{}")
     with RunFolder(tmp_path):
-        assert not [path for path in left if path.exists()]
+        assert not [path for path in unfinished if path.exists()]
         assert all(path.exists() for path in others)
 
 
-def test_the_manifest_names_every_file(tmp_path):
+def test_manifest_names_every_file(tmp_path):
     film = tiny.film(tmp_path / 'a, "b"' / "film 1.png")
     odd = tiny.film(os.path.join(os.fsencode(tmp_path), b"caf\xe9.png").decode("utf-8", "surrogateescape"), 1)
     records = [
@@ -83,7 +86,19 @@ def test_the_manifest_names_every_file(tmp_path):
     assert rows[2]["sha256"] == "" and rows[1]["finding"] == "PNEUMONIA"
 
 
-def test_request_and_metrics(tmp_path):
+def test_manifest_takes_hashes_of_loaded_images_and_reads_only_other_files(tmp_path):
+    films = tiny.films(tmp_path / "films", 3)
+    records = [data.Record(str(path)) for path in films]
+    loaded = data.load_images(records[:2], 48)
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in films]
+    for path in films[:2]:
+        path.unlink()
+    with RunFolder(tmp_path / "run") as folder:
+        folder.write_manifest(records, [loaded])
+    assert [row["sha256"] for row in tiny.rows(tmp_path / "run" / "manifest.csv")] == hashes
+
+
+def test_request_and_metrics_round_trip(tmp_path):
     with RunFolder(tmp_path / "run") as folder:
         folder.write_request({"command": "train"})
         assert folder.read_request() == {"command": "train", "versions": versions()}

@@ -97,14 +97,14 @@ def test_training_equals_plain_pytorch(monkeypatch):
         order = np.random.default_rng([0, 1, step]).permutation(4)
         plain_step(plain, optimizers, images[order], step)
 
-    state = {}
+    moments = {}
     for optimizer in optimizers:
-        state |= optimizer.state
+        moments |= optimizer.state
     names = dict(plain.named_parameters())
     compared = 0
     for name, parameter in ours.named_parameters():
         side = "discriminator" if name.startswith("discriminator") else "generator"
-        mine, theirs = made.optimizers[side].state[parameter], state[names[name]]
+        mine, theirs = made.optimizers[side].state[parameter], moments[names[name]]
         assert mine["step"].item() == theirs["step"].item() == (5 if side == "discriminator" else 3)
         size = theirs["exp_avg"].abs().max()
         # A bias before a normalization has a gradient of pure rounding, which Adam scales up to full steps.
