@@ -7,8 +7,8 @@ from simsid.config import Config
 from simsid.data import ImageSet, Preprocessing, as_image_set
 from simsid.distributed import ProcessGroup
 from simsid.errors import InputError
+from simsid.models.calibration import Calibration
 from simsid.models.model import Model
-from simsid.models.signals import Calibration
 
 READ_SIZE = 256
 """Images per batch that are converted to float32 at once; the model divides them further."""

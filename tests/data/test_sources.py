@@ -160,7 +160,7 @@ def test_messages_name_the_argument():
     for function in (as_batches, as_image_set):
         with pytest.raises(InputTypeError, match="holdout must be"):
             function(None, name="holdout")
-        with pytest.raises(InputError, match="holdout must lie in -1..1"):
+        with pytest.raises(InputError, match=r"holdout must lie in -1\.\.1"):
             list(function(IMAGES * 2, name="holdout"))
 
 
