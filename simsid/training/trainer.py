@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from simsid import checkpoint
 from simsid.config import TrainingConfig
 from simsid.data import ImageSet
 from simsid.distributed import ProcessGroup
@@ -232,7 +233,7 @@ class Trainer:
         progress = training.progress
         losses = {f"loss_{name}": value for name, value in training.step.means().items()}
         # An infinite running variance leaves every loss finite and shows only in validation and scoring.
-        check_finite(state.weights(self.model), "the model's")
+        check_finite(checkpoint.tensors(self.model), "the model's")
         epoch: dict[str, float] = {
             "epoch": progress.epoch,
             "step": progress.step,
@@ -257,14 +258,14 @@ class Trainer:
         if folder is not None:
             self._save_model(folder)
         elif self.group.main:
-            self._best = {name: value.clone() for name, value in state.weights(self.model).items()}
+            self._best = {name: value.clone() for name, value in checkpoint.tensors(self.model).items()}
 
     def _load_best(self, folder: RunFolder | None) -> None:
         """Load the best model, on every rank."""
-        own = state.weights(self.model)
+        own = checkpoint.tensors(self.model)
         if folder is not None:
             best = Model.load(folder.path)
-            self._best, self.model.calibration = state.weights(best), best.calibration
+            self._best, self.model.calibration = checkpoint.tensors(best), best.calibration
         if self._best is not None:
             with torch.no_grad():
                 for name, value in self._best.items():

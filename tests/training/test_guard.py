@@ -11,7 +11,6 @@ from simsid.distributed import ProcessGroup
 from simsid.errors import NonFiniteError
 from simsid.training import step as step_module
 from simsid.training.guard import NonFiniteGuard, check_finite
-from simsid.training.state import weights
 from simsid.training.step import TrainingStep
 
 
@@ -140,7 +139,7 @@ def test_stopped_run_keeps_its_last_checkpoint_and_resumes(monkeypatch, tmp_path
 def test_nonfinite_statistics_are_refused_at_the_start(monkeypatch):
     """The stopped iteration has updated them already; every score would be NaN from there on."""
     model, real = tiny.model(), step_module.augment
-    before = {name: value.clone() for name, value in weights(model).items()}
+    before = {name: value.clone() for name, value in checkpoint.tensors(model).items()}
     with monkeypatch.context() as patch:
         patch.setattr(step_module, "augment", lambda images, **options: real(images, **options) * math.nan)
         trainer = Trainer(model, TrainingConfig(epochs=1, batch_size=4))

@@ -19,7 +19,6 @@ from simsid.commands import main as cli
 from simsid.errors import RunError
 from simsid.training import trainer as trainer_module
 from simsid.training.run_folder import RunFolder
-from simsid.training.state import weights
 from simsid.training.step import TrainingStep
 
 EPOCHS = 4
@@ -101,8 +100,8 @@ def test_resuming_a_finished_run_changes_no_file(tmp_path, uninterrupted):
     assert len(history.epochs) == 3 and not model.training
     best = Model.load(uninterrupted)
     assert model.calibration == best.calibration is not None
-    expected = weights(best)
-    assert all(torch.equal(value, expected[name]) for name, value in weights(model).items())
+    expected = checkpoint.tensors(best)
+    assert all(torch.equal(value, expected[name]) for name, value in checkpoint.tensors(model).items())
 
 
 def test_early_stopping_and_best_epoch_survive_interruptions(monkeypatch, tmp_path):

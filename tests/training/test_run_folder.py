@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import tiny
+import torch
 
 from simsid import data
 from simsid.errors import RunError
@@ -66,36 +67,25 @@ def test_unfinished_files_of_a_killed_process_are_removed(tmp_path):
         assert all(path.exists() for path in others)
 
 
-def test_manifest_names_every_file(tmp_path):
+def test_manifest_names_every_image_with_the_hash_of_its_file(tmp_path):
     film = tiny.film(tmp_path / 'a, "b"' / "film 1.png")
     odd = tiny.film(os.path.join(os.fsencode(tmp_path), b"caf\xe9.png").decode("utf-8", "surrogateescape"), 1)
-    records = [
-        data.Record(str(film), "train", 0, "NORMAL", "p1"),
-        data.Record(str(odd), "val", 1, "PNEUMONIA"),
-        data.Record("digits/train/00000", "train", None),
-    ]
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (film, odd)]
+    train = data.load_images([data.Record(str(film), "train", 0, "NORMAL", "p1")], 48)
+    val = data.load_images([data.Record(str(odd), "val", 1, "PNEUMONIA")], 48)
+    digits = data.ImageSet(torch.zeros(1, 1, 48, 48), (data.Record("digits/train/00000", "train", None),))
+    # The manifest must not read the files again.
+    film.unlink(), odd.unlink()
     with RunFolder(tmp_path / "run") as folder:
-        folder.write_manifest(records)
+        folder.write_manifest(train, val, None, digits)
     rows = tiny.rows(tmp_path / "run" / "manifest.csv")
     assert list(rows[0]) == ["path", "sha256", "split", "label", "finding", "patient"]
-    assert [row["path"] for row in rows] == [record.path for record in records]
-    assert rows[0]["sha256"] == hashlib.sha256(film.read_bytes()).hexdigest()
+    assert [row["path"] for row in rows] == [str(film), str(odd), "digits/train/00000"]
+    assert [row["sha256"] for row in rows] == [*hashes, ""]
     assert [row["split"] for row in rows] == ["train", "val", "train"]
     assert [row["label"] for row in rows] == ["0", "1", ""]
+    assert [row["finding"] for row in rows] == ["NORMAL", "PNEUMONIA", ""]
     assert [row["patient"] for row in rows] == ["p1", "", ""]
-    assert rows[2]["sha256"] == "" and rows[1]["finding"] == "PNEUMONIA"
-
-
-def test_manifest_takes_hashes_of_loaded_images_and_reads_only_other_files(tmp_path):
-    films = tiny.films(tmp_path / "films", 3)
-    records = [data.Record(str(path)) for path in films]
-    loaded = data.load_images(records[:2], 48)
-    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in films]
-    for path in films[:2]:
-        path.unlink()
-    with RunFolder(tmp_path / "run") as folder:
-        folder.write_manifest(records, [loaded])
-    assert [row["sha256"] for row in tiny.rows(tmp_path / "run" / "manifest.csv")] == hashes
 
 
 def test_request_and_metrics_round_trip(tmp_path):

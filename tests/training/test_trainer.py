@@ -13,10 +13,9 @@ import tiny
 import torch
 from torch.nn import functional as F
 
-from simsid import Trainer, TrainingConfig, data
+from simsid import Trainer, TrainingConfig, checkpoint, data
 from simsid.errors import RunError
 from simsid.models.memory import SpaceAwareMemory
-from simsid.training import state
 from simsid.training import step as step_module
 from simsid.training import trainer as trainer_module
 from simsid.training.step import TrainingStep
@@ -32,7 +31,7 @@ def fit(model, images, val=None, run=None, resume=False, **options):
 
 def weights(model):
     """Return a copy of a model's parameters and buffers."""
-    return {name: value.clone() for name, value in state.weights(model).items()}
+    return {name: value.clone() for name, value in checkpoint.tensors(model).items()}
 
 
 def same(one, other):

@@ -6,10 +6,9 @@ import pytest
 import tiny
 import torch
 
-from simsid import Trainer, TrainingConfig, data
+from simsid import Trainer, TrainingConfig, checkpoint, data
 from simsid.distributed import ProcessGroup
 from simsid.errors import InputError, InputTypeError
-from simsid.training.state import weights
 from simsid.training.validation import validate
 
 
@@ -98,7 +97,7 @@ def test_array_dataset_and_loader_train_like_a_tensor():
     for source in sources:
         model = tiny.model()
         fit(model, source)
-        results.append(weights(model))
+        results.append(checkpoint.tensors(model))
     for other in results[1:]:
         assert not [name for name, value in results[0].items() if not torch.equal(value, other[name])]
     history = fit(tiny.model(), images, torch.utils.data.DataLoader(Labeled(tiny.images(5, 1)), batch_size=3))
