@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from simsid.kernels import space_aware_memory
 from simsid.kernels.launch import record_launches
 from simsid.kernels.memory.reference import shrink, space_aware_memory_reference
-from simsid.kernels.space_aware_memory import plan
+from simsid.kernels.memory import plan
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned")]
 
