@@ -47,8 +47,8 @@ def space_aware_memory_reference(
         logits = s if noise is None else s + noise.detach().to(dtype)
         logits = logits / temperature
         p = torch.softmax(logits, dim=-1)
-        with torch.no_grad():
-            w, index = shrink(logits, p, topk, threshold)
+        # Detached, and not under no_grad, which lets the tangents of forward mode through.
+        w, index = shrink(logits.detach(), p.detach(), topk, threshold)
         # Straight-through: adding zeros changes no bit of w, and their gradient is that of p. Unlike a custom
         # autograd.Function this serves torch.compile, torch.func, forward mode and second derivatives alike.
         out = torch.einsum("bln,lnd->bld", w + (p - p.detach()), M)
