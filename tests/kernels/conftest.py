@@ -26,7 +26,7 @@ if interpreter_on() and TRITON_INSTALLED:
     _cast_impl = InterpreterBuilder.cast_impl
 
     def _cast_impl_and_round(self, src, dst_type):
-        """Round float32 to bfloat16 as a GPU does, where the interpreter truncates: then one error limit serves both."""
+        """Round float32 to bfloat16 as a GPU does, where the interpreter truncates, so that one limit serves both."""
         if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
             return _cast_impl(self, src, dst_type)
         rounded = torch.from_numpy(np.array(src.data)).to(torch.bfloat16)
@@ -52,7 +52,7 @@ if interpreter_on() and TRITON_INSTALLED and importlib.metadata.version("triton"
 
 @pytest.fixture
 def poisoned():
-    """Fill every uninitialised tensor with NaN (integers with their largest value), so that unwritten output is seen."""
+    """Fill every uninitialised tensor with NaN (integers with their largest value), so that missing writes are seen."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

@@ -111,9 +111,7 @@ def assert_no_growth(reports, room=1.05):
     stored = {(report["name"], report["arch"]): report for report in baseline["reports"].values()}
     for report in reports:
         key = report["name"], report["arch"]
-        assert key in stored, (
-            f"{key} is not in {BASELINE.name}: run python benchmarks/compiled.py --update {BASELINE}"
-        )
+        assert key in stored, f"{key} is not in {BASELINE.name}: run python benchmarks/compiled.py --update {BASELINE}"
         known = stored[key]
         for count in ("instructions", "registers", "shared", "stack", "spills"):
             assert report[count] <= room * known[count], (

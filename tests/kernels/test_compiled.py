@@ -7,7 +7,7 @@ from harness import MAIN_CASE, ROOT, assert_no_growth, compile_ahead, compile_ev
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from compiled import OPS, Report, code_of, problems  # noqa: E402
+from compiled import OPS, Report, code_of, problems
 
 
 @needs_compiler

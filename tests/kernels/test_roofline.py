@@ -11,7 +11,7 @@ from simsid.kernels.launch import record_launches
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import roofline  # noqa: E402
+import roofline
 
 SHAPES = {
     "A": (16, 16, 100, 512),

@@ -94,7 +94,7 @@ def test_kernels_inside_torch_func_raise_one_sentence(op, transform):
 @every_op
 def test_kernels_in_forward_mode_raise_one_sentence(op):
     x = normal(BATCH, LOCATIONS, FEATURES).float()
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="cannot run here: .* forward-mode differentiation"):
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="do not support forward-mode differentiation"):
         op(forward_ad.make_dual(x, x), "triton")
 
 
