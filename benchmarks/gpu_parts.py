@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import compiled
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from torch import Tensor
 from simsid import Config, Model, Trainer, TrainingConfig, metrics
 from simsid.config import ABLATIONS
 from simsid.data import ImageSet, Record, ZhangLab, load_images
-from simsid.kernels import inspect, neighbor_attention, residual_layer_norm, space_aware_memory
+from simsid.kernels import neighbor_attention, residual_layer_norm, space_aware_memory
 from simsid.kernels.launch import record_launches
 from simsid.training.step import LOSSES, TrainingStep
 
@@ -171,8 +172,8 @@ def kernels(options: dict) -> dict[str, object]:
     `expected` names the kernels that there are, `kernels` those that ran.
     """
     every = set()
-    for op in inspect.OPS:
-        for _, call, *_ in importlib.import_module(f"simsid.kernels.{op}.fused").inspect_cases():
+    for op in compiled.OPS:
+        for _, call, _ in importlib.import_module(f"simsid.kernels.{op}.variants").cases():
             with record_launches(run=False) as launches:
                 call()
             every |= {launched.kernel.fn.__name__ for launched in launches}

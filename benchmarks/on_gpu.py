@@ -568,7 +568,7 @@ def bandwidth_headlines(times: dict[tuple, Result]) -> list[Headline]:
     if forward is not None and "percent_of_copy" in forward:
         values[0] = forward["percent_of_copy"]
         if both is not None:
-            from simsid.kernels import roofline
+            import roofline
 
             images, grid, items, features, _ = forward["sizes"]
             cost = roofline.space_aware_memory_backward(images, grid[0] * grid[1], items, features)

@@ -4,8 +4,8 @@
     python benchmarks/report.py speed.json --plot speed.png
 
 The table is Markdown. `device` is the time on the GPU of a call from a CUDA graph, warm and with a cold L2 cache;
-`wall` is a call from Python up to the end of its work; GB/s are the bytes that must move at least (kernels/roofline.py)
-over the cold device time, or over the wall time on a CPU; `speed-up` is against "batched", by warm device time where
+`wall` is a call from Python up to the end of its work; GB/s are the bytes that must move at least (roofline.py) over
+the cold device time, or over the wall time on a CPU; `speed-up` is against "batched", by warm device time where
 there is one. Rows of the whole model are a table of their own: wall time of the fastest round, an image's share of it,
 and `speed-up` and `memory` against the written-out baseline.
 """
