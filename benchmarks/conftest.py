@@ -11,7 +11,9 @@ ROWS, SKIPPED, NOTES = pytest.StashKey[list](), pytest.StashKey[dict](), pytest.
 
 def pytest_addoption(parser):
     parser.addoption("--benchmark", action="store_true", help="run the benchmarks, which are skipped otherwise")
-    parser.addoption("--variant", action="append", help="time this variant only (repeatable); the reference always runs")
+    parser.addoption(
+        "--variant", action="append", help="time this variant only (repeatable); the reference always runs"
+    )
     parser.addoption("--width", type=int, help="width of the whole model; 32 is that of the papers, default on a GPU")
     parser.addoption("--data", help="the ZhangLab folder for the epoch; generated images otherwise")
     parser.addoption("--compile", action="store_true", help="torch.compile the whole model on a CPU too (minutes)")

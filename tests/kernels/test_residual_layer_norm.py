@@ -11,7 +11,7 @@ from simsid.kernels.backend import TRITON_INSTALLED
 from simsid.kernels.launch import record_launches
 
 if TRITON_INSTALLED:
-    from simsid.kernels.residual_layer_norm import fused
+    from simsid.kernels.layer_norm import fused
 
 NAMES = ("x", "residual", "weight", "bias")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from harness import inspect_every_variant, needs_compiler
 
-from simsid.kernels.space_aware_memory import plan
+from simsid.kernels.memory import plan
 
 SIZES = list(itertools.product((1, 4, 16, 64), (1, 7, 64, 100, 500, 5000), (1, 16, 33, 128, 203, 512, 2048, 8192)))
 

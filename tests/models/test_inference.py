@@ -10,7 +10,6 @@ from test_model import images, lively
 from torch import nn
 
 from simsid import Model
-from simsid.models.inference import InferenceForm
 
 CHANGES = [
     {},
@@ -223,20 +222,3 @@ def test_results_are_the_callers_own():
     kept = first.clone()
     model.reconstruct(images(2, seed=5))
     assert torch.equal(first, kept)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_replayed_inference_is_the_eager_one():
-    model = tiny.model().cuda().eval()
-    batch = tiny.images(16).cuda()
-    replayed = model.signals(batch)
-    assert model._form._replays
-    changed_in_place(model)
-    moved = model.signals(batch)
-    eager = InferenceForm(model)
-    eager._record = False
-    with torch.no_grad():
-        plainly = eager.signals(batch, model.signal_names)
-    for name, values in moved.items():
-        torch.testing.assert_close(torch.from_numpy(values), plainly[name].double().cpu(), rtol=1e-4, atol=1e-5)
-    assert not torch.equal(torch.from_numpy(moved["residual"]), torch.from_numpy(replayed["residual"]))
