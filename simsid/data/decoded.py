@@ -60,14 +60,20 @@ def check_size(rows: int, columns: int, max_pixels: int) -> None:
         raise ReadError(f"{size} {MAX_SIDE} allowed on a side")
 
 
-def check_memory(rows: int, columns: int, bytes_per_pixel: float, max_pixels: int) -> int:
-    """Return the bytes that decoding needs; raise ReadError above `MAX_BYTES`, or above its multiple for `max_pixels`.
+def allowed_bytes(max_pixels: int) -> int:
+    """Return the memory that decoding one file may take: `MAX_BYTES`, in proportion for a larger `max_pixels`."""
+    return int(MAX_BYTES * max(1.0, max_pixels / MAX_PIXELS))
+
+
+def check_memory(rows: int, columns: int, bytes_per_pixel: float, max_pixels: int, beside: int = 0) -> int:
+    """Return the bytes that decoding needs; raise ReadError above `allowed_bytes`.
 
     Args:
         bytes_per_pixel: bytes a pixel that are held at the same time, in the decoder and in the result.
+        beside: bytes that do not depend on the number of pixels.
     """
-    needed = int(rows * columns * bytes_per_pixel)
-    allowed = int(MAX_BYTES * max(1.0, max_pixels / MAX_PIXELS))
+    needed = int(rows * columns * bytes_per_pixel) + beside
+    allowed = allowed_bytes(max_pixels)
     if needed > allowed:
         raise ReadError(
             f"decoding {columns} x {rows} pixels of this kind needs {needed / 1e6:.0f} MB, "
@@ -131,7 +137,8 @@ def validated(image: DecodedImage) -> DecodedImage:
     if image.padding is not None:
         low, high = _extremes(image.pixels, image.padding)
     if low == high:
-        raise ReadError(f"the image has no contrast: every pixel is {low:g}")
+        shown = " after its VOI LUT or window" if image.provenance.get("voi", "none") != "none" else ""
+        raise ReadError(f"the image has no contrast: every pixel is {low:g}{shown}")
     for bottom, top in ((low, high), image.declared or (low, high)):
         with np.errstate(all="ignore"):
             spread = np.float32(top) - np.float32(bottom)

@@ -8,10 +8,10 @@ from pydicom.dataset import Dataset
 from pydicom.filereader import read_partial
 from pydicom.tag import BaseTag, Tag
 
-from simsid.data.decoded import BUDGET, MAX_BYTES, DecodedImage, check_memory, check_size, validated
-from simsid.data.dicom_display import display
+from simsid.data.decoded import BUDGET, DecodedImage, allowed_bytes, check_memory, check_size, validated
+from simsid.data.dicom_display import display, samples
 from simsid.data.dicom_elements import element_name, integer, text, uid_name
-from simsid.data.dicom_pixels import decoder_bytes, is_justified, stored_words, transfer_syntax
+from simsid.data.dicom_pixels import is_compressed, is_justified, peak_bytes, stored_words, transfer_syntax
 from simsid.data.quiet import silence_loggers
 from simsid.errors import ReadError
 
@@ -44,10 +44,14 @@ _DISPLAY = (
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
 )
-# Compressed data, and everything else in the file, beside what the samples take.
-_BESIDE_PIXELS = 64 * 2**20
-# The value of an element of `_HEADER`; a text that never ends would be read to the end of the file.
-_LONGEST_VALUE = 2**16
+_STOPS = frozenset(Tag(keyword) for keyword in (*_PIXELS, "PerFrameFunctionalGroupsSequence"))
+_UNDEFINED = 0xFFFFFFFF
+# Bytes of one element: of a number or short text, and of a sequence, whose items cost 50 times their bytes as objects.
+_LONGEST = {Tag(keyword): 2**16 for keyword in _HEADER} | {Tag(keyword): 2**22 for keyword in _DISPLAY}
+# Every element takes a read at least. Sequences of undefined length are parsed in full, needed or not.
+_MOST_READS = 200_000
+# Beside the samples in a deflated data set.
+_DEFLATED_HEADER = 64 * 2**20
 
 # pydicom's log quotes header values, a patient's among them.
 for _package in ("pydicom", "pylibjpeg", "openjpeg", "_openjpeg", "jpeg_ls"):
@@ -73,15 +77,14 @@ def read_dicom(file: BinaryIO, max_pixels: int) -> DecodedImage:
     try:
         header = _parse(file, max_pixels, _HEADER, with_pixels=False)
         rows, columns = _checked_size(header, max_pixels)
-        padding = 1 if "PixelPaddingValue" in header else 0
-        needed = check_memory(rows, columns, decoder_bytes(header) + 4 + padding, max_pixels)
-        _check_length(file, rows * columns * max(1, integer(header, "BitsAllocated", 16) // 8))
+        needed = check_memory(rows, columns, peak_bytes(header), max_pixels, _bytes_beside(file, header))
         with BUDGET.reserve(needed):
             dataset = _parse(file, max_pixels, _HEADER + _DISPLAY + _PIXELS, with_pixels=True)
+            layout = samples(dataset, justified=is_justified(transfer_syntax(dataset)))
             words = stored_words(dataset)
             for keyword in _PIXELS:
                 dataset.pop(keyword, None)
-            return validated(display(dataset, words, justified=is_justified(transfer_syntax(dataset))))
+            return validated(display(dataset, words, layout))
     except (ReadError, MemoryError):
         raise
     except Exception as error:  # pydicom raises a dozen classes where it parses or converts
@@ -90,7 +93,7 @@ def read_dicom(file: BinaryIO, max_pixels: int) -> DecodedImage:
 
 
 class _CheckedFile:
-    """A file that refuses a deflated data set which is too large.
+    """A file that refuses a deflated data set which is too large, and a header of too many elements.
 
     pydicom reads to the end of a file in one case only: there follows a deflated data set, which it then inflates at
     once. Checking it here sees what pydicom sees, whatever the layout of preamble and meta information.
@@ -99,11 +102,15 @@ class _CheckedFile:
     def __init__(self, file: BinaryIO, limit: int) -> None:
         self._file = file
         self._limit = limit
+        self._reads = 0
         self.seek, self.tell = file.seek, file.tell
         self.name = ""
         self.closed = False
 
     def read(self, size: int = -1) -> bytes:
+        self._reads += 1
+        if self._reads > _MOST_READS:
+            raise ReadError("the DICOM header has too many elements")
         data = self._file.read(size)
         if size is None or size < 0:
             check_inflated_size(data, self._limit)
@@ -134,16 +141,17 @@ def check_inflated_size(data: bytes, limit: int) -> None:
 def _parse(file: BinaryIO, max_pixels: int, keywords: tuple[str, ...], *, with_pixels: bool) -> Dataset:
     """Read the elements of `keywords`; the others are passed over."""
     file.seek(0)
-    limit = min(8 * max_pixels + _BESIDE_PIXELS, int(MAX_BYTES / 3.6 * max(1.0, max_pixels / 100e6)))
-    pixels = [Tag(keyword) for keyword in _PIXELS]
-    short = {Tag(keyword) for keyword in _HEADER}
+    # Of the memory allowed, the inflated data set takes a part: pydicom copies it, and the result comes on top.
+    limit = min(8 * max_pixels + _DEFLATED_HEADER, allowed_bytes(max_pixels) // 4)
     latest: list[BaseTag] = []
 
     def stop(tag: BaseTag, _: str | None, length: int) -> bool:
         latest[:] = [tag]
-        if tag in short and length > _LONGEST_VALUE:
+        if not with_pixels and tag in _STOPS:
+            return True
+        if length != _UNDEFINED and length > _LONGEST.get(tag, length):
             raise ReadError(f"the DICOM element {element_name(tag)} has {length} bytes")
-        return not with_pixels and tag in pixels
+        return False
 
     try:
         return read_partial(
@@ -159,12 +167,13 @@ def _parse(file: BinaryIO, max_pixels: int, keywords: tuple[str, ...], *, with_p
         raise ReadError(f"the DICOM header is damaged{where} ({type(error).__name__})") from None
 
 
-def _check_length(file: BinaryIO, size: int) -> None:
-    """Raise ReadError where the file is far larger than its image of `size` bytes: all of it may be read at once."""
-    allowed = 2 * size + _BESIDE_PIXELS
+def _bytes_beside(file: BinaryIO, header: Dataset) -> int:
+    """Return the bytes of the file that are read beside the samples: twice what is compressed, else the rest."""
     length = os.fstat(file.fileno()).st_size
-    if length > allowed:
-        raise ReadError(f"the DICOM file has {length / 1e6:.0f} MB for an image of {size / 1e6:.3g} MB")
+    if is_compressed(transfer_syntax(header)):
+        return 2 * length
+    samples = integer(header, "Rows", 0) * integer(header, "Columns", 0) * integer(header, "BitsAllocated", 16) // 8
+    return max(0, length - samples)
 
 
 def _checked_size(header: Dataset, max_pixels: int) -> tuple[int, int]:

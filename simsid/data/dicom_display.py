@@ -79,19 +79,19 @@ class Samples:
         return (number - least) % size + least if 0 <= number < size else None
 
 
-def samples(dataset: Dataset, words: np.ndarray, justified: bool) -> Samples:
-    """Read how the samples lie in their words.
+def samples(dataset: Dataset, *, justified: bool) -> Samples:
+    """Read from the header how the samples lie in their words.
 
     Args:
-        justified: whether a decoder has already moved the samples to the low bits.
+        justified: whether the decoder moves the samples to the low bits.
 
     Raises:
         ReadError: Bits Stored and High Bit that do not fit the word.
     """
-    width = 8 * words.dtype.itemsize
-    if words.dtype.kind == "f":
+    allocated = integer(dataset, "BitsAllocated", 16)
+    width = next((size for size in (8, 16, 32) if allocated <= size), 64)
+    if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset:
         return Samples(width, width, 0, True, True)
-    allocated = integer(dataset, "BitsAllocated", width)
     bits = integer(dataset, "BitsStored", allocated)
     if not 1 <= bits <= min(allocated, 32):
         raise ReadError(f"the DICOM element Bits Stored (0028,0101) is {bits}, Bits Allocated (0028,0100) {allocated}")
@@ -105,12 +105,11 @@ def samples(dataset: Dataset, words: np.ndarray, justified: bool) -> Samples:
     return Samples(width, bits, high + 1 - bits, integer(dataset, "PixelRepresentation", 0) == 1, False)
 
 
-def display(dataset: Dataset, words: np.ndarray, *, justified: bool) -> DecodedImage:
+def display(dataset: Dataset, words: np.ndarray, layout: Samples) -> DecodedImage:
     """Return the image of stored words `[H, W]` as a viewer shows it by default.
 
     Source: DICOM PS3.3 C.11.1, C.11.2, C.7.6.3.1.2, C.7.5.1.1.2 and C.7.6.16.2.
     """
-    layout = samples(dataset, words, justified)
     polarity = text(dataset, "PhotometricInterpretation")
     modality = _modality(dataset, layout)
     voi = _voi(dataset, modality.limits)
@@ -156,7 +155,10 @@ def _mapped(words: np.ndarray, dtype: type, function: Function) -> np.ndarray:
     if words.dtype.kind != "f" and words.dtype.itemsize <= 2:
         table = function(np.arange(2 ** (8 * words.dtype.itemsize), dtype=words.dtype)).astype(dtype)
     for band in bands(*words.shape):
-        result[band] = function(words[band]) if table is None else table[words[band]]
+        if table is None:
+            result[band] = function(words[band])
+        else:  # every word is an index; "clip" spares a check of each
+            np.take(table, words[band], out=result[band], mode="clip")
     return result
 
 

@@ -13,6 +13,7 @@ from pydicom.uid import (
     HTJ2K,
     JPEG2000,
     UID,
+    DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     HTJ2KLossless,
@@ -54,8 +55,10 @@ _GDCM = {
 }
 GDCM_SECONDS = 60.0
 
-# Bytes a pixel and a byte of a sample that a decoder holds beside the result, measured in tests/data/test_memory.py.
-_DECODER_BYTES = {"native": 1.0, "pydicom": 4.0, "pillow": 4.0, "pyjpegls": 3.0, "pylibjpeg": 6.0, "gdcm": 3.0}
+# Bytes that each decoder holds for a byte of a sample; tests/data/test_memory.py compares them with measured peaks.
+_DECODER_BYTES = {"pydicom": 4.0, "pillow": 4.0, "pyjpegls": 3.0, "pylibjpeg": 5.0, "gdcm": 3.0}
+# Data of tiny fragments costs a Python object for each.
+_MOST_FRAGMENTS = 100_000
 
 
 def transfer_syntax(dataset: Dataset) -> UID:
@@ -74,16 +77,26 @@ def transfer_syntax(dataset: Dataset) -> UID:
     return syntax
 
 
-def decoder_bytes(dataset: Dataset) -> float:
-    """Return the bytes a pixel that decoding holds before there is a result, from the header alone."""
-    syntax = transfer_syntax(dataset)
-    name = _PLUGINS.get(syntax, "gdcm" if syntax in _GDCM else "native")
-    return _DECODER_BYTES[name] * max(1, integer(dataset, "BitsAllocated", 16) // 8)
+def peak_bytes(header: Dataset) -> float:
+    """Return the bytes a pixel that decoding and display hold at most, from the header alone."""
+    syntax = transfer_syntax(header)
+    sample = max(1, integer(header, "BitsAllocated", 16) // 8)
+    displayed = sample + 4.0 + ("PixelPaddingValue" in header)
+    if syntax == DeflatedExplicitVRLittleEndian:
+        # The inflated data set stays, and pydicom joins it from blocks.
+        return 3 * sample + displayed
+    plugin = _PLUGINS.get(syntax, "gdcm" if syntax in _GDCM else "")
+    return max(displayed, sample * _DECODER_BYTES.get(plugin, 1.0))
+
+
+def is_compressed(syntax: UID) -> bool:
+    """Return whether the pixel data is in one of the compressed encodings that are read."""
+    return syntax in _PLUGINS or syntax in _GDCM
 
 
 def is_justified(syntax: UID) -> bool:
     """Return whether decoding moves the samples to the low bits of their words; RLE keeps the words as they are."""
-    return syntax.is_encapsulated and syntax != RLELossless
+    return is_compressed(syntax) and syntax != RLELossless
 
 
 def stored_words(dataset: Dataset) -> np.ndarray:
@@ -141,6 +154,8 @@ def _with_gdcm(dataset: Dataset, syntax: int) -> np.ndarray:
 
 def _checked_header(dataset: Dataset, syntax: UID) -> Codestream | None:
     """Return the header of compressed data; raise ReadError where it does not fit, since decoders would believe it."""
+    if dataset.PixelData.count(b"\xfe\xff\x00\xe0") > _MOST_FRAGMENTS:
+        raise ReadError(f"the DICOM pixel data has more than {_MOST_FRAGMENTS} fragments")
     try:
         header = codestream_header(get_frame(dataset.PixelData, 0, number_of_frames=1))
     except ReadError:

@@ -28,10 +28,10 @@ def decode_in_child(data: bytes, rows: int, columns: int, allocated: int, syntax
         )
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"GDCM took longer than {seconds:g} s") from None
-    if child.returncode:
-        raise RuntimeError(f"GDCM failed with exit status {child.returncode}")
+    if child.returncode < 0:
+        raise RuntimeError(f"GDCM died of signal {-child.returncode}")
     # libjpeg fills what is missing with gray and only warns.
-    if b"Premature end" in child.stderr or b"Corrupt JPEG" in child.stderr:
+    if child.returncode or b"Premature end" in child.stderr or b"Corrupt JPEG" in child.stderr:
         raise RuntimeError("the JPEG data is damaged or cut off")
     if len(child.stdout) != rows * columns * allocated // 8:
         raise RuntimeError("GDCM returned an image of another size")

@@ -124,7 +124,8 @@ def _check_tiff(file: BinaryIO, max_pixels: int) -> int:
 def _bytes_per_pixel(image: Image.Image, kind: str, turn: int) -> float:
     """Return the bytes a pixel that are held together: Pillow's image, its decoder's block, the result, a copy."""
     stored = _STORED_BYTES.get(image.mode, 4)
-    result = stored if image.mode.startswith("I;16") or image.mode in ("I", "F") else 1
+    signed = kind == "TIFF" and image.tag_v2.get(339, (1,))[0] == 2
+    result = stored if image.mode.startswith("I;16") or image.mode in ("I", "F") else 4 if signed else 1
     block = stored if kind == "TIFF" else 0
     copy = 0 if turn == 1 else stored if kind == "TIFF" else result
     mask = 1 if "transparency" in image.info else 0
@@ -190,6 +191,9 @@ def _gray(image: Image.Image, kind: str, bits: int, wide: bool) -> Grays:
         raise ReadError(f"the {kind} file has 16 bits a channel in color or with transparency; save it as 16-bit gray")
     if image.mode in ("LAB", "HSV"):
         raise ReadError(f"the {kind} file is {image.mode} color; save it as gray")
+    if kind == "TIFF" and bits == 8 and image.mode == "L" and image.tag_v2.get(339, (1,))[0] == 2:
+        # Pillow takes signed bytes for unsigned ones.
+        return _convert(image, np.float32, lambda band: np.asarray(band).view(np.int8)), (-128.0, 127.0), 8
     transparent = "A" in image.mode or "a" in image.mode or "transparency" in image.info
     return _convert(image, np.uint8, lambda band: _luma(band, transparent)), (0.0, 255.0), min(bits, 8)
 
