@@ -334,8 +334,6 @@ def test_exported_op_takes_any_batch():
     assert exported.module()(z[:3]).equal(module(z[:3]))
 
 
-
-
 @pytest.mark.parametrize(
     ("query", "memory", "k", "reason"),
     [
