@@ -38,7 +38,7 @@ CPU = {
 
 
 class Sizes(NamedTuple):
-    """Whole model: its width, and the images of a folder, of a training epoch and of an inference pass (None is all)."""
+    """Of a whole-model benchmark: width, images of a folder, of a training epoch and of a forward pass (None is all)."""
 
     width: int
     folder: int
