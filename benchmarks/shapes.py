@@ -38,7 +38,7 @@ CPU = {
 
 
 class Sizes(NamedTuple):
-    """Of a whole-model benchmark: width, images of a folder, of a training epoch and of a forward pass (None is all)."""
+    """A whole-model benchmark: width, images of a folder, a training epoch and a forward pass (None is all)."""
 
     width: int
     folder: int
