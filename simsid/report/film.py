@@ -98,7 +98,7 @@ def write_film(
         if heat.values.shape != example.input.shape:
             raise InputError(f"map {heat.name!r} must have shape {example.input.shape}, got {heat.values.shape}")
     plain = {"input": example.input, "reconstruction": example.reconstruction}
-    shown = [
+    shown: list[dict[str, object]] = [
         {"name": name, "image": data_uri(encode(gray(picture), SIDE_LIMIT)), "limit": None, "unit": ""}
         for name, picture in plain.items()
         if picture is not None

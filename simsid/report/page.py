@@ -105,8 +105,8 @@ def _figures(evaluation: Evaluation) -> dict[str, object]:
     precisions = "; ".join(f"{row.signal} {row.average_precision:.3f}" for row in totals)
     with figures.style():
         curves = [
-            (figures.roc_figure(evaluation, totals), f"ROC curves, default signal first: {areas}"),
-            (figures.precision_figure(evaluation, totals), f"Precision-recall curves, default signal first: {precisions}"),
+            (figures.roc_figure(evaluation, totals), f"ROC curves, default first: {areas}"),
+            (figures.precision_figure(evaluation, totals), f"Precision-recall curves, default first: {precisions}"),
         ]
         histograms = [
             (
@@ -154,9 +154,7 @@ def _card(example: Example, limit: float) -> dict[str, object]:
 
 def _highest(rows: Sequence[FilmRow]) -> tuple[list[FilmRow], int]:
     """Sort by score, files without one last; return those that the page has room for and the number of the others."""
-    scored = [row for row in rows if row.score is not None]
-    failed = [row for row in rows if row.score is None]
-    ordered = sorted(scored, key=lambda row: row.score, reverse=True) + failed
+    ordered = sorted(rows, key=lambda row: (row.score is None, -(row.score or 0.0)))
     return ordered[:ROW_LIMIT], max(0, len(ordered) - ROW_LIMIT)
 
 

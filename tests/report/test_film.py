@@ -87,7 +87,7 @@ def test_other_links_are_refused(page):
 
 def test_row_without_page_and_maps_of_another_shape_are_refused(tmp_path):
     row, example = samples.rows(pages=1)[0], samples.examples(1)[0]
-    with pytest.raises(ValueError, match="row must name a page, got None for patients/1.png"):
+    with pytest.raises(ValueError, match=r"row must name a page, got None for patients/1\.png"):
         write_film(tmp_path / "report.html", samples.rows()[1], example)
     with pytest.raises(ValueError, match=r"map 'x' must have shape \(24, 20\), got \(2, 2\)"):
         write_film(tmp_path / "report.html", row, example, maps=[HeatMap("x", np.zeros((2, 2)))])
