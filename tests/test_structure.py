@@ -15,7 +15,7 @@ TIERS = [
     {"evaluation"},
     {"training", "scoring"},
     {"models", "data"},
-    {"metrics", "checkpoint", "distributed", "cuda_graph", "config", "errors"},
+    {"metrics", "checkpoint", "distributed", "cuda_graph", "parallel", "config", "errors"},
     {"kernels"},
     {"__init__"},
 ]
@@ -160,7 +160,7 @@ def test_nothing_read_is_executed(name):
     # released.py names pickle's error class; joblib knows how many cores a container has.
     assert not loaders or (name, loaders) in [
         ("simsid.models.released", ["pickle"]),
-        ("simsid.data.parallel", ["joblib"]),
+        ("simsid.parallel", ["joblib"]),
     ]
     assert "joblib" not in loaders or "from joblib import cpu_count\n" in MODULES[name].read_text("utf-8")
 

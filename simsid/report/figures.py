@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from simsid.metrics import Evaluation, Row, curves
+from simsid.evaluation import Evaluation, Row
+from simsid.metrics import curves
 from simsid.report.examples import Example, heat_limit, pictures
 
 # The palette of Okabe and Ito, which color-blind readers can tell apart; the default signal is the first, a thick line.
@@ -70,7 +71,7 @@ def precision_figure(evaluation: Evaluation, totals: Sequence[Row]) -> Figure:
     for index, row in enumerate(totals):
         points = curves(evaluation.labels, evaluation.signals[row.signal])
         label = f"{_plain(row.signal)}  average precision {row.average_precision:.3f}"
-        axes.step(points.recall, points.precision, where="pre", label=label, **_line(index))
+        axes.step(points.true_positive_rate, points.precision, where="pre", label=label, **_line(index))
     chance = float(np.mean(evaluation.labels))
     axes.axhline(chance, color=FAINT, linewidth=0.9, label=f"chance {chance:.3f} (fraction of abnormal images)")
     _label_square(

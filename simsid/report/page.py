@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from simsid import checkpoint
 from simsid.errors import InputError
-from simsid.metrics import Evaluation, Row
+from simsid.evaluation import Evaluation, Row
 from simsid.report.examples import Example, color_bar, encode, heat_limit, label_name, pictures
 from simsid.report.film import FilmRow
 from simsid.report.render import data_uri, render

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 
-from simsid.metrics import Evaluation
+from simsid.evaluation import Evaluation
 from simsid.report import Example, FilmRow, page_name, write_report
 
 HOSTILE = '<script src="http://evil.example/x.js">alert(1)</script>&"\'$x_$.png'

@@ -15,7 +15,7 @@ import samples
 from PIL import Image
 from samples import HOSTILE, SIGNALS, Page, write
 
-from simsid.metrics import Evaluation
+from simsid.evaluation import Evaluation
 from simsid.report import Example, FilmRow, write_picture
 from simsid.report import page as module
 from simsid.report.render import NOTICE
