@@ -15,7 +15,7 @@ from simsid.report.examples import Example, color_bar, encode, heat_limit, label
 from simsid.report.film import FilmRow
 from simsid.report.render import data_uri, render
 
-ROW_LIMIT = 5000  # rows of the table: about 1.5 MB of HTML, which a browser still sorts without a pause
+ROW_LIMIT = 5000  # rows of the table: about 1 MB of HTML with six signals
 
 
 def write_report(

@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
     rows, examples = samples.rows(60, pages=2), samples.examples()
     for row, example in zip(rows[:2], examples):
         write_film(folder / "report.html", row, example, descriptions={"residual": "mean squared difference"})
-    evaluation = samples.evaluation(in_sample=True, names=["residual", "discriminator_running"])
+    evaluation = samples.evaluation(in_sample=True, names=["residual"])
     samples.write(folder / "report.html", evaluation=evaluation, examples=examples, rows=rows, warnings=[HOSTILE])
     return folder
 
@@ -166,6 +166,21 @@ def test_typing_filters_and_space_shows_only_flagged(browser, folder):
     assert set(column(browser, 3)) == {"yes"}
     browser.find_element("id", "filter").send_keys(KEYS.CONTROL, "a", KEYS.DELETE)
     assert len(column(browser, 3)) == sum(bool(row.flagged) for row in rows)
+
+
+def test_long_table_shows_500_rows_until_all_are_wanted(browser, tmp_path):
+    samples.write(tmp_path / "long.html", rows=samples.rows(700))
+    show(browser, tmp_path / "long.html")
+    count = browser.find_element("id", "count")
+    assert len(column(browser, 0)) == 500 and count.text == "700 of 700 images, the first 500 shown"
+    tab_to(browser, "Score").send_keys(KEYS.ENTER)
+    lowest = min(row.score for row in samples.rows(700) if row.score is not None)
+    assert len(column(browser, 1)) == 500 and float(column(browser, 1)[0]) == lowest
+    browser.find_element("id", "filter").send_keys("699.png")
+    assert column(browser, 0) == ["699.png"] and count.text == "1 of 700 images"
+    browser.find_element("id", "filter").send_keys(KEYS.CONTROL, "a", KEYS.DELETE)
+    tab_to(browser, "more").send_keys(KEYS.ENTER)
+    assert len(column(browser, 0)) == 700 and count.text == "700 of 700 images"
 
 
 def test_name_opens_the_page_of_its_image_and_leads_back(browser, folder):
