@@ -54,7 +54,7 @@ class Fit:
         model = seeded_model(config, self.seed, device)
         with run_folder(path, document) as folder:
             train, val = load_both(train_records, val_records, model, machine.workers)
-            folder.write_manifest(train, val)
+            folder.write_manifest([*train_records, *val_records], [images for images in (train, val) if images])
             report_loaded(path, train, val)
             model.fit(train, val, progress=True)
             model.save(path)

@@ -75,7 +75,8 @@ class Train:
             if group.main:
                 # A resumed run may have been killed before the manifest was written.
                 if not (self.resume and (path / "manifest.csv").exists()):
-                    folder.write_manifest(train, val)
+                    loaded = [images for images in (train, val) if images]
+                    folder.write_manifest([*train_records, *val_records], loaded)
                 report_loaded(path, train, val)
             history = trainer.fit(train, val, resume=self.resume is not None)
             if group.main:
