@@ -29,7 +29,9 @@ class Page(HTMLParser):
         assert not [name for name in attributes if name.startswith("on") or name == "style"], attributes
 
     def handle_data(self, data):
-        if self.tags[-1:] not in (["script"], ["style"]):
+        if self.tags[-1:] == ["wbr"]:  # a possible line break inside a word
+            self.shown[-1] += data
+        elif self.tags[-1:] not in (["script"], ["style"]):
             self.shown.append(data)
 
     @property
