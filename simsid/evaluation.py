@@ -205,7 +205,8 @@ def format_table(evaluation: Evaluation) -> str:
     lines = []
     for row, previous in zip(rows, [None, *rows]):
         first = previous is None or previous.signal != row.signal
-        cells = [row.signal if first else "", "all abnormal" if row.finding is None else row.finding, str(row.abnormal), str(row.normal)]
+        finding = "all abnormal" if row.finding is None else row.finding
+        cells = [row.signal if first else "", finding, str(row.abnormal), str(row.normal)]
         cells += [f"{row.auc:.3f}", f"{row.low:.3f} - {row.high:.3f}", f"{row.average_precision:.3f}"]
         if held_out:
             cells += [_figure(value) for value in (row.sensitivity, row.specificity, row.accuracy, row.f1)]
