@@ -14,6 +14,7 @@ from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit
 from sample_files import dicom, jpeg_dicom, png_chunk, ramp, refused, save, write_dicom, write_png, write_tiff
 
+import simsid.data.dicom
 import simsid.data.raster
 from simsid.data import read_image
 from simsid.data.codestream import MAX_SCANS, jpeg_header
@@ -29,7 +30,7 @@ def few_seconds():
     """Every case here took much longer before its limit."""
     start = time.monotonic()
     yield
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
 
 
 def test_side_and_memory_are_limited_from_the_header(tmp_path):
@@ -167,8 +168,9 @@ def deflated(path, size, **elements):
     return path.read_bytes()
 
 
-def test_deflated_data_is_bounded_whatever_the_layout_of_its_header(tmp_path):
-    data = deflated(tmp_path / "a", 70_000_000)
+def test_deflated_data_is_bounded_whatever_the_layout_of_its_header(tmp_path, monkeypatch):
+    monkeypatch.setattr(simsid.data.dicom, "_DEFLATED_HEADER", 3_000_000)
+    data = deflated(tmp_path / "a", 40_000_000)
     assert len(data) < 200_000
     length = int.from_bytes(data[140:144], "little")
     meta, rest = data[144 : 144 + length], data[144 + length :]
@@ -186,8 +188,8 @@ def test_deflated_data_is_bounded_whatever_the_layout_of_its_header(tmp_path):
     for name, layout in layouts.items():
         (tmp_path / "b").write_bytes(layout)
         tracemalloc.start()
-        refused(tmp_path / "b", "deflated DICOM data set is larger than the 67 MB allowed", max_pixels=1000)
-        assert tracemalloc.get_traced_memory()[1] < 20_000_000, name
+        refused(tmp_path / "b", "deflated DICOM data set is larger than the 3 MB allowed", max_pixels=1000)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000, name
         tracemalloc.stop()
         small = deflated(tmp_path / "c", 0)
         (tmp_path / "c").write_bytes(layout.replace(rest, small[-(len(small) - 144 - length) :]))
