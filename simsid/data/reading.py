@@ -1,5 +1,6 @@
 """Reads one image file, whatever its format, into gray values of full depth."""
 
+import contextlib
 import os
 import stat
 from typing import BinaryIO
@@ -22,7 +23,7 @@ _OTHER_KINDS = (
 )
 
 
-def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> DecodedImage:
+def read_image(path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> DecodedImage:
     """Read a PNG, JPEG, TIFF, BMP or DICOM file, recognized by its content and not by its name.
 
     16-bit grayscale keeps its depth. EXIF orientation is applied. Color becomes luma (ITU-R 601), which leaves gray
@@ -35,7 +36,7 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
     file in proportion.
 
     Args:
-        path: a regular file.
+        path: a regular file's path, or a binary file that can seek and is at its beginning; it stays open.
         max_pixels: rows times columns that are accepted, checked from the header before anything is decoded.
 
     Raises:
@@ -43,7 +44,7 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
     """
     with quiet():
         try:
-            with _open(path) as file:
+            with _open(path) if isinstance(path, (str, os.PathLike)) else contextlib.nullcontext(path) as file:
                 head = file.read(132)
                 kind = identify(head)
                 file.seek(0)
