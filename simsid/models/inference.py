@@ -3,7 +3,8 @@
 import copy
 import threading
 import warnings
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,18 @@ from simsid.errors import ConfigError
 from simsid.kernels.ranges import stage
 from simsid.models import patches
 from simsid.models.base import BATCH, Scorer
+from simsid.models.discriminator import Discriminator
+from simsid.models.generator import Encoder, Generator
 from simsid.models.signals import SIGNALS, available_signals
 
 
 class ConfiguredNetwork(nn.Module, Scorer):
-    """What `Model` and its frozen copies derive from their configuration and share: signals and preprocessing."""
+    """What `Model` and its frozen copies have in common: networks, and what their configuration says of them."""
 
     config: Config
+    encoder: Encoder
+    student: Generator
+    discriminator: Discriminator
 
     @property
     def device(self) -> torch.device:
@@ -78,22 +84,21 @@ class FrozenModel(ConfiguredNetwork):
     def __init__(self, model: ConfiguredNetwork, *, capture: bool = True, share: bool = False) -> None:
         super().__init__()
         self.config, self.calibration = model.config, model.calibration
-        tensors = [*model.parameters(), *model.buffers()] if share else []
-        self.encoder, self.student, self.discriminator = (
-            copy.deepcopy(part, {id(tensor): tensor for tensor in tensors})
-            for part in (model.encoder, model.student, model.discriminator)
-        )
+        self.encoder = copy.deepcopy(model.encoder, _kept(model.encoder, share))
+        self.student = copy.deepcopy(model.student, _kept(model.student, share))
+        self.discriminator = copy.deepcopy(model.discriminator, _kept(model.discriminator, share))
         self.eval()
         for part in (self.encoder, self.student):
             for module in list(part.modules()):
                 for name, child in module.named_children():
-                    if _is_normalized_convolution(child):
+                    if isinstance(child, nn.Sequential) and _is_normalized_convolution(child):
                         setattr(module, name, _folded(*child))
         if not share:
             self.requires_grad_(False)
         self._graphs: dict[tuple[int, ...], cuda_graph.CapturedGraph] = {}
         self._capture = capture and self.device.type == "cuda"
-        self._lock = threading.Lock()
+        # Only where graphs are captured, since a lock can neither be copied nor pickled.
+        self._lock = threading.Lock() if self._capture else nullcontext()
 
     def forward(self, images: Tensor) -> dict[str, Any]:
         """Return the outputs of `[B, 1, H, W]`: `images`, `reconstruction`, `query`, `retrieved`, `discriminator`."""
@@ -116,7 +121,7 @@ class FrozenModel(ConfiguredNetwork):
         """Return the reconstructions, `[B, H, W]`."""
         return {"reconstruction": self.reconstruct(images)[:, 0]}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """Return the student's reconstruction of `[B, 1, H, W]`, on the images' device."""
         found = [
@@ -154,7 +159,7 @@ class FrozenModel(ConfiguredNetwork):
                 self._capture = False
                 return self._computed_signals(images, self.signal_names)
             self._graphs[images.shape] = graph
-        return graph(images)
+        return cast("dict[str, Tensor]", graph(images))
 
 
 def freeze(model: ConfiguredNetwork, *, capture: bool = True) -> FrozenModel:
@@ -164,9 +169,20 @@ def freeze(model: ConfiguredNetwork, *, capture: bool = True) -> FrozenModel:
     return FrozenModel(model, capture=capture)
 
 
-def _is_normalized_convolution(module: nn.Module) -> bool:
-    """Whether a module is a plain convolution with a BatchNorm after it, and nothing else."""
-    kinds = [type(child) for child in module] if type(module) is nn.Sequential else []
+def _kept(part: nn.Module, share: bool) -> dict[int, Any]:
+    """Return what `copy.deepcopy` must not copy, by identity: the objects that hooks hold, and shared tensors."""
+    kept: dict[int, Any] = {}
+    for module in part.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            kept[id(hooks)] = hooks.copy()
+    if share:
+        kept |= {id(tensor): tensor for tensor in (*part.parameters(), *part.buffers())}
+    return kept
+
+
+def _is_normalized_convolution(module: nn.Sequential) -> bool:
+    """Whether a sequence is a plain convolution and a BatchNorm after it."""
+    kinds = [type(child) for child in module]
     return len(kinds) == 2 and kinds[0] is nn.Conv2d and issubclass(kinds[1], nn.modules.batchnorm._BatchNorm)
 
 
@@ -174,6 +190,7 @@ def _is_normalized_convolution(module: nn.Module) -> bool:
 def _folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     """Return a channels-last convolution that does what the two do in inference mode."""
     folded = copy.copy(convolution)
+    assert norm.running_mean is not None and norm.running_var is not None
     weight, bias = fuse_conv_bn_weights(
         convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )

@@ -1,14 +1,15 @@
 """The networks of SimSID and SQUID with their calibration: what is trained, saved and scored with."""
 
+import json
 import os
 from types import NoneType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from simsid import checkpoint
-from simsid.config import Config
+from simsid.config import Config, TrainingConfig
 from simsid.errors import ConfigError, InputError, InputTypeError
 from simsid.kernels.ranges import stage
 from simsid.models import patches
@@ -118,14 +119,14 @@ class Model(ConfiguredNetwork, AnomalyModel):
         val: object = None,
         *,
         progress: bool = False,
-        config: object = None,
+        config: TrainingConfig | None = None,
         run: str | os.PathLike | None = None,
     ) -> "Model":
         """Train with `simsid.Trainer` and return the model; see there for the arguments and what is kept."""
         # Through the public name: the training package builds on this module, which must not import it.
         import simsid
 
-        trainer: type[Trainer] = simsid.Trainer
+        trainer = cast("type[Trainer]", simsid.Trainer)
         trainer(self, config, run=run, progress=progress).fit(train, val)
         return self
 
@@ -168,18 +169,22 @@ class Model(ConfiguredNetwork, AnomalyModel):
             model = cls(config, **options)  # type: ignore[arg-type]  # __init__ checks them
         checkpoint.load_state(model, tensors, source)
         if document.get("layout") == "channels_last":
-            model.to(memory_format=torch.channels_last)
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in PyTorch's stubs
         return model.eval()
 
-    def get_extra_state(self) -> dict[str, object]:
-        """Return the calibration, so that it travels in `state_dict`; plain numbers, which `weights_only` loads."""
-        return {"calibration": self.calibration.to_dict() if self.calibration else None}
+    def get_extra_state(self) -> Tensor:
+        """Return the calibration, so that it travels in `state_dict`: JSON as uint8, a tensor as every other entry."""
+        text = json.dumps(self.calibration.to_dict() if self.calibration else None)
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: object) -> None:
         """Take the calibration from `get_extra_state`."""
-        if not isinstance(state, dict) or "calibration" not in state:
-            raise InputError(f"the model's extra state must be a dictionary with calibration, got {state!r}")
-        values = state["calibration"]
+        if not isinstance(state, Tensor) or state.dtype != torch.uint8:
+            raise InputTypeError(f"the model's extra state must be a uint8 tensor, got {type(state).__name__}")
+        try:
+            values = json.loads(state.cpu().numpy().tobytes())
+        except ValueError as error:
+            raise InputError(f"the model's extra state must be JSON: {error}") from None
         self.calibration = Calibration.from_dict(values) if values else None
 
     def _inference_copy(self) -> FrozenModel:
@@ -194,7 +199,7 @@ class Model(ConfiguredNetwork, AnomalyModel):
         return images.masked_fill(blank.repeat_interleave(S, 2).repeat_interleave(S, 3), 0.0)
 
     def _is_channels_last(self) -> bool:
-        weight = self.discriminator.convolutions[1].weight
+        weight = self.discriminator.get_parameter("convolutions.1.weight")
         return weight.is_contiguous(memory_format=torch.channels_last)
 
     def _check(self, images: Tensor) -> None:

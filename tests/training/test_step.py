@@ -1,8 +1,6 @@
 """One iteration of training: eager, compiled, and captured as a CUDA graph."""
 
 import functools
-import subprocess
-import sys
 
 import nvtx
 import pytest
@@ -186,75 +184,3 @@ def test_every_stage_is_an_nvtx_range(monkeypatch):
     seen.clear()
     step.model.eval().signals(tiny.images(1))
     assert [name for name in seen if "/" not in name] == ["encoder", "student", "signals"]
-
-
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@cuda
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@each_model
-def test_replayed_step_equals_eager(changes, precision):
-    eager, replayed = (
-        train(6, "cuda", changes=changes, precision=precision, cuda_graph=graph) for graph in (False, True)
-    )
-    assert set(replayed._graphs) == {False, True}
-    assert replayed.means() == pytest.approx(eager.means(), rel=1e-2)
-    assert_close(state(replayed), state(eager), 5e-2)
-
-
-@cuda
-@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_iteration_never_waits_for_the_device(graph):
-    step = train(4, "cuda", cuda_graph=graph)
-    images = tiny.images(4).cuda()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for number in range(4, 8):
-            step(images, number)
-            step.set_learning_rate(1e-4)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert step.means()
-
-
-@pytest.fixture
-def deterministic(monkeypatch):
-    """Algorithms that repeat bit for bit; PyTorch's default gradient of an upsampling uses atomics."""
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@cuda
-# Deterministic mode checks the queue's indices on the host, which no capture allows.
-@pytest.mark.parametrize(
-    ("changes", "graph"),
-    [(CHANGES["simsid"], True), (CHANGES["queue and dropout"], False)],
-    ids=["graph", "eager queue"],
-)
-def test_two_trainings_are_bitwise_equal(deterministic, changes, graph):
-    one, other = (train(6, "cuda", changes=changes, cuda_graph=graph) for _ in range(2))
-    assert bool(one._graphs) == graph
-    assert not different(state(one), state(other))
-
-
-FAILS = """
-import torch
-from simsid import cuda_graph
-
-before, x = torch.cuda.current_stream(), torch.ones(4, device="cuda")
-try:
-    cuda_graph.capture(lambda x: (x * 2).sum().item(), [x])
-except RuntimeError:
-    assert torch.cuda.current_stream() == before and (x * 2).sum().item() == 8
-    print("restored")
-"""
-
-
-@cuda
-def test_failed_capture_restores_the_current_stream():
-    """Work that waits for the device cannot be captured. In a process of its own: the allocator stays damaged."""
-    done = subprocess.run([sys.executable, "-c", FAILS], capture_output=True, text=True)
-    assert done.stdout == "restored\n", done.stderr
