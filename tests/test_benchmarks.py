@@ -183,7 +183,7 @@ def test_the_baseline_trains_as_the_product_does(name):
         means.append(step.means())
     mine, reference = means
     assert mine == pytest.approx(reference, rel=1e-4)
-    assert reference.keys() == {"real", "fake", "student", "teacher", "distillation", "generator"}
+    assert reference.keys() == {"real", "fake", "student", "teacher", "distillation", "adversarial"}
     if ours.queue is not None:
         close(ours.queue.items, theirs.model.queue.items, 1e-4)
         assert ours.queue.pointer == theirs.model.queue.pointer == 10 % ours.config.items
