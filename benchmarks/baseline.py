@@ -121,7 +121,7 @@ class BaselineStep:
                 "student": F.mse_loss(outputs.student, images),
                 "teacher": F.mse_loss(outputs.teacher, images),
                 "distillation": outputs.distillation,
-                "generator": adversarial(judge(model.discriminator, outputs.student), 1.0),
+                "adversarial": adversarial(judge(model.discriminator, outputs.student), 1.0),
             }
             total = sum(getattr(config, f"{name}_weight") * term for name, term in terms.items())
             self.generator.zero_grad()

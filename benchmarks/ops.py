@@ -7,16 +7,17 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import roofline
 import torch
+from roofline import Cost
 from shapes import Shape
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from simsid.kernels import neighbor_attention, residual_layer_norm, roofline, space_aware_memory
+from simsid.kernels import neighbor_attention, residual_layer_norm, space_aware_memory
 from simsid.kernels.attention.reference import neighbor_index
 from simsid.kernels.backend import why_not_triton
-from simsid.kernels.roofline import Cost
 
 TOPK = 5
 PASSES = ("forward", "backward", "both")

@@ -1,1 +1,23 @@
 """Anomaly models: the networks of SimSID and SQUID, their signals and calibration, and plain baselines."""
+
+from simsid.models.base import AnomalyModel
+from simsid.models.baselines import PixelKNN, PixelPCA
+from simsid.models.calibration import Calibration
+from simsid.models.inference import FrozenModel, freeze
+from simsid.models.loading import load
+from simsid.models.model import Model, Reconstruction
+from simsid.models.signals import SIGNALS, Signal
+
+__all__ = [
+    "SIGNALS",
+    "AnomalyModel",
+    "Calibration",
+    "FrozenModel",
+    "Model",
+    "PixelKNN",
+    "PixelPCA",
+    "Reconstruction",
+    "Signal",
+    "freeze",
+    "load",
+]

@@ -49,7 +49,7 @@ def train_published(method, device, small, steps, **options):
 
 def captured(step):
     """Return whether both kinds of iteration were captured as CUDA graphs."""
-    return set(step._replays) == {True, False}
+    return set(step._graphs) == {True, False}
 
 
 def state(step):

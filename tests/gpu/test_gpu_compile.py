@@ -1,8 +1,8 @@
 """torch.compile on a GPU, where Inductor generates code around the kernels."""
 
 import pytest
-import test_neighbor_attention_fused as attention
-import test_residual_layer_norm as norm
+import test_attention_fused as attention
+import test_layer_norm as norm
 import torch
 from gpu_training import assert_close, train_tiny
 from test_gpu_kernels import draw_with_gap

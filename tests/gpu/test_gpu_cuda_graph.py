@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-import test_space_aware_memory_fused as memory
+import test_memory_fused as memory
 import torch
 from gpu_training import CHANGES, METHODS, assert_close, assert_same, captured, train_published, train_tiny
 from test_gpu_kernels import draw_with_gap, memory_results
@@ -71,7 +71,7 @@ def test_captured_step_is_the_eager_one(change, precision, cuda):
     eager, graph = (
         train_tiny(6, cuda, CHANGES[change], precision=precision, cuda_graph=graph) for graph in (False, True)
     )
-    assert captured(graph) and not eager._replays
+    assert captured(graph) and not eager._graphs
     assert graph.means() == pytest.approx(eager.means(), rel=1e-2)
     assert_close(graph, eager, 5e-2)
 

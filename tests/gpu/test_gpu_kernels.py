@@ -7,9 +7,9 @@ import itertools
 import sys
 
 import pytest
-import test_neighbor_attention_fused as attention
-import test_residual_layer_norm as norm
-import test_space_aware_memory_fused as memory
+import test_attention_fused as attention
+import test_layer_norm as norm
+import test_memory_fused as memory
 import torch
 from harness import DEVICE
 
