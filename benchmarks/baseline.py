@@ -25,7 +25,7 @@ from simsid.models.layers import ConvBlock
 from simsid.models.memory import DecoderMemory, SpaceAwareMemory
 from simsid.models.model import Reconstruction
 from simsid.models.patches import merge, split
-from simsid.scoring.stream import Score, preparation, threshold
+from simsid.scoring.stream import Score
 
 PAPERS = {"distillation": True, "inpainting": "attention", "border": "zero", "shrinkage": "topk", "gumbel_noise": False}
 AROUND = [(row, column) for row in (0, 1, 2) for column in (0, 1, 2) if (row, column) != (1, 1)]
@@ -73,18 +73,18 @@ class Baseline:
 
     def score_files(self, files: Iterable[Record | str], batch_size: int = 1) -> Iterator[Score]:
         """Score readable files like `simsid.scoring.stream.score_files`; reads the files of a batch one by one."""
-        model, files = self.model, list(files)
-        limit, name = threshold(model), model.signal
+        model, files, name = self.model, list(files), self.model.signal
+        threshold = model.calibrated().threshold(name)
         for start in range(0, len(files), batch_size):
             chosen = files[start : start + batch_size]
-            read = [load_images([file], workers=1, **preparation(model)) for file in chosen]
+            read = [load_images([file], workers=1, **model.preprocessing.to_dict()) for file in chosen]
             images = torch.cat([one.batch([0], model.device) for one in read])
             signals_of_batch = self.signals(images, batch_size)
             probability = model.calibrated().probability(name, signals_of_batch[name])
             for i, one in enumerate(read):
                 values = {key: float(column[i]) for key, column in signals_of_batch.items()}
-                alarm = None if limit is None else values[name] > limit
-                yield Score(one.paths[0], score=float(probability[i]), alarm=alarm, signals=values)
+                flagged = None if threshold is None else values[name] > threshold
+                yield Score(one.paths[0], score=float(probability[i]), flagged=flagged, signals=values)
 
 
 class BaselineStep:

@@ -20,9 +20,8 @@ from baseline import Baseline  # noqa: E402
 from models import BASELINE, METHODS, PAPERS, PRODUCT, VARIANTS  # noqa: E402
 
 from simsid.data import ZhangLab, load_images  # noqa: E402
+from simsid.models.base import BATCH  # noqa: E402
 from simsid.models.losses import reconstruction_loss  # noqa: E402
-from simsid.models.model import BATCH  # noqa: E402
-from simsid.scoring.stream import preparation  # noqa: E402
 
 # A step that falls back to eager execution must not be timed as a captured one.
 pytestmark = pytest.mark.filterwarnings("error:.*CUDA graph:UserWarning")
@@ -143,17 +142,18 @@ def time_group(
     """Check, build and time the variants of a group in turn; returns their rows and what others got wrong."""
     calls, peaks, wrong = {}, {}, []
     for name, build in builders.items():
-        torch._dynamo.reset()
+        measure.forget_compiled()
         try:
             check(name)
         except AssertionError as error:
             wrong.append(str(error))
             continue
-        torch._dynamo.reset()
+        measure.forget_compiled()
         memory = measure.PeakMemory()
         calls[name] = build()
-        for _ in range(2):  # captures, compiles, allocates the state of the optimizers
-            calls[name]()
+        if DEVICE.type == "cuda":
+            for _ in range(2):  # captures, compiles, allocates the state of the optimizers
+                calls[name]()
         peaks[name] = memory.row()
     rows = []
     for name, values in run_rounds(calls, again, rounds_for, pedantic).items():
@@ -279,7 +279,7 @@ def test_epoch(timed, sizes, variants, note, epoch_files, what):
 
     def training(name, method):
         model = model_of(name, sizes.width, method)
-        images, step = load_images(train, **preparation(model)), models.training_step(name, model)
+        images, step = load_images(train, **model.preprocessing.to_dict()), models.training_step(name, model)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
 
         def epoch():

@@ -51,7 +51,7 @@ def assert_agreement(variant, got, want, tolerance):
 @functools.lru_cache(maxsize=1)
 def built(op, shape):
     """Return every variant's call; kept for the passes of a shape, so that each is compiled once."""
-    torch._dynamo.reset()
+    measure.forget_compiled()
     return {
         name: variant.build(SHAPES[shape], DEVICE)
         for name, variant in OPS[op].variants.items()
