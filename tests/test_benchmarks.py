@@ -29,6 +29,8 @@ import report  # noqa: E402
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU a run takes minutes and is started by hand")
 # An outer pytest-xdist tells its workers by these variables, and pytest-benchmark in the child would read them.
 ENVIRONMENT = {name: value for name, value in tiny.ENVIRONMENT.items() if not name.startswith("PYTEST")}
+# The child loads no other plugin: importing them takes longer than the benchmarks.
+ENVIRONMENT["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
 ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 # Runs pytest where only PyTorch and Triton, with what they need themselves, can be imported.
@@ -54,7 +56,7 @@ BLOCKED = {"numpy", "PIL", "sklearn", "joblib", "safetensors", "matplotlib", "nv
 
 
 def run(*arguments):
-    command = [sys.executable, *arguments, "-p", "no:cacheprovider"]
+    command = [sys.executable, *arguments, "-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
