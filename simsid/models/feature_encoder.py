@@ -14,7 +14,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from simsid.errors import CheckpointError, InputError, InputTypeError
 
 WEIGHTS = pathlib.Path(__file__).with_name("weights") / "efficientnet_lite0.safetensors"
-SHA256 = "94675e90d4d7fd6b1bef5ef59959fd2496d286a3f9f8ab5ec569c0205320a1a9"  # of the file WEIGHTS; a fitted memory fits these features only
+# Of the file WEIGHTS. A memory is of use with the features it was fitted to only.
+SHA256 = "94675e90d4d7fd6b1bef5ef59959fd2496d286a3f9f8ab5ec569c0205320a1a9"
 TAPS = (7, 10, 14)
 """Blocks whose outputs are kept: 80 channels at 1/16 of the image's size, 112 at 1/16 and 192 at 1/32."""
 
@@ -26,7 +27,7 @@ INPUTS = ("imagenet", "grey")
 
 
 class ConvNorm(nn.Module):
-    """Convolution, BatchNorm and optionally ReLU6, padded as TensorFlow's "SAME": the odd pixel lies right and below."""
+    """Convolution, BatchNorm and optionally ReLU6, padded as TensorFlow's "SAME": odd pixels right and below."""
 
     def __init__(
         self, channels: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1, relu: bool = True
