@@ -121,7 +121,7 @@ class BaselineStep:
                 "student": F.mse_loss(found.student, images),
                 "teacher": F.mse_loss(found.teacher, images),
                 "distillation": found.distillation,
-                "generator": adversarial(judge(model.discriminator, found.student), 1.0),
+                "adversarial": adversarial(judge(model.discriminator, found.student), 1.0),
             }
             total = sum(getattr(config, f"{name}_weight") * term for name, term in terms.items())
             self.generator.zero_grad()

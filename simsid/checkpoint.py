@@ -1,8 +1,8 @@
-"""Folders of tensors that are whole at every moment: a JSON document that names a safetensors file.
+"""Folders of tensors that are complete at every moment: a JSON document that names a safetensors file.
 
-The tensors go to a new file named by their hash, which is synced; then the document is replaced in one step. Whoever
-opens the folder, whenever, finds either the old pair or the new one. A folder has one writer at a time. Nothing that is
-read is ever executed.
+The tensors go to a new file named by their hash, which is synced; then the document is replaced atomically. Whoever
+opens the folder finds either the old pair or the new one. A folder has one writer at a time. Nothing that is read is
+ever executed, and only regular files of a bounded size are read.
 """
 
 import contextlib
@@ -12,6 +12,8 @@ import os
 import pathlib
 import re
 import secrets
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from safetensors import SafetensorError
@@ -23,15 +25,31 @@ from simsid.errors import CheckpointError
 
 FORMAT = 1
 
+LARGEST_JSON = 64 << 20
+"""Bytes of a JSON document; one that a calibration of a million held-out images fills has fewer."""
+
+LARGEST_TENSORS = 16 << 30
+"""Bytes of a tensor file: a training state with 1,000 items a location has a quarter of it."""
+
 
 def write_file(path: pathlib.Path, content: bytes) -> None:
-    """Write a file whole: to a temporary name beside it, synced, then renamed over it."""
+    """Write a file atomically: to a temporary name beside it, synced, then renamed over it."""
+    with replaced(path) as temporary, open(temporary, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replaced(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a new temporary name beside `path`; the file created and synced there replaces `path` at the end.
+
+    The name is random and must be opened exclusively (`"x"`): a link planted at a name that is known beforehand would
+    lead the writer to another file. After an exception `path` is as it was.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -52,27 +70,91 @@ def sync_folder(folder: pathlib.Path) -> None:
 
 
 def write_json(path: pathlib.Path, document: dict[str, object]) -> None:
-    """Write a JSON document whole."""
+    """Write a JSON document atomically."""
     write_file(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def csv_writer(path: pathlib.Path, columns: Sequence[str]) -> Iterator[Callable[[Iterable[object]], None]]:
+    """Write a CSV file row by row and atomically: the file appears when the block ends, and not if it raises.
+
+    The text is UTF-8 with `\\n` after each row; bytes of file names that are not UTF-8 are written as they are. Text
+    that a spreadsheet would run as a formula is escaped, see `escape_cell`; numbers stay numbers, None is empty.
+
+    Yields:
+        A function that writes one row, a sequence of as many values as there are columns.
+    """
+    with (
+        replaced(path) as temporary,
+        open(temporary, "x", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+
+        def write(row: Iterable[object]) -> None:
+            file.write(",".join(map(_csv_cell, row)) + "\n")
+
+        write(columns)
+        yield write
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def escape_cell(text: str) -> str:
+    """Return text that no spreadsheet takes for a formula.
+
+    Text that begins with `=`, `+`, `-`, `@`, a tab or a line break gets an apostrophe before it, and so does such text
+    with apostrophes before it, so that `unescape_cell` restores every text exactly.
+    """
+    return "'" + text if re.match(r"'*[=+\-@\t\r\n]", text) else text
+
+
+def unescape_cell(text: str) -> str:
+    """Return the text that `escape_cell` was given."""
+    return text[1:] if re.match(r"'+[=+\-@\t\r\n]", text) else text
+
+
+def _csv_cell(value: object) -> str:
+    """Return one cell of a CSV file, quoted where needed; Python's csv module leaves a carriage return unquoted."""
+    text = escape_cell(value) if isinstance(value, str) else "" if value is None else str(value)
+    # Readers drop white space around a cell that is not quoted.
+    if re.search(r'[",\r\n]|^\s|\s$', text):
+        return '"' + text.replace('"', '""') + '"'
+    return text
 
 
 def read_json(path: pathlib.Path) -> dict[str, object]:
     """Read a JSON document; a missing or broken file is a `CheckpointError`."""
     try:
-        document = json.loads(path.read_text("utf-8"))
+        document = json.loads(read_regular(path, LARGEST_JSON).decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON document: {error}") from None
+        raise CheckpointError(f"{path} is not a JSON document: {error}") from None
     if not isinstance(document, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(document).__name__}")
     return document
 
 
+def read_regular(path: pathlib.Path, largest: int) -> bytes:
+    """Read a regular file of at most `largest` bytes.
+
+    Raises:
+        CheckpointError: another kind of file (a device or a FIFO would never end), or a larger one.
+        OSError: the file cannot be opened or read.
+    """
+    # Without blocking: opening a FIFO would wait for a writer.
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path} must be a regular file")
+        if status.st_size > largest:
+            raise CheckpointError(f"{path} must have at most {largest} bytes, got {status.st_size}")
+        return file.read()
+
+
 def write(folder: str | os.PathLike, name: str, tensors: dict[str, Tensor], document: dict[str, object]) -> None:
-    """Write `tensors` and `document` as the pair `name` of `folder`, replacing an older pair in one step."""
+    """Write `tensors` and `document` as the pair `name` of `folder`, replacing an older pair atomically."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     content = save_safetensors({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
@@ -80,7 +162,7 @@ def write(folder: str | os.PathLike, name: str, tensors: dict[str, Tensor], docu
     file = f"{name}-{digest[:16]}.safetensors"
     write_file(folder / file, content)
     write_json(folder / f"{name}.json", {"format": FORMAT, **document, "tensors": {"file": file, "sha256": digest}})
-    # What older pairs and killed writers left behind; it does no harm, so failing to remove it is no failure.
+    # Files of older pairs and of killed writers do no harm, so failing to remove them is not an error.
     leftover = re.compile(rf"{_tensor_file(name)}|\.({_tensor_file(name)}|{re.escape(name)}\.json)\.[0-9a-f]{{8}}")
     for old in folder.iterdir():
         if old.name != file and leftover.fullmatch(old.name):
@@ -96,7 +178,7 @@ def read(folder: str | os.PathLike, name: str) -> tuple[dict[str, Tensor], dict[
         entry = _tensor_entry(document, folder, name)
         path = folder / entry["file"]
         try:
-            content = path.read_bytes()
+            content = read_regular(path, LARGEST_TENSORS)
             break
         except OSError as error:
             # A writer may have replaced the pair between the two reads.
@@ -108,22 +190,49 @@ def read(folder: str | os.PathLike, name: str) -> tuple[dict[str, Tensor], dict[
     try:
         return load_safetensors(content), document
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is no safetensors file: {error}") from None
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
 
 
-def load_state(module: torch.nn.Module, tensors: dict[str, Tensor], source: object) -> None:
-    """Load a state dictionary whose names and shapes must fit the module exactly."""
-    own = module.state_dict()
-    for kind, names in (("lacks", own.keys() - tensors.keys()), ("has the unknown", tensors.keys() - own.keys())):
+def tensors(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and persistent buffers of a module by name: its `state_dict` without extra state."""
+    return {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
+def check_shapes(module: torch.nn.Module, values: dict[str, Tensor], source: object) -> None:
+    """Raise `CheckpointError` unless the names and shapes of `values` are exactly those of the module's tensors."""
+    own = tensors(module)
+    for kind, names in (("lacks", own.keys() - values.keys()), ("has the unknown", values.keys() - own.keys())):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{source} {kind} tensor {min(names)}{more}")
     for name, tensor in own.items():
-        if tensors[name].shape != tensor.shape:
+        if values[name].shape != tensor.shape:
             raise CheckpointError(
-                f"{source}: tensor {name} must have shape {list(tensor.shape)}, got {list(tensors[name].shape)}"
+                f"{source}: tensor {name} must have shape {list(tensor.shape)}, got {list(values[name].shape)}"
             )
-    module.load_state_dict(tensors)
+
+
+def load_state(module: torch.nn.Module, values: dict[str, Tensor], source: object) -> None:
+    """Load tensors whose names and shapes must fit the module exactly, and whose values must be finite.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    check_shapes(module, values, source)
+    for name, value in values.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise CheckpointError(f"{source}: tensor {name} holds NaN or infinite values")
+    # Not strict: extra state is not among the tensors.
+    module.load_state_dict(values, strict=False)
+
+
+def digest(text: str, values: dict[str, Tensor]) -> str:
+    """Return a hash of `text` and of tensors with their names, dtypes, shapes and memory layouts."""
+    found = hashlib.sha256(text.encode())
+    for name, tensor in values.items():
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)} {tensor.stride()}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _tensor_file(name: str) -> str:
@@ -131,7 +240,7 @@ def _tensor_file(name: str) -> str:
 
 
 def _tensor_entry(document: dict[str, object], folder: pathlib.Path, name: str) -> dict[str, str]:
-    """Return the document's word on its tensor file, which must be one that `write` could have written here."""
+    """Return the document's entry for its tensor file, whose name must be one that `write` can give in this folder."""
     if document.get("format") != FORMAT:
         raise CheckpointError(f"{folder / name}.json must be of format {FORMAT}, got {document.get('format')!r}")
     entry = document.get("tensors")

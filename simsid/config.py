@@ -4,12 +4,24 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from simsid.errors import ConfigError
 
 WIDEST = 16
 """The deepest feature map has at most this many times `width` channels."""
+
+LARGEST = {
+    "image_size": 8192,
+    "patches": 64,
+    "width": 1024,
+    "levels": 10,
+    "items": 1_000_000,
+    "decoder_items": 1_000_000,
+    "topk": 1_000_000,
+    "heads": 1024,
+}
+"""No configuration of use is larger; a damaged or hostile file must not make the network's size absurd."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +83,8 @@ class Config:
     """Train a teacher generator and hold the student's features to it."""
     stop_gradient: bool = True
     """Keep the teacher's gradient out of the encoder."""
-    score_statistics: Literal["per_image", "running"] = "per_image"
-    """What the discriminator normalises with when it scores: each image's own statistics, or the running ones."""
-    signal: Literal["discriminator", "residual", "local_residual", "focal_residual", "memory_distance"] = (
-        "discriminator"
-    )
-    """The anomaly signal that `score` and thresholds use."""
+    signal: str = "discriminator_per_image"
+    """The anomaly signal that `score` and thresholds use, a name of `simsid.models.signals.SIGNALS`."""
     aspect: Literal["stretch", "pad", "crop"] = "stretch"
     """How a film that is not square becomes square; the papers stretch it."""
     intensity: Literal["auto", "range", "minmax"] = "auto"
@@ -84,13 +92,10 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse a configuration that cannot be built, naming the field."""
-        for entry in dataclasses.fields(self):
-            _check_type(entry, getattr(self, entry.name))
         # At 32 pixels and fewer the discriminator's last map is one position, which has no variance to normalise with.
         at_least = {"image_size": 33, "patches": 1, "width": 1, "levels": 1, "skip_levels": 0, "merge_levels": 0}
         at_least |= {"items": 1, "decoder_items": 1, "decoder_memories": 0, "topk": 1, "heads": 1}
-        for name, low in at_least.items():
-            _require(getattr(self, name) >= low, name, f"at least {low}", getattr(self, name))
+        check_fields(self, at_least)
         for name in ("skip_levels", "merge_levels", "decoder_memories"):
             _require(getattr(self, name) <= self.levels, name, f"at most levels = {self.levels}", getattr(self, name))
         _require(0 < self.temperature < math.inf, "temperature", "a positive number", self.temperature)
@@ -118,8 +123,6 @@ class Config:
                 f"a divisor of the {self.bottleneck_features} bottleneck features",
                 self.heads,
             )
-        if self.signal == "memory_distance":
-            _require(self.inpainting != "none", "signal", "one that needs no in-painting block", self.signal)
 
     @property
     def locations(self) -> int:
@@ -148,8 +151,7 @@ class Config:
 
     def replace(self, **changes: object) -> "Config":
         """Return a copy with `changes`; an unknown field is an error that lists the known ones."""
-        _check_names(type(self), changes)
-        return dataclasses.replace(self, **changes)
+        return replaced(self, changes)
 
     def to_dict(self) -> dict[str, object]:
         """Return the fields as plain values, for JSON."""
@@ -158,8 +160,7 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> "Config":
         """Rebuild a configuration from `to_dict`; absent fields keep their defaults, unknown ones are an error."""
-        _check_names(cls, values)
-        return cls(**values)
+        return from_dict(cls, values)
 
     @classmethod
     def simsid(cls, **changes: object) -> "Config":
@@ -238,6 +239,11 @@ PRESETS: dict[str, Callable[..., Config]] = {
 }
 
 
+ConfigName = Literal[tuple(ABLATIONS)]  # type: ignore[valid-type]
+PresetName = Literal["simsid", "squid", "digit_anatomy", "memae", "autoencoder", "pixel_knn", "pixel_pca"]
+"""Names of `simsid.models.presets.PRESETS`, which a test compares; here, since that module needs PyTorch."""
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """How a model is trained. Source: SimSID, section 4.2; SQUID, section 4 (implementation details)."""
@@ -258,8 +264,8 @@ class TrainingConfig:
     """Weight of the student's reconstruction error."""
     distillation_weight: float = 0.001
     """Weight of the distance between the student's and the teacher's features."""
-    generator_weight: float = 0.005
-    """Weight of the generator's adversarial loss."""
+    adversarial_weight: float = 0.005
+    """Weight of the adversarial loss, by which the generator is trained to look real to the discriminator."""
     discriminator_weight: float = 0.005
     """Weight of the discriminator's loss."""
     generator_weight_decay: float = 1e-5
@@ -291,13 +297,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be trained with."""
-        for entry in dataclasses.fields(self):
-            _check_type(entry, getattr(self, entry.name))
-            if entry.name.endswith("_weight"):
-                value = getattr(self, entry.name)
-                _require(0 <= value < math.inf, entry.name, "a number of at least 0", value)
-        for name, low in {"epochs": 1, "batch_size": 1, "generator_every": 1, "patience": 0, "seed": 0}.items():
-            _require(getattr(self, name) >= low, name, f"at least {low}", getattr(self, name))
+        check_fields(self, {"epochs": 1, "batch_size": 1, "generator_every": 1, "patience": 0, "seed": 0})
+        for name in (entry.name for entry in dataclasses.fields(self) if entry.name.endswith("_weight")):
+            _require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0", getattr(self, name))
         for name in ("learning_rate", "final_learning_rate", "generator_weight_decay", "checkpoint_seconds"):
             _require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0", getattr(self, name))
         for name in ("translate", "scale"):
@@ -310,8 +312,66 @@ class TrainingConfig:
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> "TrainingConfig":
         """Rebuild a configuration from `to_dict`; absent fields keep their defaults, unknown ones are an error."""
-        _check_names(cls, values)
-        return cls(**values)
+        return from_dict(cls, values)
+
+
+@dataclass(frozen=True)
+class PixelKNNConfig:
+    """The choices of `simsid.models.PixelKNN`."""
+
+    image_size: int = 128
+    """Height and width of the square image, pixels."""
+    neighbors: int = 5
+    """Nearest training images whose distance is averaged, k; with fewer images, all of them."""
+    aspect: Literal["stretch", "pad", "crop"] = "stretch"
+    """How an image that is not square becomes square."""
+    intensity: Literal["auto", "range", "minmax"] = "auto"
+    """How stored pixel values become -1..1; see `simsid.data.Preprocessing`."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be used, naming the field."""
+        check_fields(self, {"image_size": 1, "neighbors": 1})
+
+
+@dataclass(frozen=True)
+class PixelPCAConfig:
+    """The choices of `simsid.models.PixelPCA`."""
+
+    image_size: int = 128
+    """Height and width of the square image, pixels."""
+    components: int = 64
+    """Principal components; at most one fewer than training images are used."""
+    aspect: Literal["stretch", "pad", "crop"] = "stretch"
+    """How an image that is not square becomes square."""
+    intensity: Literal["auto", "range", "minmax"] = "auto"
+    """How stored pixel values become -1..1; see `simsid.data.Preprocessing`."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be used, naming the field."""
+        check_fields(self, {"image_size": 1, "components": 1})
+
+
+Fields = TypeVar("Fields")
+
+
+def replaced(config: Fields, changes: dict[str, object]) -> Fields:
+    """Return a copy of a configuration with `changes`; an unknown field is an error that lists the known ones."""
+    _check_names(type(config), changes)
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def from_dict(kind: type[Fields], values: object) -> Fields:
+    """Rebuild a configuration from plain values; absent fields keep their defaults, unknown ones are an error."""
+    return kind(**_check_names(kind, values))
+
+
+def check_fields(config: Any, at_least: dict[str, int]) -> None:
+    """Check the type of every field and the bounds of numbers; raise `ConfigError` naming the field."""
+    for entry in dataclasses.fields(config):
+        _check_type(entry, getattr(config, entry.name))
+    for name, low in at_least.items():
+        value, high = getattr(config, name), LARGEST.get(name, math.inf)
+        _require(low <= value <= high, name, f"at least {low}" if value < low else f"at most {high}", value)
 
 
 def _require(holds: bool, name: str, expected: str, value: object) -> None:
@@ -319,18 +379,21 @@ def _require(holds: bool, name: str, expected: str, value: object) -> None:
         raise ConfigError(f"{name} must be {expected}, got {value!r}")
 
 
-def _check_names(kind: type, values: dict[str, object]) -> None:
+def _check_names(kind: type, values: object) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"a configuration must be a dictionary of fields, got {values!r}")
     known = [entry.name for entry in dataclasses.fields(kind)]
     for name in values:
         if name not in known:
             raise ConfigError(f"{name!r} is not a configuration field; the fields are {', '.join(known)}")
+    return values
 
 
 def _check_type(entry: dataclasses.Field, value: object) -> None:
     choices = getattr(entry.type, "__args__", None)
-    if choices:
+    if entry.type is str:
+        _require(isinstance(value, str), entry.name, "a string", value)
+    elif choices:
         _require(value in choices, entry.name, f"one of {', '.join(map(repr, choices))}", value)
     elif entry.type is float:
         _require(isinstance(value, (int, float)) and not isinstance(value, bool), entry.name, "a number", value)

@@ -1,75 +1,78 @@
-"""CUDA graphs: work recorded once and replayed with one launch."""
+"""CUDA graphs: capture work once, then replay it with one launch."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-REHEARSALS = 3
-"""Runs before the recording, in which kernels are compiled, libraries make their plans and optimisers their state."""
+WARMUPS = 3
+"""Runs before the capture, in which kernels are compiled, libraries choose algorithms and optimizers create state."""
 
 
-class Replay:
-    """Recorded work on tensors of fixed shapes: a call copies its inputs to where they were recorded and replays.
+class CapturedGraph:
+    """Captured work on tensors of fixed shapes: a call copies its inputs into the captured ones and replays.
 
-    `output` is what the work returned when it was recorded; every call overwrites it.
+    Args:
+        graph: the captured graph.
+        inputs: the tensors that the graph reads.
+        output: what the work returned while it was captured; every replay overwrites it.
     """
 
     def __init__(self, graph: torch.cuda.CUDAGraph, inputs: list[Tensor], output: object) -> None:
         self.graph, self.inputs, self.output = graph, inputs, output
 
     def __call__(self, *inputs: Tensor) -> object:
-        """Replay on `inputs`, of the shapes recorded; returns `output` before its work is done."""
-        for kept, given in zip(self.inputs, inputs, strict=True):
-            kept.copy_(given, non_blocking=True)
+        """Replay on `inputs`, of the captured shapes; returns `output` before the device has computed it."""
+        for target, source in zip(self.inputs, inputs, strict=True):
+            target.copy_(source, non_blocking=True)
         self.graph.replay()
         return self.output
 
 
-def record(
+def capture(
     work: Callable[..., object],
     inputs: list[Tensor],
     *,
-    between: Callable[[], None] | None = None,
-    share: Replay | None = None,
-) -> Replay:
-    """Record `work(*inputs)`: it may neither wait for the device nor copy from the host.
+    after_warmup: Callable[[], None] | None = None,
+    share_memory_with: CapturedGraph | None = None,
+) -> CapturedGraph:
+    """Capture `work(*inputs)`, which must neither wait for the device nor copy from the host.
 
-    The recording computes nothing, the rehearsals before it do.
+    The warm-up runs compute; the capture itself computes nothing.
 
     Args:
-        work: what is recorded; it runs `REHEARSALS` times before.
-        inputs: examples of its arguments, on one GPU; copied.
-        between: called after the rehearsals, to put back what they changed.
-        share: an earlier recording whose memory may be used again; the two must never run at the same time, and what
-            either returns is lost when the other runs.
+        work: what is captured, after `WARMUPS` runs of it.
+        inputs: examples of its arguments, on one GPU; they are copied.
+        after_warmup: called before the capture, to restore what the warm-up runs changed.
+        share_memory_with: an earlier graph whose memory pool is reused. The two must never run at the same time, and
+            the output of either is lost when the other runs.
 
     Raises:
-        RuntimeError: work that cannot be recorded.
+        RuntimeError: the work cannot be captured (PyTorch's own error).
     """
-    # Made in PyTorch's inference mode, they could not be written outside it.
+    # Inference tensors could not be written outside inference mode.
     with torch.inference_mode(False):
-        kept = [tensor.clone() for tensor in inputs]
-    device = kept[0].device
+        static_inputs = [tensor.clone() for tensor in inputs]
+    device = static_inputs[0].device
     with torch.cuda.device(device):
-        before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-        stream.wait_stream(before)
+        caller_stream, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(caller_stream)
         try:
             with torch.cuda.stream(stream):
-                for _ in range(REHEARSALS):
-                    work(*kept)
-                if between is not None:
-                    between()
+                for _ in range(WARMUPS):
+                    work(*static_inputs)
+                if after_warmup is not None:
+                    after_warmup()
         finally:
-            # Before whatever puts right what a failed rehearsal left.
-            before.wait_stream(stream)
+            # A caller that restores state after a failed warm-up run must not overtake what that run still does.
+            caller_stream.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        pool = share_memory_with.graph.pool() if share_memory_with is not None else None
         try:
-            # What other threads do with the GPU meanwhile (pinning, allocating) is no part of it and does no harm.
-            pool, mode = share.graph.pool() if share is not None else None, "thread_local"
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
-                output = work(*kept)
+            # "thread_local": calls of other threads (pinning, allocating) are no part of the capture and may go on.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                output = work(*static_inputs)
         finally:
-            # Where the recording fails, PyTorch leaves its stream the current one.
-            torch.cuda.set_stream(before)
-    return Replay(graph, kept, output)
+            # A failed capture leaves its own stream the current one.
+            torch.cuda.set_stream(caller_stream)
+    return CapturedGraph(graph, static_inputs, output)

@@ -1,48 +1,60 @@
-"""Several processes that `torchrun` starts: which of them this is, and a team that trains one model together."""
+"""The process group that `torchrun` starts: rank, size, device, and what the ranks exchange."""
 
-import inspect
+import atexit
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed.nn
-from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, distributed
 
-from simsid.data.parallel import in_order, thread_count
-from simsid.errors import ProcessGroupError
+from simsid.errors import InputError, ProcessGroupError
+from simsid.parallel import in_order, thread_count
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-WAIT = timedelta(hours=2)
-"""For another process that reads and hashes many files; torchrun ends the wait for one that died."""
+TIMEOUT = timedelta(hours=2)
+"""Wait of a collective for the other ranks, one of which may decode many files; `torchrun` ends the wait for a dead
+rank."""
 
-TURN = 64
-"""Results that each process adds before they are handed round."""
+LEAVE_SECONDS = 10
+"""Wait for the connections to close after an error, where a collective may be pending that other ranks never join."""
+
+GATHER_SIZE = 64
+"""Decoded images per rank per `all_gather`; bounds host memory."""
 
 
 @dataclass(frozen=True)
-class Rank:
-    """Which share of the work is this process's: `number` of `count`; `local` of `neighbours` on this machine."""
+class ProcessGroup:
+    """Which process of how many this is, and the collectives between them; `ProcessGroup()` is a single process.
 
-    number: int = 0
-    count: int = 1
-    local: int = 0
-    neighbours: int = 1
+    Only the collectives need `joined`: ranks that work on separate shards (`shard`, `rank`, `size`) never connect.
+
+    Args:
+        rank: index of this process, 0 to `size - 1`. Rank 0 is the only one that writes.
+        size: number of processes.
+        local_rank: index of this process on its machine, which is also the index of its GPU.
+        local_size: number of processes on this machine, which divide its cores.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Rank":
-        """Read what torchrun sets: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; without WORLD_SIZE, one process.
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "ProcessGroup":
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, which `torchrun` sets; no WORLD_SIZE, one process.
 
         Raises:
-            ProcessGroupError: values that are no ranks.
+            ProcessGroupError: a value that is not a whole number in its range; the message names the variable.
         """
         if "WORLD_SIZE" not in environment:
             return cls()
@@ -56,85 +68,108 @@ class Rank:
                 )
             return int(text)
 
-        count = number("WORLD_SIZE", "", 1)
+        size = number("WORLD_SIZE", "", 1)
         return cls(
-            number("RANK", "" if count > 1 else "0", 0, count - 1),
-            count,
-            number("LOCAL_RANK", "0", 0),
-            number("LOCAL_WORLD_SIZE", "1", 1),
+            rank=number("RANK", "" if size > 1 else "0", 0, size - 1),
+            size=size,
+            local_rank=number("LOCAL_RANK", "0", 0),
+            local_size=number("LOCAL_WORLD_SIZE", "1", 1),
         )
-
-    def take_device(self, device: str) -> str:
-        """Return the device to compute on: where `device` names no GPU, each rank of a machine takes its own.
-
-        Raises:
-            ProcessGroupError: more ranks than GPUs.
-        """
-        if device != "cuda" or self.count == 1:
-            return device
-        if self.local >= torch.cuda.device_count():
-            raise ProcessGroupError(
-                f"rank {self.number} is number {self.local + 1} on its machine, where PyTorch sees "
-                f"{torch.cuda.device_count()} GPUs; start fewer processes, or name a device with --device cuda:N"
-            )
-        torch.cuda.set_device(self.local)
-        return f"cuda:{self.local}"
-
-    def workers(self) -> int:
-        """Return the threads that decode: this process's part of the cores."""
-        return max(1, thread_count(None) // self.neighbours)
-
-
-@dataclass(frozen=True)
-class Team:
-    """The processes that train one model together; `Team()` is one process alone.
-
-    `rank` is this one's place among `size`. Rank 0 is the only one that writes.
-    """
-
-    rank: int = 0
-    size: int = 1
-
-    @classmethod
-    @contextmanager
-    def gathered(cls, device: torch.device | str) -> "Iterator[Team]":
-        """Join the processes that torchrun started: NCCL between GPUs, gloo between CPUs.
-
-        After an error the connections stay until the process ends, so that it is told before the others lose them.
-
-        Raises:
-            ProcessGroupError: processes that were started without an address to meet at.
-        """
-        backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
-        try:
-            distributed.init_process_group(backend, timeout=WAIT)
-        except ValueError as error:
-            raise ProcessGroupError(f"start the processes with torchrun: {error}") from None
-        yield cls(distributed.get_rank(), distributed.get_world_size())
-        distributed.destroy_process_group()
 
     @property
     def main(self) -> bool:
-        """Whether this process writes."""
+        """Whether this is rank 0, which writes and prints."""
         return self.rank == 0
 
-    def share(self, items: Tensor) -> Tensor:
-        """Return this member's part of a batch, one of `size` equal pieces in rank order."""
-        if len(items) % self.size:
-            raise ValueError(f"a batch must divide among {self.size} processes, got {len(items)} images")
-        count = len(items) // self.size
-        return items[self.rank * count : (self.rank + 1) * count]
+    def select_device(self, name: str) -> str:
+        """Return the device to compute on: where `name` is "cuda" without an index, each rank takes its own GPU.
 
-    def concatenated(self, part: Tensor) -> Tensor:
-        """Return every member's `part`, all of one shape, in rank order along the first axis."""
+        Raises:
+            ProcessGroupError: more ranks on this machine than GPUs.
+        """
+        if name != "cuda" or self.size == 1:
+            return name
+        if self.local_rank >= torch.cuda.device_count():
+            raise ProcessGroupError(
+                f"rank {self.rank} is number {self.local_rank + 1} on its machine, where PyTorch sees "
+                f"{torch.cuda.device_count()} GPUs; start fewer processes, or name a device with --device cuda:N"
+            )
+        torch.cuda.set_device(self.local_rank)
+        return f"cuda:{self.local_rank}"
+
+    def cpu_threads(self) -> int:
+        """Return the number of threads for this process: its fraction of the machine's cores, at least 1."""
+        return max(1, thread_count(None) // self.local_size)
+
+    @contextmanager
+    def joined(self, device: torch.device | str) -> "Iterator[ProcessGroup]":
+        """Connect the ranks while the block runs: NCCL between GPUs, gloo between CPUs; nothing for a single process.
+
+        After an error the connections stay open until the interpreter exits. The message of this rank's error is then
+        printed before another rank reports the lost connection.
+
+        Raises:
+            ProcessGroupError: the processes were started without the address of rank 0, as without `torchrun`.
+        """
         if self.size == 1:
-            return part
-        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        distributed.all_gather(parts, part.contiguous())
-        return torch.cat(parts)
+            yield self
+            return
+        backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
+        try:
+            distributed.init_process_group(backend, timeout=TIMEOUT, rank=self.rank, world_size=self.size)
+        except ValueError as error:
+            raise ProcessGroupError(f"start the processes with torchrun: {error}") from None
+        try:
+            yield self
+        except BaseException:
+            _leave_at_exit()
+            raise
+        distributed.destroy_process_group()
+
+    def shard(self, batch: Tensor) -> Tensor:
+        """Return this rank's shard of a batch, one of `size` equal pieces in rank order.
+
+        Raises:
+            InputError: the length is not a multiple of `size`.
+        """
+        if len(batch) % self.size:
+            raise InputError(f"a batch must divide among {self.size} processes, got {len(batch)} images")
+        count = len(batch) // self.size
+        return batch[self.rank * count : (self.rank + 1) * count]
+
+    def gather(self, shard: Tensor) -> Tensor:
+        """Return the shards of all ranks, of equal shape, concatenated in rank order along the first axis."""
+        if self.size == 1:
+            return shard
+        shards = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        distributed.all_gather(shards, shard.contiguous())
+        return torch.cat(shards)
+
+    def all_gather_object(self, value: Result) -> list[Result]:
+        """Return the value of every rank, in rank order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, make: Callable[[], Result]) -> Result:
+        """Return on every rank what `make` returns on rank 0; the other ranks do not call it."""
+        if self.size == 1:
+            return make()
+        values: list[Any] = [make() if self.main else None]
+        distributed.broadcast_object_list(values, 0)
+        return values[0]
+
+    @torch.no_grad()
+    def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite the tensors of every rank with rank 0's, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor, 0)
 
     def mean(self, values: Tensor) -> Tensor:
-        """Return the mean over the members."""
+        """Return the mean over the ranks."""
         if self.size == 1:
             return values
         values = values.clone()
@@ -142,130 +177,54 @@ class Team:
         return values / self.size
 
     def any(self, flag: bool) -> bool:
-        """Return whether any member says so; on the host, without waiting for a GPU."""
+        """Return whether `flag` is true on any rank; exchanged on the host, without waiting for a GPU."""
         if self.size == 1:
             return flag
-        found = torch.tensor(int(flag))
-        distributed.all_reduce(found)
-        return bool(found)
-
-    def from_main(self, make: Callable[[], Result]) -> Result:
-        """Return what `make` returns at rank 0, to every member; the others do not call it."""
-        if self.size == 1:
-            return make()
-        found = [make() if self.main else None]
-        distributed.broadcast_object_list(found, 0)
-        return found[0]
-
-    def everyones(self, value: Result) -> list[Result]:
-        """Return the value of every member, in rank order."""
-        if self.size == 1:
-            return [value]
-        found = [None] * self.size
-        distributed.all_gather_object(found, value)
-        return found
+        count = torch.tensor(int(flag))
+        distributed.all_reduce(count)
+        return bool(count)
 
     def in_order(
         self, function: Callable[[Item], Result], items: Sequence[Item], workers: int
     ) -> Iterator[tuple[Item, Result]]:
-        """Do what `simsid.data.parallel.in_order` does, each member computing every `size`-th result."""
+        """Do what `simsid.parallel.in_order` does, where each rank computes every `size`-th result."""
         if self.size == 1:
             yield from in_order(function, items, workers)
             return
-        own = in_order(function, items[self.rank :: self.size], workers, TURN)
-        for start in range(0, len(items), TURN * self.size):
-            results = self.everyones([result for _, result in itertools.islice(own, TURN)])
-            for place, item in enumerate(items[start : start + TURN * self.size]):
-                yield item, results[place % self.size][place // self.size]
+        own = in_order(function, items[self.rank :: self.size], workers, GATHER_SIZE)
+        for start in range(0, len(items), GATHER_SIZE * self.size):
+            results = self.all_gather_object([result for _, result in itertools.islice(own, GATHER_SIZE)])
+            for index, item in enumerate(items[start : start + GATHER_SIZE * self.size]):
+                yield item, results[index % self.size][index // self.size]
 
-    def collected(self, columns: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
-        """Put together columns of which each member has places rank, rank + size, …; `count` values each, float64."""
+    def interleave(self, columns: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+        """Join columns of which each rank has the elements rank, rank + size, …: `count` float64 values in each."""
         if self.size == 1:
             return columns
-        # Shares differ by one value at most; equal lengths travel, and the filling is cut off again.
+        # all_gather needs equal lengths: shards differ by at most one value, so pad, and cut the padding off again.
         longest = -(-count // self.size)
-        whole = {}
+        joined = {}
         for name, values in columns.items():
             padded = torch.zeros(longest, dtype=torch.float64)
             padded[: len(values)] = torch.from_numpy(values)
-            whole[name] = self.concatenated(padded).view(self.size, longest).T.flatten()[:count].numpy()
-        return whole
-
-    @torch.no_grad()
-    def follow_main(self, model: nn.Module, *, weights: bool = False) -> None:
-        """Give every member rank 0's buffers (running statistics, which each measures on its own share), or all."""
-        if self.size > 1:
-            for tensor in [*model.buffers(), *(model.parameters() if weights else ())]:
-                distributed.broadcast(tensor, 0)
+            joined[name] = self.gather(padded).view(self.size, longest).T.flatten()[:count].numpy()
+        return joined
 
 
-class Judgement(nn.Module):
-    """A discriminator's logits on real and on fake images: one forward pass, as data-parallel training counts them."""
+def _leave_at_exit() -> None:
+    """Destroy the process group as the interpreter exits; gloo's threads, left alone, can abort the process there."""
+    # The thread starts now: Python 3.12 and later refuse to start one at exit.
+    leave = threading.Event()
 
-    def __init__(self, discriminator: nn.Module) -> None:
-        super().__init__()
-        self.discriminator = discriminator
+    def destroy() -> None:
+        leave.wait()
+        distributed.destroy_process_group()
 
-    def forward(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits, `[B]` each; each batch is normalised with its own statistics."""
-        return self.discriminator(real), self.discriminator(fake)
+    thread = threading.Thread(target=destroy, daemon=True)
+    thread.start()
 
+    def at_exit() -> None:
+        leave.set()
+        thread.join(LEAVE_SECONDS)
 
-class _Reconstructing(nn.Module):
-    """A model without its discriminator, whose weights other iterations train."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(part for part in (model.encoder, model.student, model.teacher) if part is not None)
-        # In a tuple, which hides it: a module's attribute would bring the discriminator along.
-        self._model = (model,)
-
-    def forward(self, images: Tensor, teacher: bool) -> object:
-        return self._model[0](images, teacher=teacher)
-
-
-def data_parallel(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Return callables for the model's forward pass and its discriminator's that average gradients over the team."""
-    # Buffers are not broadcast in forward passes, where the backward pass still needs them; PyTorch renamed the option.
-    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    options = {"forward_sync_buffers" if renamed else "broadcast_buffers": False, "gradient_as_bucket_view": True}
-    parts = _Reconstructing(model), Judgement(model.discriminator)
-    generate, judge = (DistributedDataParallel(part, **options) for part in parts)
-    return generate, judge
-
-
-def synchronise_batch_norms(model: nn.Module, wanted: bool = True) -> None:
-    """Let every BatchNorm of `model` measure the whole team's batch, or its own again; in place, with its tensors."""
-    kinds = {nn.BatchNorm2d, nn.SyncBatchNorm, _HostSyncBatchNorm}
-    kind = nn.BatchNorm2d
-    if wanted:
-        kind = nn.SyncBatchNorm if next(model.parameters()).is_cuda else _HostSyncBatchNorm
-    for module in list(model.modules()):
-        for name, norm in module.named_children():
-            if type(norm) in kinds - {kind}:
-                made = kind(norm.num_features, norm.eps, norm.momentum)
-                made._parameters, made._buffers = norm._parameters, norm._buffers
-                setattr(module, name, made.train(norm.training))
-
-
-class _HostSyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the images of all members, on a CPU, where PyTorch has none."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not distributed.is_initialized():
-            return super().forward(x)
-        count = x.numel() // x.shape[1] * distributed.get_world_size()
-        mean = _sum_over_team(x.sum((0, 2, 3))) / count
-        centred = x - mean[:, None, None]
-        variance = _sum_over_team(centred.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return centred * scale[:, None, None] + self.bias[:, None, None]
-
-
-def _sum_over_team(values: Tensor) -> Tensor:
-    """Sum over the members; the gradient is the sum of theirs."""
-    return torch.distributed.nn.all_reduce(values)
+    atexit.register(at_exit)

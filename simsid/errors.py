@@ -59,3 +59,18 @@ class NonFiniteError(SimsidError, FloatingPointError):
 
 class IncompleteError(SimsidError, RuntimeError):
     """The main result is saved, and a later step failed; the command line's exit status is 1."""
+
+
+class DeviceMemoryError(SimsidError, RuntimeError):
+    """A GPU has too little free memory; the message names the batch size and the remedy."""
+
+
+def printable(text: str) -> str:
+    """Return a text, such as a file name, for one line of a terminal.
+
+    Control characters (a name may hold a carriage return or an escape sequence) and bytes that are not UTF-8 appear as
+    backslash escapes.
+    """
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )

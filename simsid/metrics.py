@@ -1,17 +1,18 @@
-"""How well anomaly scores tell abnormal images from normal ones, on raw float64 scores.
+"""How well anomaly scores separate abnormal images from normal ones, on raw float64 scores.
 
-Everything is computed on scores as they come, never through a sigmoid, which ties the extremes. One convention holds
-throughout: a higher score is more anomalous, and an image raises an alarm when its score lies strictly *above* the
-threshold.
+Everything is computed on scores as they come, never through a sigmoid, which ties the extremes. A higher score is more
+anomalous, and an image is flagged when its score lies strictly *above* the threshold. Curves and average precision are
+scikit-learn's.
 """
 
 import math
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+
+from simsid.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -23,118 +24,29 @@ class AUC:
     high: float
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What the images flagged by one threshold get right; a flagged abnormal image is a true positive."""
+
+    false_positive_rate: float
+    accuracy: float
+    f1: float
+    sensitivity: float
+    specificity: float
+
+
 @dataclass(frozen=True, eq=False)
 class Curves:
     """Points of the ROC and precision-recall curves, from the strictest threshold to the most lenient.
 
-    `thresholds [t]` descend through the distinct scores; an image is counted as alarmed when its score is at or above
-    one. The curves have a first point more, at which nothing alarms (precision 1 by convention).
+    `thresholds [t]` descend through the distinct scores; an image counts as flagged when its score is at or above one.
+    The curves begin with one point more, at which no image is flagged (precision 1 by convention).
     """
 
     thresholds: np.ndarray  # [t]
     false_positive_rate: np.ndarray  # [t + 1], from 0 to 1
-    true_positive_rate: np.ndarray  # [t + 1], from 0 to 1
+    true_positive_rate: np.ndarray  # [t + 1], from 0 to 1; also the recall
     precision: np.ndarray  # [t + 1]
-    recall: np.ndarray  # [t + 1]
-
-
-@dataclass(frozen=True)
-class Row:
-    """The figures of one signal on one kind of finding against all normal images.
-
-    The `best_*` figures use the threshold of highest accuracy on the evaluated images themselves, as the papers report
-    them: they are optimistic, since nobody knows that threshold beforehand. The last six stand at a threshold from
-    held-out normal images, which is what a user can act on; they are None where there are no held-out images.
-    """
-
-    finding: str  # "all", or one kind of finding
-    signal: str
-    normal: int  # images
-    abnormal: int  # images
-    auc: float
-    low: float  # 95 % confidence interval of the AUC
-    high: float
-    average_precision: float
-    best_threshold: float
-    best_accuracy: float
-    best_f1: float
-    threshold: float | None
-    false_alarm_rate: float | None  # measured on the evaluated normal images, 1 - specificity
-    accuracy: float | None
-    f1: float | None
-    sensitivity: float | None
-    specificity: float | None
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """The scores of a labelled set of images under every signal, checked when it is made.
-
-    Args:
-        labels: `[n]`, 0 for normal and 1 for abnormal; both must occur.
-        findings: the kind of each image (`"NORMAL"`, `"missing"`, ...); the kinds of abnormal images become rows.
-        paths: the file each score belongs to.
-        signals: name to `[n]` raw scores, higher = more anomalous, finite; kept as float64.
-        default: the model's default signal, a key of `signals`; it comes first everywhere.
-        holdout: raw scores of held-out *normal* images per signal, of any number, from which the thresholds come; a
-            signal that it lacks has no threshold. None: no thresholds.
-        false_alarm_rate: the share of normal images that may raise an alarm, strictly between 0 and 1.
-
-    Raises:
-        ValueError: a length, label, score, default or rate outside these ranges; the message names the signal.
-    """
-
-    labels: np.ndarray
-    findings: list[str]
-    paths: list[str]
-    signals: dict[str, np.ndarray]
-    default: str
-    holdout: dict[str, np.ndarray] | None = None
-    false_alarm_rate: float = 0.05
-
-    def __post_init__(self) -> None:
-        labels = _check_labels(self.labels)
-        for name, values in (("findings", self.findings), ("paths", self.paths)):
-            if len(values) != len(labels):
-                raise ValueError(f"{name} must have one entry an image, got {len(values)} for {len(labels)} labels")
-        if self.default not in self.signals:
-            raise ValueError(f"default must be one of the signals {sorted(self.signals)}, got {self.default!r}")
-        order = [self.default, *(name for name in self.signals if name != self.default)]
-        signals = {name: _check_scores(self.signals[name], f"signal {name!r}", len(labels)) for name in order}
-        holdout = self.holdout
-        if holdout is not None:
-            holdout = {name: _check_scores(scores, f"held-out signal {name!r}") for name, scores in holdout.items()}
-        _check_rate("false_alarm_rate", self.false_alarm_rate)
-        for name, value in (("labels", labels), ("signals", signals), ("holdout", holdout)):
-            object.__setattr__(self, name, value)
-
-    @property
-    def kinds(self) -> list[str]:
-        """The kinds of finding among the abnormal images, in alphabetical order."""
-        return sorted({finding for finding, label in zip(self.findings, self.labels) if label == 1})
-
-    def subset(self, finding: str) -> np.ndarray:
-        """Return the mask `[n]` of the normal images and the abnormal ones of a kind; `"all"` keeps every image."""
-        if finding == "all":
-            return np.ones(len(self.labels), dtype=bool)
-        return (self.labels == 0) | (np.asarray(self.findings, dtype=object) == finding)
-
-    def thresholds(self) -> dict[str, float]:
-        """Return the threshold of each signal that has held-out normal images, by `normal_threshold`."""
-        holdout = self.holdout or {}
-        return {
-            name: normal_threshold(holdout[name], self.false_alarm_rate) for name in self.signals if name in holdout
-        }
-
-    def rows(self) -> list[Row]:
-        """Return the figures of each signal, the default first: over all abnormal images, then kind by kind."""
-        thresholds = self.thresholds()
-        rows = []
-        for signal, scores in self.signals.items():
-            for finding in ("all", *self.kinds):
-                mask = self.subset(finding)
-                rows.append(_row(finding, signal, self.labels[mask], scores[mask], thresholds.get(signal)))
-        return rows
 
 
 def auc(labels: np.ndarray, scores: np.ndarray, confidence: float = 0.95) -> AUC:
@@ -162,10 +74,10 @@ def auc(labels: np.ndarray, scores: np.ndarray, confidence: float = 0.95) -> AUC
         confidence: of the two-sided interval, strictly between 0 and 1.
 
     Raises:
-        ValueError: only one class, other labels, NaN or infinite scores, unequal lengths, `confidence` out of range.
+        InputError: only one class, other labels, NaN or infinite scores, unequal lengths, `confidence` out of range.
     """
     labels, scores = _check(labels, scores)
-    _check_rate("confidence", confidence)
+    check_rate("confidence", confidence)
     abnormal, normal = scores[labels == 1], scores[labels == 0]
     share_abnormal = _share_below(abnormal, normal)
     share_normal = 1.0 - _share_below(normal, abnormal)
@@ -187,26 +99,21 @@ def auc(labels: np.ndarray, scores: np.ndarray, confidence: float = 0.95) -> AUC
 
 
 def curves(labels: np.ndarray, scores: np.ndarray) -> Curves:
-    """Compute the points of the ROC and precision-recall curves, one for each distinct score and one for no alarm.
+    """Compute the points of the ROC and precision-recall curves, one for each distinct score and one for none flagged.
 
     Args:
         labels: `[n]`, 0 for normal and 1 for abnormal.
         scores: `[n]`, higher = more anomalous.
 
     Raises:
-        ValueError: as `auc`.
+        InputError: as `auc`.
     """
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
     labels, scores = _check(labels, scores)
-    thresholds, hits, alarms = _counts(labels, scores)
-    abnormal, normal = hits[-1], alarms[-1]
-    recall = np.concatenate([[0.0], hits / abnormal])
-    return Curves(
-        thresholds=thresholds,
-        false_positive_rate=np.concatenate([[0.0], alarms / normal]),
-        true_positive_rate=recall,
-        precision=np.concatenate([[1.0], hits / (hits + alarms)]),
-        recall=recall,
-    )
+    false_positive_rate, true_positive_rate, thresholds = roc_curve(labels, scores, drop_intermediate=False)
+    precision, _, _ = precision_recall_curve(labels, scores)
+    return Curves(thresholds[1:], false_positive_rate, true_positive_rate, precision[::-1])
 
 
 def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -214,125 +121,90 @@ def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
 
     Args and raises as `auc`. Chance is the share of abnormal images, so it depends on the set, unlike the AUC.
     """
-    points = curves(labels, scores)
-    return float(np.sum(np.diff(points.recall) * points.precision[1:]))
+    from sklearn.metrics import average_precision_score
+
+    labels, scores = _check(labels, scores)
+    return float(average_precision_score(labels, scores))
 
 
-def normal_threshold(holdout: np.ndarray, false_alarm_rate: float) -> float:
-    """Choose the threshold that lets a given share of normal images raise an alarm, from held-out normals alone.
+def normal_threshold(holdout: np.ndarray, false_positive_rate: float) -> float:
+    """Choose the threshold that lets a given share of normal images be flagged, from held-out normals alone.
 
     The threshold is the j-th smallest of the n held-out scores, `j = n + 1 - floor((n + 1) rate)`, the conservative
     order statistic of split conformal prediction: a new normal image, exchangeable with these, scores strictly above
     it with probability `floor((n + 1) rate) / (n + 1)` at most, which is never above the rate, for any distribution.
 
-    With fewer than `1 / rate - 1` images no order statistic can promise the rate (19 are needed for 5 %); the largest
-    score is returned with a warning that names the `1 / (n + 1)` it does promise.
+    With fewer than `1 / rate - 1` images no order statistic guarantees the rate (19 are needed for 5 %); the largest
+    score is returned with a warning that names the `1 / (n + 1)` that it guarantees.
 
     Args:
         holdout: `[n]` raw scores of normal images that neither training nor this evaluation has seen, `n >= 1`.
-        false_alarm_rate: strictly between 0 and 1.
+        false_positive_rate: strictly between 0 and 1.
 
     Raises:
-        ValueError: no scores, NaN or infinite ones, or a rate out of range.
+        InputError: no scores, NaN or infinite ones, or a rate out of range.
     """
-    scores = np.sort(_check_scores(holdout, "holdout"))
-    _check_rate("false_alarm_rate", false_alarm_rate)
-    # The slack keeps (n + 1) rate = 0.99999... from losing an alarm that exact arithmetic would allow.
-    allowed = math.floor((len(scores) + 1) * false_alarm_rate + 1e-9)
+    scores = np.sort(check_scores(holdout, "holdout"))
+    check_rate("false_positive_rate", false_positive_rate)
+    # The slack for (n + 1) rate = 0.99999..., which exact arithmetic would round up.
+    allowed = math.floor((len(scores) + 1) * false_positive_rate + 1e-9)
     if allowed < 1:
         warnings.warn(
-            f"{len(scores)} held-out normal images cannot promise a false-alarm rate of {false_alarm_rate:g}: the "
-            f"threshold is their largest score, good for {1 / (len(scores) + 1):.2g}",
+            f"{len(scores)} held-out normal images cannot guarantee a false positive rate of {false_positive_rate:g}: "
+            f"the threshold is their largest score, which guarantees {1 / (len(scores) + 1):.2g}",
             stacklevel=2,
         )
         allowed = 1
     return float(scores[len(scores) - allowed])
 
 
-def format_table(rows: Iterable[Row]) -> str:
-    """Lay the rows out as plain text for a terminal, one block a signal, with the optimistic figures marked."""
-    rows = list(rows)
-    head = ["signal", "finding", "abn.", "norm.", "AUC", "95 % interval", "AP"]
-    held_out = any(row.threshold is not None for row in rows)
-    if held_out:
-        head += ["sens.", "spec.", "acc.", "F1"]
-    head += ["acc.*", "F1*"]
-    lines = []
-    for row, previous in zip(rows, [None, *rows]):
-        first = previous is None or previous.signal != row.signal
-        cells = [row.signal if first else "", row.finding, str(row.abnormal), str(row.normal)]
-        cells += [f"{row.auc:.3f}", f"{row.low:.3f} - {row.high:.3f}", f"{row.average_precision:.3f}"]
-        if held_out:
-            cells += [_figure(value) for value in (row.sensitivity, row.specificity, row.accuracy, row.f1)]
-        lines.append(cells + [_figure(row.best_accuracy), _figure(row.best_f1)])
-    widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
-    text = []
-    for line in [head, ["-" * width for width in widths], *lines]:
-        cells = [cell.ljust(w) if column < 2 else cell.rjust(w) for column, (cell, w) in enumerate(zip(line, widths))]
-        text.append("  ".join(cells).rstrip())
-    if held_out:
-        text.append("sens., spec., acc., F1: at a threshold from held-out normal images.")
-    text.append("* optimistic: at the threshold of highest accuracy on these very images.")
-    return "\n".join(text)
+def false_positive_interval(count: int, false_positive_rate: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the interval of the false positive rate that `normal_threshold` has on new images of the same origin.
+
+    With the threshold at the j-th of `count` held-out scores, the share of new normal images above it follows a beta
+    distribution with parameters `count + 1 - j` and `j` (the distribution of an order statistic), for any distribution
+    of scores; the interval has equal tails.
+
+    Args:
+        count: held-out normal images.
+        false_positive_rate: as `normal_threshold`.
+        confidence: of the interval, strictly between 0 and 1.
+    """
+    from scipy.stats import beta
+
+    check_rate("false_positive_rate", false_positive_rate)
+    allowed = max(1, math.floor((count + 1) * false_positive_rate + 1e-9))
+    tail = (1 - confidence) / 2
+    low, high = beta.ppf([tail, 1 - tail], allowed, count + 1 - allowed)
+    return float(low), float(high)
 
 
-def _row(finding: str, signal: str, labels: np.ndarray, scores: np.ndarray, threshold: float | None) -> Row:
-    """Compute one row; `threshold` comes from held-out normals."""
-    area = auc(labels, scores)
-    best_threshold = _best_threshold(labels, scores)
-    best = _rates(labels, scores, best_threshold)
-    held_out = dict.fromkeys(("false_alarm_rate", "accuracy", "f1", "sensitivity", "specificity"))
-    if threshold is not None:
-        held_out = _rates(labels, scores, threshold)
-    return Row(
-        finding=finding,
-        signal=signal,
-        normal=int(np.sum(labels == 0)),
-        abnormal=int(np.sum(labels == 1)),
-        auc=area.value,
-        low=area.low,
-        high=area.high,
-        average_precision=average_precision(labels, scores),
-        best_threshold=best_threshold,
-        best_accuracy=best["accuracy"],
-        best_f1=best["f1"],
-        threshold=threshold,
-        **held_out,
+def rates(labels: np.ndarray, scores: np.ndarray, threshold: float) -> Rates:
+    """Compare the images whose scores lie above a threshold with the labels; arguments as `auc`."""
+    flagged = scores > threshold
+    true_positives, false_positives = int(np.sum(flagged & (labels == 1))), int(np.sum(flagged & (labels == 0)))
+    abnormal, normal = int(np.sum(labels == 1)), int(np.sum(labels == 0))
+    return Rates(
+        false_positive_rate=false_positives / normal,
+        accuracy=(true_positives + normal - false_positives) / (abnormal + normal),
+        f1=2 * true_positives / (true_positives + false_positives + abnormal),
+        sensitivity=true_positives / abnormal,
+        specificity=1.0 - false_positives / normal,
     )
 
 
-def _rates(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, float]:
-    """Count what scores above a threshold get right."""
-    alarm = scores > threshold
-    hits, false_alarms = int(np.sum(alarm & (labels == 1))), int(np.sum(alarm & (labels == 0)))
-    abnormal, normal = int(np.sum(labels == 1)), int(np.sum(labels == 0))
-    return {
-        "false_alarm_rate": false_alarms / normal,
-        "accuracy": (hits + normal - false_alarms) / (abnormal + normal),
-        "f1": 2 * hits / (hits + false_alarms + abnormal),
-        "sensitivity": hits / abnormal,
-        "specificity": 1.0 - false_alarms / normal,
-    }
-
-
-def _best_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
+def best_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
     """Find the threshold of highest accuracy; of equal ones that of higher F1, then the higher threshold."""
-    distinct, hits, alarms = _counts(labels, scores)
-    abnormal, normal = hits[-1], alarms[-1]
-    hits, alarms = np.concatenate([[0.0], hits]), np.concatenate([[0.0], alarms])
-    # Alarms lie strictly above a threshold: "at or above distinct[i]" is "above distinct[i + 1]".
+    points = curves(labels, scores)
+    abnormal, normal = np.sum(labels == 1), np.sum(labels == 0)
+    true_positives = np.rint(points.true_positive_rate * abnormal)
+    false_positives = np.rint(points.false_positive_rate * normal)
+    distinct = points.thresholds
+    # Images are flagged strictly above a threshold: "at or above distinct[i]" is "above distinct[i + 1]".
     thresholds = np.concatenate([distinct, [np.nextafter(distinct[-1], -np.inf)]])
-    correct = hits + normal - alarms
-    f1 = np.where(correct == correct.max(), 2.0 * hits / (hits + alarms + abnormal), -1.0)
+    correct = true_positives + normal - false_positives
+    f1 = np.where(correct == correct.max(), 2.0 * true_positives / (true_positives + false_positives + abnormal), -1.0)
     return float(thresholds[np.argmax(f1)])
-
-
-def _counts(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return distinct scores, descending, with the abnormal and the normal images at or above each, `[t]` float64."""
-    distinct, place = np.unique(-scores, return_inverse=True)
-    hits = np.cumsum(np.bincount(place, weights=labels == 1))
-    alarms = np.cumsum(np.bincount(place, weights=labels == 0))
-    return -distinct, hits, alarms
 
 
 def _share_below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -346,44 +218,41 @@ def _sigmoid(x: float) -> float:
     return 0.5 * (1.0 + math.tanh(0.5 * x))
 
 
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
 def _check(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    labels = _check_labels(labels)
-    return labels, _check_scores(scores, "scores", len(labels))
+    labels = check_labels(labels)
+    return labels, check_scores(scores, "scores", len(labels))
 
 
-def _check_labels(labels: np.ndarray) -> np.ndarray:
+def check_labels(labels: np.ndarray) -> np.ndarray:
     """Return labels as int64 `[n]`, all 0 or 1, both present."""
     array = np.asarray(labels)
     if array.ndim != 1:
-        raise ValueError(f"labels must have one axis, got shape {list(array.shape)}")
+        raise InputError(f"labels must have one axis, got shape {list(array.shape)}")
     # Compared before any cast, which would turn 0.5 into a normal image.
     odd = [value for value in array.tolist() if value not in (0, 1)]
     if odd:
-        raise ValueError(f"labels must be 0 (normal) or 1 (abnormal), got {odd[0]!r}")
+        raise InputError(f"labels must be 0 (normal) or 1 (abnormal), got {odd[0]!r}")
     array = array.astype(np.int64)
     for label, name in ((0, "normal"), (1, "abnormal")):
         if label not in array:
-            raise ValueError(f"labels must hold both classes, got no {name} image (label {label}) among {len(array)}")
+            raise InputError(f"labels must hold both classes, got no {name} image (label {label}) among {len(array)}")
     return array
 
 
-def _check_scores(scores: np.ndarray, name: str, length: int | None = None) -> np.ndarray:
+def check_scores(scores: np.ndarray, name: str, length: int | None = None) -> np.ndarray:
     """Return scores as float64 `[n]`, finite."""
     array = np.asarray(scores, dtype=np.float64)
     if array.ndim != 1 or len(array) == 0:
-        raise ValueError(f"{name} must be a row of one or more scores, got shape {list(array.shape)}")
+        raise InputError(f"{name} must be a row of one or more scores, got shape {list(array.shape)}")
     if length is not None and len(array) != length:
-        raise ValueError(f"{name} must have one score an image, got {len(array)} for {length} labels")
+        raise InputError(f"{name} must have one score an image, got {len(array)} for {length} labels")
     nans, infinite = int(np.isnan(array).sum()), int(np.isinf(array).sum())
     if nans or infinite:
-        raise ValueError(f"{name} must be finite, got {nans} NaN and {infinite} infinite among {len(array)} scores")
+        raise InputError(f"{name} must be finite, got {nans} NaN and {infinite} infinite among {len(array)} scores")
     return array
 
 
-def _check_rate(name: str, rate: float) -> None:
-    if not 0.0 < rate < 1.0:
-        raise ValueError(f"{name} must lie strictly between 0 and 1, got {rate!r}")
+def check_rate(name: str, rate: float) -> None:
+    """Raise `InputError` unless a rate is a number strictly between 0 and 1."""
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0.0 < rate < 1.0:
+        raise InputError(f"{name} must lie strictly between 0 and 1, got {rate!r}")

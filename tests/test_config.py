@@ -155,7 +155,7 @@ def test_training_defaults_are_the_papers():
     config = TrainingConfig()
     assert (config.epochs, config.batch_size, config.generator_every) == (200, 16, 2)
     assert (config.learning_rate, config.final_learning_rate, config.generator_weight_decay) == (1e-4, 2e-5, 1e-5)
-    weights = (config.teacher_weight, config.student_weight, config.distillation_weight, config.generator_weight)
+    weights = (config.teacher_weight, config.student_weight, config.distillation_weight, config.adversarial_weight)
     assert weights == (0.01, 10.0, 0.001, 0.005) and config.discriminator_weight == 0.005
     assert (config.translate, config.scale) == (0.05, 0.05)
     assert TrainingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -15,7 +15,7 @@ TIERS = [
     {"evaluation"},
     {"training", "scoring"},
     {"models", "data"},
-    {"metrics", "checkpoint", "distributed", "cuda_graph", "config", "errors"},
+    {"metrics", "checkpoint", "distributed", "cuda_graph", "parallel", "config", "errors"},
     {"kernels"},
     {"__init__"},
 ]
@@ -160,7 +160,7 @@ def test_nothing_read_is_executed(name):
     # released.py names pickle's error class; joblib knows how many cores a container has.
     assert not loaders or (name, loaders) in [
         ("simsid.models.released", ["pickle"]),
-        ("simsid.data.parallel", ["joblib"]),
+        ("simsid.parallel", ["joblib"]),
     ]
     assert "joblib" not in loaders or "from joblib import cpu_count\n" in MODULES[name].read_text("utf-8")
 
@@ -178,7 +178,7 @@ def test_importing_simsid_is_light():
     }
     for name in ("matplotlib", "sklearn", "triton"):
         for module, tree in TREES.items():
-            if module.startswith("simsid.kernels") or module == "simsid.report.page":
+            if module.startswith("simsid.kernels") or module == "simsid.report.figures":
                 continue
             heads = [ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
             assert not [head for head in heads if head.split()[1].split(".")[0] == name], module

@@ -1,34 +1,44 @@
-"""Data sets as they are published, each a list of records."""
+"""Data sets as they are published: torch `Dataset`s over a list of files."""
 
 import csv
 import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from simsid.data.folders import is_image, iter_images, list_images
-from simsid.data.images import ImageSet, ImageSize, load_images
-from simsid.data.records import SPLITS, Record, iter_csv, read_csv, split_from_name
+import torch
+from torch import Tensor
+from torch.utils import data
+
+from simsid.data.folders import excluded, is_image, iter_images, list_images, patterns
+from simsid.data.images import FileReader, ImageSet, load_images, stream_images
+from simsid.data.preprocessing import ImageSize, Preprocessing, to_float
+from simsid.data.records import SPLITS, Record, failure_summary, iter_csv, missing_files, read_csv, split_from_name
+from simsid.errors import InputError, ReadError
 
 Path = str | os.PathLike[str]
 
 
-class Dataset:
-    """A list of images.
+class Dataset(data.Dataset):
+    """A list of images, decoded when an item is taken: a torch `Dataset` whose items are (image, label).
 
-    Arguments:
-        records: the images; ``.records`` holds them as a tuple.
-        name: what messages call it.
-    Raises: ValueError for no record.
+    Args:
+        records: the images; the attribute `records` holds them as a tuple.
+        name: what messages call the data set.
+        preprocessing: how items, `batches` and `load` bring the images to one size and range.
+
+    Raises:
+        InputError: there is no record.
     """
 
-    def __init__(self, records: Iterable[Record], name: str) -> None:
+    def __init__(self, records: Iterable[Record], name: str, preprocessing: Preprocessing | None = None) -> None:
         self.records = tuple(records)
         self.name = name
+        self.preprocessing = preprocessing or Preprocessing()
         if not self.records:
-            raise ValueError(f"{name} has no image")
+            raise InputError(f"{name} has no image")
 
     def __len__(self) -> int:
         return len(self.records)
@@ -36,19 +46,57 @@ class Dataset:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}: {self._split_counts()})"
 
-    def load(self, split: str | None = None, image_size: ImageSize = 128, **options: Any) -> ImageSet:
-        """Decode the images of one split, or all, as `load_images` does with the same options.
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Decode one image: float32 `[1, H, W]` in -1..1, and its label as int64, -1 where it is unknown.
 
-        Raises: ValueError where the split has no image, or none can be read.
+        Raises:
+            ReadError: the file cannot be read; the message has its path.
         """
-        return load_images(self.select(split), image_size, **options)
+        record = self.records[index]
+        pixels = FileReader(self.preprocessing).decode(record).pixels
+        return to_float(torch.from_numpy(pixels))[None], torch.tensor(-1 if record.label is None else record.label)
+
+    def batches(self, size: int = 256) -> Iterator[Tensor]:
+        """Decode all images in parallel threads and yield float32 `[b, 1, H, W]` in -1..1, `size` at a time.
+
+        Raises:
+            ReadError: a file cannot be read; its image would be missing from the results without notice.
+        """
+        chosen = self.preprocessing
+        options = {"aspect": chosen.aspect, "intensity": chosen.intensity, "batch_size": size}
+        for images, _, failures in stream_images(self.records, chosen.image_size, **options):
+            if failures:
+                raise ReadError(failure_summary(failures, len(self)))
+            yield images
+
+    def load(self, split: str | None = None, image_size: ImageSize | None = None, **options: Any) -> ImageSet:
+        """Decode the images of one split, or all, into memory.
+
+        Args:
+            split: see `select`.
+            image_size: None is that of `preprocessing`.
+            options: as in `load_images`; `aspect` and `intensity` are by default those of `preprocessing`.
+
+        Raises:
+            InputError: the split has no image, or no file of it can be read.
+        """
+        options = {"aspect": self.preprocessing.aspect, "intensity": self.preprocessing.intensity, **options}
+        return load_images(self.select(split), image_size or self.preprocessing.image_size, **options)
 
     def select(self, split: str | None = None) -> list[Record]:
-        """Return the records of one split (``""``: of none), or all. Raises: ValueError where there are none."""
+        """Return the records of one split (`""`: those without a split), or all.
+
+        Raises:
+            InputError: there are none.
+        """
         records = [record for record in self.records if split is None or record.split == split]
         if not records:
-            raise ValueError(f"{self.name} has no {split!r} split; it has {self._split_counts()}")
+            raise InputError(f"{self.name} has no {split!r} split; it has {self._split_counts()}")
         return records
+
+    def missing(self, split: str | None = None) -> list[str]:
+        """Return the paths of one split, or of all images, that do not exist, so that a caller can name them."""
+        return missing_files(self.select(split))
 
     def _split_counts(self) -> str:
         counts = Counter(record.split for record in self.records)
@@ -58,32 +106,44 @@ class Dataset:
 class Radiographs(Dataset):
     """Any folder of PNG, JPEG, TIFF, BMP and DICOM images, at any depth.
 
-    Labels are unknown: the names of folders are not taken for classes. A folder named train, val (valid, validation) or
+    Labels are unknown: names of folders are not taken for classes. A folder named train, val (valid, validation) or
     test, in any case, gives the split.
 
-    Raises: ValueError for a folder without an image; OSError where it cannot be listed.
+    Args:
+        exclude: shell patterns of paths below the folder to leave out, such as `"masks"` (every folder or file of this
+            name), `"*_mask.png"`, or, with a slash, `"raw/*.png"` (`*` then also matches slashes); one or several.
+        preprocessing: see `Dataset`.
+
+    Raises:
+        InputError: the folder does not exist, or has no image.
+        OSError: the folder cannot be listed. A folder below that cannot be listed counts as an image that fails.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, *, exclude: str | Sequence[str] = (), preprocessing: Preprocessing | None = None
+    ) -> None:
         folder = _folder(folder)
-        super().__init__(_radiographs(folder), folder)
+        super().__init__(_radiographs(folder, patterns(exclude)), folder, preprocessing)
 
 
 class ZhangLab(Dataset):
-    """Paediatric chest radiographs as published: ``chest_xray/{train,val,test}/{NORMAL,PNEUMONIA}/*.jpeg``.
+    """Pediatric chest radiographs as published: `chest_xray/{train,val,test}/{NORMAL,PNEUMONIA}/*.jpeg`.
 
-    Source: Kermany, Zhang, Goldbaum, 2018. Takes the folder ``chest_xray`` or the one that holds it; splits may be
-    missing. ``label`` is 1 for PNEUMONIA; ``patient`` is the part of the file name that numbers the person
-    (``IM-0115``, ``NORMAL2-IM-0115``, which is another, and ``person1000``).
+    Takes the folder `chest_xray` or the one that holds it; splits may be missing. `label` is 1 for PNEUMONIA;
+    `patient` is the part of the file name that numbers the person (`IM-0115`, `NORMAL2-IM-0115`, which is another
+    person, and `person1000`).
 
-    Raises: ValueError where the folder has another layout.
+    Source: Kermany, Zhang, Goldbaum, Labeled Optical Coherence Tomography (OCT) and Chest X-Ray Images, 2018.
+
+    Raises:
+        InputError: the folder has another layout.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, preprocessing: Preprocessing | None = None) -> None:
         folder = _folder(folder)
         root = self._root(folder)
         if root is None:
-            raise ValueError(f"{folder} has no train, val or test folder with NORMAL or PNEUMONIA in it")
+            raise InputError(f"{folder} has no train, val or test folder with NORMAL or PNEUMONIA in it")
         super().__init__(
             (
                 Record(path, split, label, finding, _zhanglab_patient(path))
@@ -93,6 +153,7 @@ class ZhangLab(Dataset):
                 for path in list_images(os.path.join(root, split, finding))
             ),
             folder,
+            preprocessing,
         )
 
     @staticmethod
@@ -104,7 +165,7 @@ class ZhangLab(Dataset):
 
     @classmethod
     def fits(cls, folder: str) -> bool:
-        """Whether a folder has this layout."""
+        """Return whether a folder has this layout."""
         return cls._root(folder) is not None
 
 
@@ -125,30 +186,36 @@ _CHEXPERT_FINDINGS = (
 
 
 class CheXpert(Dataset):
-    """CheXpert as published: ``train.csv`` and ``valid.csv`` beside the folders ``train`` and ``valid``.
+    """CheXpert as published: `train.csv` and `valid.csv` beside the folders `train` and `valid`.
 
-    Frontal PA films alone. Normal is ``No Finding`` marked 1, abnormal any of the 12 findings marked 1 (not Support
-    Devices), whatever ``No Finding`` says; films that are neither (uncertain or unmentioned) are left out. ``finding``
-    is ``"No Finding"``, the finding's name where it is the only one, or ``"several"``. ``valid`` becomes ``"val"``.
+    Only frontal PA radiographs are taken. Abnormal is any of the 12 findings marked 1 (Support Devices is not one of
+    them), whatever `No Finding` is; normal is `No Finding` marked 1 without such a finding. A finding marked -1
+    (uncertain) counts as not marked, as do 0 and an empty cell: such a radiograph is abnormal or normal by its other
+    marks, and left out where it has none. `finding` is `"No Finding"`, the finding's name where it is the only one, or
+    `"several"`. `valid` becomes split `"val"`.
 
-    Source: SPEC section 6. Raises: ValueError where files, columns or values are not as published.
+    Source: Irvin et al., CheXpert, arXiv 1901.07031; the selection is that of the SQUID paper, arXiv 2111.13495,
+    section 4.
+
+    Raises:
+        InputError: files, columns or values are not as published.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, preprocessing: Preprocessing | None = None) -> None:
         folder = _folder(folder)
         if not self.fits(folder):
-            raise ValueError(f"{folder} has no CheXpert train.csv or valid.csv")
+            raise InputError(f"{folder} has no CheXpert train.csv or valid.csv")
         records = [
             record
             for name, split in (("train.csv", "train"), ("valid.csv", "val"))
             if os.path.isfile(os.path.join(folder, name))
             for record in _read_chexpert(folder, name, split)
         ]
-        super().__init__(records, folder)
+        super().__init__(records, folder, preprocessing)
 
     @classmethod
     def fits(cls, folder: str) -> bool:
-        """Whether a folder has this layout."""
+        """Return whether a folder has this layout."""
         for name in ("train.csv", "valid.csv"):
             path = os.path.join(folder, name)
             if os.path.isfile(path):
@@ -159,17 +226,20 @@ class CheXpert(Dataset):
 
 
 class COVIDx(Dataset):
-    """COVIDx (v9, CXR-2) as published: ``train.txt`` and ``test.txt`` beside the folders ``train`` and ``test``.
+    """COVIDx (v9, CXR-2) as published: `train.txt` and `test.txt` beside the folders `train` and `test`.
 
-    Lines are ``patient filename label source``; ``normal`` is normal, ``pneumonia`` and ``COVID-19`` are abnormal.
+    Lines are `patient filename label source`; `normal` is normal, `pneumonia` and `COVID-19` are abnormal.
 
-    Source: SPEC section 6. Raises: ValueError naming the line that is not as published.
+    Source: Wang, Lin, Wong, COVID-Net, Scientific Reports 2020.
+
+    Raises:
+        InputError: names the line that is not as published.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, preprocessing: Preprocessing | None = None) -> None:
         folder = _folder(folder)
         if not self.fits(folder):
-            raise ValueError(f"{folder} has no COVIDx train.txt beside train/ nor test.txt beside test/")
+            raise InputError(f"{folder} has no COVIDx train.txt beside train/ nor test.txt beside test/")
         super().__init__(
             (
                 record
@@ -178,68 +248,90 @@ class COVIDx(Dataset):
                 for record in _read_covidx(folder, split)
             ),
             folder,
+            preprocessing,
         )
 
     @classmethod
     def fits(cls, folder: str) -> bool:
-        """Whether a folder has this layout."""
+        """Return whether a folder has this layout."""
         return any(
             os.path.isfile(os.path.join(folder, split + ".txt")) and os.path.isdir(os.path.join(folder, split))
             for split in ("train", "test")
         )
 
 
-def open_dataset(path: Path) -> Dataset:
+def open_dataset(
+    path: Path, *, exclude: str | Sequence[str] = (), preprocessing: Preprocessing | None = None
+) -> Dataset:
     """Open a CSV list, a folder in the layout of a published data set, any folder of images, or one image.
 
-    Raises: ValueError saying what was expected, where nothing fits; OSError where the path cannot be read.
+    Args:
+        exclude: shell patterns of paths to leave out, relative to the folder (of the list); see `Radiographs`.
+        preprocessing: see `Dataset`.
+
+    Raises:
+        InputError: nothing fits; the message says what was expected.
+        OSError: the path cannot be read.
     """
     path = os.path.abspath(os.fspath(path))
+    exclude = patterns(exclude)
     if os.path.isfile(path):
         if path.lower().endswith(".csv"):
-            return Dataset(read_csv(path), path)
+            return Dataset(_kept(read_csv(path), os.path.dirname(path), exclude), path, preprocessing)
         if is_image(path):
-            return Dataset([Record(path)], path)
-        raise ValueError(f"{path} is neither an image nor a CSV list of images")
+            return Dataset([Record(path)], path, preprocessing)
+        raise InputError(f"{path} is neither an image nor a CSV list of images")
     for kind in (ZhangLab, CheXpert, COVIDx):
         if kind.fits(_folder(path)):
-            return kind(path)
-    return Radiographs(path)
+            dataset = kind(path, preprocessing=preprocessing)
+            dataset.records = tuple(_kept(dataset.records, path, exclude))
+            return dataset
+    return Radiographs(path, exclude=exclude, preprocessing=preprocessing)
 
 
-def iter_records(path: Path) -> Iterator[Record]:
-    """Yield the images of a folder (as `Radiographs` has them), of a CSV list, or one image, never holding all.
+def iter_records(path: Path, *, exclude: str | Sequence[str] = ()) -> Iterator[Record]:
+    """Yield the images of a folder (as `Radiographs` has them), of a CSV list, or one image, in bounded memory.
 
     The order is the same every time: that of the list, or that in which the folder is walked, each folder's files by
-    name and then its folders. A path that a list has twice is yielded twice.
+    name and then its folders. A path that a list has twice is yielded twice. A folder below that cannot be listed is
+    yielded as a record, which fails to load with the reason.
 
-    Raises: at the call, ValueError where there is no image and OSError where the path cannot be read; later what is
-        wrong further down.
+    Args:
+        exclude: see `open_dataset`.
+
+    Raises:
+        InputError: at the call, there is no image; while iterating, a line of the list cannot be used.
+        OSError: at the call, the path cannot be read.
     """
     path = os.path.abspath(os.fspath(path))
+    exclude = patterns(exclude)
     if not os.path.isfile(path):
-        records = _radiographs(_folder(path))
+        records = _radiographs(_folder(path), exclude)
     elif path.lower().endswith(".csv"):
-        records = iter_csv(path)
+        records = _kept(iter_csv(path), os.path.dirname(path), exclude)
     elif is_image(path):
         records = iter([Record(path)])
     else:
-        raise ValueError(f"{path} is neither an image nor a CSV list of images")
+        raise InputError(f"{path} is neither an image nor a CSV list of images")
     first = next(records, None)
     if first is None:
-        raise ValueError(f"{path} has no image")
+        raise InputError(f"{path} has no image")
     return itertools.chain([first], records)
 
 
-def _radiographs(folder: str) -> Iterator[Record]:
-    return (Record(path, split=_split_below(folder, path)) for path in iter_images(folder))
+def _radiographs(folder: str, exclude: Sequence[str]) -> Iterator[Record]:
+    return (Record(path, split=_split_below(folder, path)) for path in iter_images(folder, exclude))
+
+
+def _kept(records: Iterable[Record], folder: str, exclude: Sequence[str]) -> Iterator[Record]:
+    return (record for record in records if not (exclude and excluded(os.path.relpath(record.path, folder), exclude)))
 
 
 def _folder(path: Path) -> str:
-    """Return an absolute path, so that records survive a change of directory and lists lie anywhere."""
+    """Return an absolute path, so that records stay valid after a change of the working directory."""
     folder = os.path.abspath(os.fspath(path))
     if not os.path.isdir(folder):
-        raise ValueError(f"{folder} is no folder" if os.path.exists(folder) else f"{folder} does not exist")
+        raise InputError(f"{folder} is not a folder" if os.path.exists(folder) else f"{folder} does not exist")
     return folder
 
 
@@ -260,20 +352,20 @@ def _read_chexpert(folder: str, name: str, split: str) -> list[Record]:
         reader = csv.DictReader(file)
         missing = {"Path", "Frontal/Lateral", "AP/PA", "No Finding", *_CHEXPERT_FINDINGS} - set(reader.fieldnames or ())
         if missing:
-            raise ValueError(f"{path}, line 1: columns are missing: {', '.join(sorted(missing))}")
+            raise InputError(f"{path}, line 1: columns are missing: {', '.join(sorted(missing))}")
         for row in reader:
             if row["Frontal/Lateral"] != "Frontal" or row["AP/PA"] != "PA":
                 continue
-            found = [finding for finding in _CHEXPERT_FINDINGS if _is_one(row[finding])]
-            if not found and not _is_one(row["No Finding"]):
+            findings = [finding for finding in _CHEXPERT_FINDINGS if _is_one(row[finding])]
+            if not findings and not _is_one(row["No Finding"]):
                 continue
-            # "CheXpert-v1.0-small/train/patient00001/...": the published name of the folder need not be its name here.
+            # Published paths begin with the archive's name ("CheXpert-v1.0-small/train/..."), which users rename.
             match = re.search(r"(?:^|/)((?:train|valid|test)/(patient\d+)/.+)$", row["Path"])
             if not match:
                 where = f"{path}, line {reader.line_num}, column Path"
-                raise ValueError(f"{where}: expected .../train/patient.../..., got {row['Path']!r}")
-            finding = "several" if len(found) > 1 else found[0] if found else "No Finding"
-            records.append(Record(os.path.join(folder, match[1]), split, int(bool(found)), finding, match[2]))
+                raise InputError(f"{where}: expected .../train/patient.../..., got {row['Path']!r}")
+            finding = "several" if len(findings) > 1 else (*findings, "No Finding")[0]
+            records.append(Record(os.path.join(folder, match[1]), split, int(bool(findings)), finding, match[2]))
     return records
 
 
@@ -291,11 +383,11 @@ def _read_covidx(folder: str, split: str) -> list[Record]:
                 continue
             patient, *name, finding, _ = line.split() if len(line.split()) >= 4 else ("", "", "")
             if not name:
-                raise ValueError(
+                raise InputError(
                     f"{path}, line {number}: expected 'patient filename label source', got {line.strip()!r}"
                 )
             if finding not in classes:
-                raise ValueError(f"{path}, line {number}: label must be one of {', '.join(classes)}, got {finding!r}")
+                raise InputError(f"{path}, line {number}: label must be one of {', '.join(classes)}, got {finding!r}")
             # File names may hold spaces; the other three fields do not.
             image = os.path.join(folder, split, " ".join(name))
             records.append(Record(image, split, classes[finding], finding, patient))

@@ -3,16 +3,20 @@
 import gzip
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from simsid.data.datasets import Dataset, Path
-from simsid.data.images import ImageSet, ImageSize, quantised
+from simsid.data.images import ImageSet
+from simsid.data.preprocessing import ImageSize, Preprocessing
 from simsid.data.reading import DecodedImage
 from simsid.data.records import Record
+from simsid.errors import InputError, InputTypeError
 
 KINDS = ("missing", "misordered", "flipped", "zero")
 CELL = 32
@@ -32,23 +36,26 @@ _SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
 
 
 class DigitAnatomy(Dataset):
-    """Grids of 3 x 3 handwritten digits, 96 x 96, light on black.
+    """Grids of 3 x 3 handwritten digits, 96 x 96 pixels, light on black.
 
-    A normal image has one to nine in order. An anomalous one departs from it in one to three cells: ``"missing"``
-    blanks them, ``"misordered"`` exchanges two or three, ``"flipped"`` mirrors them or turns them upside down (only
-    digits that this changes), ``"zero"`` puts a zero there. Every cell holds another random sample of its digit, scaled
-    by a random 0.6 to 1.3. ``train``, ``val`` and ``test`` draw from disjoint digit images.
+    A normal image has one to nine in order. An anomalous image differs in one to three cells: `"missing"` blanks them,
+    `"misordered"` exchanges two or three, `"flipped"` mirrors them or turns them upside down (only digits that this
+    changes), `"zero"` puts a zero there. Every cell holds another random sample of its digit, scaled by a random factor
+    of 0.6 to 1.3. `train`, `val` and `test` draw from disjoint digit images.
 
-    Source: SQUID (arXiv 2111.13495), section 4; SPEC section 6. The paper uses MNIST; this uses the 1797 digits that
-    come with scikit-learn, so that nothing is downloaded, or MNIST where `mnist` says where it lies.
+    Source: SQUID paper (arXiv 2111.13495), section 4, which uses MNIST. Here the default is the 1797 digits that come
+    with scikit-learn, so that nothing is downloaded; `mnist` names a folder with the MNIST files.
 
-    Arguments:
+    Args:
         seed: the same seed gives the same images.
-        train: normal training images.
-        val: normal validation images, and as many anomalous ones.
-        test_normal, test_anomalous: test images; anomalous ones are shared out evenly among the four kinds.
-        mnist: a folder with MNIST's four idx files, gzipped or not; its test digits make ``test``.
-    Raises: ValueError for a negative number, or where MNIST's files are missing or damaged.
+        train: number of normal training images.
+        val: number of normal validation images, and of anomalous ones.
+        test_normal, test_anomalous: numbers of test images; the four kinds of anomalies are equally frequent.
+        mnist: a folder with the four idx files of MNIST, gzipped or not; its test digits make `test`.
+        preprocessing: see `Dataset`; None keeps 96 x 96.
+
+    Raises:
+        InputError: a negative number, or files of MNIST are missing or damaged.
     """
 
     def __init__(
@@ -59,11 +66,13 @@ class DigitAnatomy(Dataset):
         test_normal: int = 200,
         test_anomalous: int = 400,
         mnist: Path | None = None,
+        *,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         counts = {"train": (train, 0), "val": (val, val), "test": (test_normal, test_anomalous)}
         for name, (normal, anomalous) in counts.items():
             if normal < 0 or anomalous < 0:
-                raise ValueError(f"the number of {name} images must not be negative, got {normal} and {anomalous}")
+                raise InputError(f"the number of {name} images must not be negative, got {normal} and {anomalous}")
         rng = np.random.default_rng(seed)
         digits = _bundled_digits(rng) if mnist is None else _mnist_digits(os.fspath(mnist), rng)
         width = _WIDTH_OF_SMALL if mnist is None else _WIDTH_OF_MNIST
@@ -76,26 +85,38 @@ class DigitAnatomy(Dataset):
                 Record(f"digits/{split}/{i:05d}", split, int(finding != "NORMAL"), finding)
                 for i, finding in enumerate(findings)
             ]
-        super().__init__(records, "DigitAnatomy")
+        super().__init__(records, "DigitAnatomy", preprocessing or Preprocessing(GRID * CELL))
         self._pixels = np.concatenate(parts)
+        self._index = {record.path: i for i, record in enumerate(self.records)}
 
-    def load(self, split: str | None = None, image_size: ImageSize = GRID * CELL, **options: Any) -> ImageSet:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return one image as float32 `[1, H, W]` in -1..1, and its label as int64."""
+        return self._images([self.records[index]], self.preprocessing)[0]
+
+    def batches(self, size: int = 256) -> Iterator[Tensor]:
+        """Yield all images as float32 `[b, 1, H, W]` in -1..1, `size` at a time."""
+        return self._images(self.records, self.preprocessing).batches(size)
+
+    def load(self, split: str | None = None, image_size: ImageSize | None = None, **options: Any) -> ImageSet:
         """Return the images of one split, or all.
 
-        Arguments:
-            image_size: 96 is the size they are made in.
-            options: `aspect` and `intensity` as in `load_images`; its `workers`, `progress` and `max_pixels` are taken
-                and make no difference, since nothing is read.
+        Args:
+            split: see `select`.
+            image_size: None is that of `preprocessing`.
+            options: `aspect` and `intensity` as in `Preprocessing`; `workers`, `progress` and `max_pixels` of
+                `load_images` are accepted and change nothing, because no file is read.
         """
-        records = self.select(split)
         shaping = {name: options[name] for name in ("aspect", "intensity") if name in options}
         unknown = options.keys() - shaping.keys() - {"workers", "progress", "max_pixels"}
         if unknown:
-            raise TypeError(f"load() got an unexpected option {sorted(unknown)[0]!r}")
-        place = {record.path: i for i, record in enumerate(self.records)}
-        images = [self._pixels[place[record.path]] for record in records]
-        pixels = np.stack([quantised(_as_decoded(image), image_size, **shaping) for image in images])
-        return ImageSet(torch.from_numpy(pixels)[:, None], tuple(records))
+            raise InputTypeError(f"load() got an unexpected option {sorted(unknown)[0]!r}")
+        size = {"image_size": image_size} if image_size is not None else {}
+        return self._images(self.select(split), replace(self.preprocessing, **size, **shaping))
+
+    def _images(self, records: Sequence[Record], preprocessing: Preprocessing) -> ImageSet:
+        images = (self._pixels[self._index[record.path]] for record in records)
+        pixels = np.stack([preprocessing.quantize(_as_decoded(image)) for image in images])
+        return ImageSet(torch.from_numpy(pixels)[:, None], tuple(records), sha256=("",) * len(records))
 
 
 def _as_decoded(image: np.ndarray) -> DecodedImage:
@@ -103,7 +124,7 @@ def _as_decoded(image: np.ndarray) -> DecodedImage:
 
 
 def _bundled_digits(rng: np.random.Generator) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return ``{split: (images [n, 8, 8] in [0, 1], digits [n])}``, disjoint, each digit shared out alike."""
+    """Return `{split: (images [n, 8, 8] in [0, 1], digits [n])}`, disjoint, each digit shared out alike."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -135,7 +156,7 @@ def _read_mnist(folder: str, part: str) -> tuple[np.ndarray, np.ndarray]:
     images = _read_idx(folder, f"{part}-images-idx3-ubyte", 3)
     digits = _read_idx(folder, f"{part}-labels-idx1-ubyte", 1)
     if len(images) != len(digits) or set(np.unique(digits)) != set(range(10)):
-        raise ValueError(f"{folder}: MNIST's {part} files do not hold one label of 0 to 9 for each image")
+        raise InputError(f"{folder}: MNIST's {part} files do not hold one label of 0 to 9 for each image")
     return images.astype(np.float32) / 255, digits.astype(np.int64)
 
 
@@ -145,7 +166,7 @@ def _read_idx(folder: str, name: str, axes: int) -> np.ndarray:
         path = os.path.join(folder, path)
         if os.path.isfile(path):
             return _parse_idx(path, opener, axes)
-    raise ValueError(f"{folder} has no MNIST file {name} or {name}.gz")
+    raise InputError(f"{folder} has no MNIST file {name} or {name}.gz")
 
 
 def _parse_idx(path: str, opener: Callable[..., Any], axes: int) -> np.ndarray:
@@ -154,16 +175,16 @@ def _parse_idx(path: str, opener: Callable[..., Any], axes: int) -> np.ndarray:
             data = file.read()
         sizes = struct.unpack_from(f">{axes}i", data, 4)
         if data[:4] != bytes((0, 0, 8, axes)):
-            raise ValueError("wrong magic number")
+            raise InputError("wrong magic number")
         return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(sizes)
     except (OSError, EOFError, ValueError, struct.error) as error:
-        raise ValueError(f"{path} is no idx file of {axes} axes of bytes: {error}") from error
+        raise InputError(f"{path} is no idx file of {axes} axes of bytes: {error}") from error
 
 
 def _draw(
     findings: list[str], images: np.ndarray, digits: np.ndarray, width: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Draw one grid for each finding: ``[n, 96, 96]`` uint8."""
+    """Draw one grid for each finding: `[n, 96, 96]` uint8."""
     cells = GRID * GRID
     shown = np.tile(_RIGHT_ORDER, (len(findings), 1))
     mirrored = np.zeros((len(findings), cells), bool)
@@ -212,7 +233,7 @@ def _depart(
 
 
 def _resampling(size: int, width: np.ndarray) -> np.ndarray:
-    """Return matrices ``[..., 32, size]`` that draw `size` samples `width` pixels wide, centred in a cell.
+    """Return matrices `[..., 32, size]` that draw `size` samples `width` pixels wide, centred in a cell.
 
     Keys' cubic kernel (a = -1/2), widened where the digit shrinks, so that it neither shows steps nor aliases. What
     lies outside the digit's image is black.

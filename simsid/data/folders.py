@@ -1,53 +1,119 @@
 """Finds the images below a folder."""
 
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import BinaryIO
 
 from simsid.data.reading import identify_file
+from simsid.errors import ReadError
 
-# With the kinds that the reader refuses: who has such films should hear it.
+# Includes kinds that the reader refuses, so that each such file is reported instead of passed over.
 IMAGE_EXTENSIONS = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".tif", ".tiff", ".bmp", ".dcm", ".dicom", ".gif", ".webp", ".jp2", ".j2k")
 )
-# Names that hold no image of their own: what macOS packs beside every file, and the index of a DICOM medium.
+# Copies of file attributes that macOS adds to archives, and the index of a DICOM medium.
 _SKIPPED_FOLDERS = frozenset(("__MACOSX",))
 _SKIPPED_FILES = frozenset(("DICOMDIR",))
 
 
-def walk(folder: str) -> Iterator[str]:
+def walk(folder: str, exclude: Sequence[str] = ()) -> Iterator[str]:
     """Yield every file below a folder without hidden ones; links are followed, each folder once.
 
-    A folder's own files come first, by name, then its folders, by name. Held at a time are the names in the folders on
-    the way down, and one number for every folder seen; never all files.
+    A folder's own files come first, by name, then its folders, by name. A folder below that cannot be listed is
+    yielded itself, so that reading it fails and is reported; `open_file` gives the reason. Memory holds the names of
+    the folders still to visit and one number per folder seen, never all files.
+
+    Args:
+        exclude: patterns of paths to leave out, see `excluded`.
+
+    Raises:
+        OSError: `folder` itself cannot be listed.
     """
     seen: set[int] = set()
-    for here, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
-        status = os.stat(here)
-        identity = status.st_dev << 64 | status.st_ino
-        if identity in seen:
-            folders.clear()
+    pending = [folder]
+    while pending:
+        here = pending.pop()
+        try:
+            status = os.stat(here)
+            identity = status.st_dev << 64 | status.st_ino
+            if identity in seen:
+                continue
+            with os.scandir(here) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError:
+            if here == folder:
+                raise
+            yield here
             continue
         seen.add(identity)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _SKIPPED_FOLDERS)
-        for name in sorted(files):
-            if not name.startswith(".") and name not in _SKIPPED_FILES:
-                yield os.path.join(here, name)
+        folders = []
+        for entry in entries:
+            if entry.name.startswith(".") or (exclude and excluded(os.path.relpath(entry.path, folder), exclude)):
+                continue
+            if _is_folder(entry):
+                folders += [entry.path] if entry.name not in _SKIPPED_FOLDERS else []
+            elif entry.name not in _SKIPPED_FILES:
+                yield entry.path
+        pending += reversed(folders)
+
+
+def excluded(path: str, patterns: Sequence[str]) -> bool:
+    """Return whether a path, relative to its data set's folder, matches one of the shell patterns.
+
+    A pattern with a slash is matched against the whole path and that of every folder above it, where `*` also matches
+    slashes (`"*/masks"`, `"raw/*.png"`); one without a slash is matched against every name on the path (`"masks"`,
+    `"*_mask.png"`). Case matters.
+    """
+    parts = path.replace(os.sep, "/").split("/")
+    wholes = ["/".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(fnmatchcase(text, pattern) for pattern in patterns for text in (wholes if "/" in pattern else parts))
+
+
+def patterns(exclude: str | Sequence[str]) -> tuple[str, ...]:
+    """Return exclude patterns as a tuple; one pattern may be given as a string."""
+    return (exclude,) if isinstance(exclude, str) else tuple(exclude)
+
+
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file that is not empty.
+
+    Raises:
+        ReadError: anything else, with the reason; a pipe or a device would block for ever.
+    """
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            os.scandir(path).close()
+            raise ReadError("the path is a folder, not a file")
+        if not stat.S_ISREG(status.st_mode):
+            raise ReadError("the path is not a regular file")
+        if status.st_size == 0:
+            raise ReadError("the file is empty")
+        return open(path, "rb")
+    except OSError as error:
+        what = "folder cannot be listed" if os.path.isdir(path) else "file cannot be read"
+        raise ReadError(f"the {what}: {error.strerror or error}") from error
 
 
 def is_image(path: str) -> bool:
-    """Whether a file is to be read: by an image's extension, else by its first bytes (DICOM often has no extension)."""
+    """Return whether a file is an image by its extension, or by its first bytes (DICOM often has no extension)."""
     return os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS or bool(identify_file(path))
 
 
-def iter_images(folder: str) -> Iterator[str]:
-    """Yield the images below a folder, in the order of `walk`."""
-    return filter(is_image, walk(folder))
+def iter_images(folder: str, exclude: Sequence[str] = ()) -> Iterator[str]:
+    """Yield the images below a folder, and folders that cannot be listed, in the order of `walk`."""
+    return (path for path in walk(folder, exclude) if is_image(path) or os.path.isdir(path))
 
 
-def list_images(folder: str) -> list[str]:
-    """Return the images below a folder, in the order of `walk`."""
-    return list(iter_images(folder))
+def list_images(folder: str, exclude: Sequence[str] = ()) -> list[str]:
+    """Return what `iter_images` yields."""
+    return list(iter_images(folder, exclude))
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False

@@ -63,7 +63,7 @@ class DecodedImage:
     padding: np.ndarray | None = field(default=None, repr=False)
 
 
-def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> DecodedImage:
+def read_image(path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> DecodedImage:
     """Read a PNG, JPEG, TIFF, BMP or DICOM file, known by its content and not by its name.
 
     16-bit greyscale keeps its depth. EXIF orientation is applied. Colour becomes luma (ITU-R 601), which leaves grey
@@ -71,12 +71,13 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
     of several pages, colour of 16 bits a channel (Pillow would drop the lower 8), CIELAB, colour and multi-frame DICOM.
 
     Arguments:
+        path: a path, or a binary file that can seek and stands at its beginning; it stays open.
         max_pixels: rows times columns that are accepted, checked from the header before anything is decoded.
     Raises: ReadError, whose text is one sentence, for whatever keeps the file from being read.
     """
     with _quiet():
         try:
-            with _open(path) as file:
+            with _open(path) if isinstance(path, (str, os.PathLike)) else contextlib.nullcontext(path) as file:
                 head = file.read(132)
                 kind = identify(head)
                 file.seek(0)

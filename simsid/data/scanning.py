@@ -8,10 +8,10 @@ from typing import Any
 
 from simsid.data.datasets import Path, open_dataset
 from simsid.data.folders import is_image, walk
-from simsid.data.parallel import in_order, thread_count, with_progress
 from simsid.data.reading import MAX_PIXELS, one_sentence, read_image
 from simsid.data.records import Failure
 from simsid.errors import ReadError
+from simsid.parallel import in_order, thread_count, with_progress
 
 # Lines of the text that list sizes, and files that are no images.
 _SHOWN = 10

@@ -1,1 +1,28 @@
 """Anomaly models: the networks of SimSID and SQUID, their signals and calibration, and plain baselines."""
+
+from simsid.models.base import AnomalyModel
+from simsid.models.baselines import PixelKNN, PixelPCA
+from simsid.models.calibration import Calibration
+from simsid.models.feature_config import FeatureConfig
+from simsid.models.feature_memory import Adaptation, FeatureMemory
+from simsid.models.inference import FrozenModel, freeze
+from simsid.models.loading import load
+from simsid.models.model import Model, Reconstruction
+from simsid.models.signals import SIGNALS, Signal
+
+__all__ = [
+    "SIGNALS",
+    "Adaptation",
+    "AnomalyModel",
+    "Calibration",
+    "FeatureConfig",
+    "FeatureMemory",
+    "FrozenModel",
+    "Model",
+    "PixelKNN",
+    "PixelPCA",
+    "Reconstruction",
+    "Signal",
+    "freeze",
+    "load",
+]

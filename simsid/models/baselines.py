@@ -1,79 +1,203 @@
-"""Two plain anomaly detectors on pixels, to see what the networks are worth on the same images."""
+"""Plain baselines on pixels: what the networks must beat on the same images."""
 
-from collections.abc import Callable
-from types import MappingProxyType
+import abc
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from simsid.config import PixelKNNConfig, PixelPCAConfig, from_dict, replaced
+from simsid.data import Preprocessing, as_image_set
+from simsid.errors import CheckpointError, ConfigError, InputError
+from simsid.models.base import AnomalyModel
+from simsid.models.calibration import Calibration
 
 
-def knn(train: np.ndarray, test: np.ndarray, neighbours: int = 5) -> np.ndarray:
-    """Score images by their mean Euclidean distance to the nearest normal training images.
-
-        score[i] = mean over the k nearest j of |test[i] - train[j]|
-
-    Args:
-        train: `[n, pixels]` float32, normal images only.
-        test: `[m, pixels]` float32. An image that is in `train` too finds itself, at distance 0.
-        neighbours: k, from 1 to n.
-
-    Returns:
-        `[m]` float64, higher = more anomalous; the same for the same input.
-
-    Raises:
-        ValueError: arrays of other shapes or not finite, or `neighbours` out of range.
-    """
-    from sklearn.neighbors import NearestNeighbors
-
-    train, test = _check(train, test)
-    if not 1 <= neighbours <= len(train):
-        raise ValueError(f"neighbours must lie between 1 and the {len(train)} training images, got {neighbours!r}")
-    # Trees are no use in thousands of dimensions.
-    index = NearestNeighbors(n_neighbors=neighbours, algorithm="brute").fit(train)
-    distances, _ = index.kneighbors(test)
-    return distances.astype(np.float64).mean(axis=1)
-
-
-def pca(train: np.ndarray, test: np.ndarray, components: int = 64) -> np.ndarray:
-    """Score images by the squared error of rebuilding them from the principal components of normal images.
-
-        score[i] = mean over pixels of (test[i] - mean - V V^T (test[i] - mean))^2
+class PixelBaseline(AnomalyModel):
+    """A model whose whole knowledge is a few tensors computed of the pixels of normal images.
 
     Args:
-        train: `[n, pixels]` float32, normal images only, at least 2.
-        test: `[m, pixels]` float32.
-        components: columns of V, 1 or more; at most `min(n - 1, pixels)` are used, since n images span no more.
-
-    Returns:
-        `[m]` float64, higher = more anomalous; the same for the same input (the randomised solver has a fixed seed).
-
-    Raises:
-        ValueError: arrays of other shapes or not finite, or `components` out of range.
+        config: a `PixelKNNConfig` or `PixelPCAConfig`, according to the class; None is the defaults.
+        **overrides: single fields of the configuration.
     """
-    from sklearn.decomposition import PCA
 
-    train, test = _check(train, test)
-    if len(train) < 2:
-        raise ValueError("train must hold at least 2 images for principal components, got 1")
-    if components < 1:
-        raise ValueError(f"components must be at least 1, got {components!r}")
-    kept = min(components, len(train) - 1, train.shape[1])
-    model = PCA(n_components=kept, svd_solver="randomized", random_state=0).fit(train)
-    residual = test - model.inverse_transform(model.transform(test))
-    return np.square(residual, dtype=np.float64).mean(axis=1)
+    config_type: ClassVar[type]
+    fewest: ClassVar[int] = 1
+    """Normal images that `fit` needs."""
+
+    def __init__(self, config: Any = None, **overrides: object) -> None:
+        config = self.config_type() if config is None else config
+        if not isinstance(config, self.config_type):
+            raise ConfigError(f"config must be a {self.config_type.__name__}, got {config!r}")
+        self.config = replaced(config, overrides)
+        self.calibration: Calibration | None = None
+        self.tensors: dict[str, Tensor] = {}
+        """What was learned; empty before `fit`."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How files become the images this model takes."""
+        return Preprocessing(self.config.image_size, self.config.aspect, self.config.intensity)
+
+    @property
+    def signal(self) -> str:
+        """The baseline's only signal."""
+        return self.kind
+
+    @property
+    def signal_names(self) -> tuple[str, ...]:
+        """The baseline's only signal."""
+        return (self.kind,)
+
+    def fit(self, train: object, val: object = None, *, progress: bool = False) -> Self:  # noqa: ARG002
+        """Learn from normal images, then calibrate by cross-fitting; normal images of `val` set the threshold.
+
+        An image is at distance 0 from itself, so the calibration's statistics come from `val` where it has normal
+        images, and else from two halves of `train`, each measured by a model of the other.
+        """
+        train_set = as_image_set(train, name="train")
+        if len(train_set) < self.fewest:
+            raise InputError(f"{self.kind} needs at least {self.fewest} normal images, got {len(train_set)}")
+        held = None
+        if val is not None:
+            val_set = as_image_set(val, name="val")
+            normal = np.flatnonzero(val_set.labels != 1)
+            held = val_set.select(normal) if len(normal) else None
+        if held is not None:
+            self._learn(train_set.batches())
+            values = self.signals(held)
+        else:
+            values = {self.kind: self._cross_fitted(train_set)}
+            self._learn(train_set.batches())
+        self.calibration = Calibration.fit(values, values)
+        return self
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """Return what was learned, and the configuration."""
+        if not self.tensors:
+            raise InputError(f"{self.kind} has learned nothing to save: call fit(images) first")
+        return self.tensors, {"config": dataclasses.asdict(self.config)}
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], document: dict[str, Any], source: str, **options: object) -> Self:
+        """Rebuild a baseline from `state`."""
+        model = cls(from_dict(cls.config_type, document["config"]), **options)
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise CheckpointError(f"{source}: tensor {name} holds NaN or infinite values")
+        model._check_tensors(tensors, source)
+        model.tensors = tensors
+        model._prepare()
+        return model
+
+    @abc.abstractmethod
+    def _learn(self, batches: Iterator[Tensor]) -> None:
+        """Set `tensors` from normal images and call `_prepare`."""
+
+    @abc.abstractmethod
+    def _prepare(self) -> None:
+        """Build what scoring needs from `tensors`."""
+
+    @abc.abstractmethod
+    def _check_tensors(self, tensors: dict[str, Tensor], source: str) -> None:
+        """Raise `CheckpointError` unless names and shapes are those of a fitted model."""
+
+    def _cross_fitted(self, images: Any) -> np.ndarray:
+        """Return the signal of each image, measured by a model of the half of the images that it is not in."""
+        values = np.zeros(len(images))
+        halves = [np.arange(start, len(images), 2) for start in (0, 1)]
+        if len(images) < 2 * self.fewest:
+            halves = [np.arange(len(images))] * 2
+        for own, other in (halves, halves[::-1]):
+            model = type(self)(self.config)
+            model._learn(images.select(other).batches())
+            values[own] = model.signals(images.select(own))[self.kind]
+        return values
+
+    def _pixels(self, batches: Iterator[Tensor]) -> np.ndarray:
+        """Return all images as rows `[n, pixels]`, float32."""
+        return np.concatenate([batch.flatten(1).numpy().astype(np.float32) for batch in batches])
 
 
-BASELINES: MappingProxyType[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = MappingProxyType(
-    {"knn": knn, "pca": pca}
-)
+class PixelKNN(PixelBaseline):
+    """Mean Euclidean distance to the k nearest normal training images, all of which the model keeps.
+
+    score[i] = mean over the k nearest j of |image[i] - train[j]|
+    """
+
+    kind: ClassVar[str] = "pixel_knn"
+    config_type: ClassVar[type] = PixelKNNConfig
+
+    def outputs(self, images: Tensor) -> dict[str, Any]:
+        """Return `pixel_knn_distance` `[B]`, float64."""
+        distances, _ = self._index.kneighbors(images.flatten(1).numpy())
+        return {"images": images, "pixel_knn_distance": torch.from_numpy(distances.astype(np.float64).mean(axis=1))}
+
+    def _learn(self, batches: Iterator[Tensor]) -> None:
+        self.tensors = {"train": torch.from_numpy(self._pixels(batches))}
+        self._prepare()
+
+    def _prepare(self) -> None:
+        from sklearn.neighbors import NearestNeighbors
+
+        train = self.tensors["train"].numpy()
+        # Search trees gain nothing in thousands of dimensions.
+        self._index = NearestNeighbors(n_neighbors=min(self.config.neighbors, len(train)), algorithm="brute").fit(train)
+
+    def _check_tensors(self, tensors: dict[str, Tensor], source: str) -> None:
+        pixels = self.config.image_size**2
+        if tensors.keys() != {"train"} or tensors["train"].dim() != 2 or tensors["train"].shape[1] != pixels:
+            raise CheckpointError(f"{source}: the tensors must be train [n, {pixels}]")
 
 
-def _check(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    train, test = np.asarray(train), np.asarray(test)
-    for name, array in (("train", train), ("test", test)):
-        if array.ndim != 2 or 0 in array.shape:
-            raise ValueError(f"{name} must be [images, pixels] with one or more of each, got shape {list(array.shape)}")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} must be finite, got {int((~np.isfinite(array)).sum())} NaN or infinite pixels")
-    if train.shape[1] != test.shape[1]:
-        raise ValueError(f"test must have train's {train.shape[1]} pixels an image, got {test.shape[1]}")
-    return train, test
+class PixelPCA(PixelBaseline):
+    """Squared error of rebuilding an image from the principal components of normal images.
+
+    score[i] = mean over pixels of (image[i] - mean - V V^T (image[i] - mean))^2
+    """
+
+    kind: ClassVar[str] = "pixel_pca"
+    config_type: ClassVar[type] = PixelPCAConfig
+    fewest: ClassVar[int] = 2
+
+    def outputs(self, images: Tensor) -> dict[str, Any]:
+        """Return `pixel_pca_error` `[B, H, W]` and `reconstruction` `[B, 1, H, W]`."""
+        centered = images.flatten(1) - self.tensors["mean"]
+        vectors = self.tensors["components"]
+        rebuilt = (centered @ vectors.T) @ vectors
+        error = (centered - rebuilt).double().square().view(images.shape[0], *images.shape[2:])
+        return {
+            "images": images,
+            "pixel_pca_error": error,
+            "rebuilt": (rebuilt + self.tensors["mean"]).view_as(images),
+        }
+
+    def pictures(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the images rebuilt from the components, `[B, H, W]`."""
+        return {"reconstruction": self.outputs(images)["rebuilt"][:, 0]}
+
+    def _learn(self, batches: Iterator[Tensor]) -> None:
+        from sklearn.decomposition import PCA
+
+        pixels = self._pixels(batches)
+        kept = min(self.config.components, len(pixels) - 1, pixels.shape[1])
+        fitted = PCA(n_components=kept, svd_solver="randomized", random_state=0).fit(pixels)
+        self.tensors = {
+            "mean": torch.from_numpy(fitted.mean_.astype(np.float32)),
+            "components": torch.from_numpy(fitted.components_.astype(np.float32)),
+        }
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Nothing to build: scoring multiplies with `tensors` as they are."""
+
+    def _check_tensors(self, tensors: dict[str, Tensor], source: str) -> None:
+        pixels = self.config.image_size**2
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        fits = shapes.keys() == {"mean", "components"} and shapes["mean"] == (pixels,)
+        if not fits or len(shapes["components"]) != 2 or shapes["components"][1] != pixels:
+            raise CheckpointError(f"{source}: the tensors must be mean [{pixels}] and components [k, {pixels}]")

@@ -1,159 +1,194 @@
-"""What a model becomes for scoring: BatchNorm folded into the convolutions, no teacher, one CUDA graph a batch size."""
+"""Frozen copies of networks for inference: no teacher, BatchNorm folded, channels-last, captured as CUDA graphs."""
 
+import copy
 import threading
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_weights
 
 from simsid import cuda_graph
+from simsid.config import Config
+from simsid.data import Preprocessing
+from simsid.errors import ConfigError
 from simsid.kernels.ranges import stage
-from simsid.models import patches, signals
+from simsid.models import patches
+from simsid.models.base import BATCH, Scorer
+from simsid.models.signals import SIGNALS, available_signals
 
 
-class InferenceForm:
-    """Encoder, student and discriminator of a model, arranged for inference; weights stay the model's own.
+class ConfiguredNetwork(nn.Module, Scorer):
+    """What `Model` and its frozen copies derive from their configuration and share: signals and preprocessing."""
 
-    The convolutions that a BatchNorm follows are copies with its scale and shift folded in, laid out channels-last;
-    everything else is shared. The discriminator's BatchNorms stay: it scores with either kind of statistics, and is a
-    two-hundredth of the work. On CUDA each batch size is recorded once as a CUDA graph and replayed, and hooks of the
-    modules run only as it is recorded. What a module was told through its attributes is what held when this was made.
+    config: Config
 
-    `lock` is held from a call until its result has been copied: threads share what a graph writes into.
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.parameters()).device
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How files become the images this model takes."""
+        return Preprocessing(self.config.image_size, self.config.aspect, self.config.intensity)
+
+    @property
+    def signal(self) -> str:
+        """The name of the signal that `score` and thresholds use by default."""
+        return self.config.signal
+
+    @property
+    def signal_names(self) -> tuple[str, ...]:
+        """The signals of this model; without an in-painting block there is no memory distance."""
+        return network_signals(self.config)
+
+    @property
+    def _input_dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
+def network_signals(config: Config) -> tuple[str, ...]:
+    """Return the signals that a network of this configuration has."""
+    memory = ("query", "retrieved") if config.inpainting != "none" else ()
+    return available_signals(("reconstruction", "discriminator", *memory))
+
+
+def check_signal(config: Config) -> None:
+    """Raise `ConfigError` where the configured signal is not one that a network of this configuration has."""
+    names = network_signals(config)
+    if config.signal not in names:
+        raise ConfigError(f"signal must be one of {', '.join(names)}, got {config.signal!r}")
+
+
+class FrozenModel(ConfiguredNetwork):
+    """An inference copy of a `Model`: encoder, student and discriminator with frozen weights of their own.
+
+    The BatchNorm after a convolution is folded into it (`torch.nn.utils.fusion`), and the convolutions are
+    channels-last. The discriminator keeps its BatchNorms: it normalizes with either kind of statistics, and is a
+    two-hundredth of the arithmetic. Changes of the model after the copy was made have no effect on it.
+
+    Args:
+        model: a `Model`; it is not changed.
+        capture: on CUDA, capture each batch size once as a CUDA graph and replay it.
+        share: use the model's own tensors where nothing is folded, so that a copy for one call costs little.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._modules, self._tensors = _contents(model)
-        # Held, so that no other weights can come to lie where these were.
-        self._storages = [tensor.untyped_storage() for tensor in self._tensors]
-        self._places = [tensor.data_ptr() for tensor in self._tensors]
-        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
-        self._versions = [tensor._version for tensor in self._counted]
-        self.patches, self._names = model.config.patches, model.signal_names
-        self.encoder, self.student, self.discriminator = map(_twin, (model.encoder, model.student, model.discriminator))
-        self._folded: list[tuple[nn.Conv2d, nn.Conv2d, _BatchNorm]] = []
+    def __init__(self, model: ConfiguredNetwork, *, capture: bool = True, share: bool = False) -> None:
+        super().__init__()
+        self.config, self.calibration = model.config, model.calibration
+        tensors = [*model.parameters(), *model.buffers()] if share else []
+        self.encoder, self.student, self.discriminator = (
+            copy.deepcopy(part, {id(tensor): tensor for tensor in tensors})
+            for part in (model.encoder, model.student, model.discriminator)
+        )
+        self.eval()
         for part in (self.encoder, self.student):
             for module in list(part.modules()):
                 for name, child in module.named_children():
-                    if _is_normalised(child):
-                        setattr(module, name, self._fold(*child))
-        self._replays: dict[tuple[int, ...], cuda_graph.Replay] = {}
-        self._record = model.device.type == "cuda"
-        self.lock = threading.Lock() if self._record else nullcontext()
+                    if _is_normalized_convolution(child):
+                        setattr(module, name, _folded(*child))
+        if not share:
+            self.requires_grad_(False)
+        self._graphs: dict[tuple[int, ...], cuda_graph.CapturedGraph] = {}
+        self._capture = capture and self.device.type == "cuda"
+        self._lock = threading.Lock()
 
-    @torch.no_grad()
-    def update(self, model: nn.Module, weights_moved: bool) -> bool:
-        """Follow the model's weights; False where it has others now, or has them elsewhere, and needs a new form.
-
-        `weights_moved` says that they may have changed in ways that tensors do not count, as replayed graphs do.
-        """
-        modules, tensors = _contents(model)
-        if modules != self._modules or list(map(id, tensors)) != list(map(id, self._tensors)):
-            return False
-        if [tensor.data_ptr() for tensor in tensors] != self._places:
-            return False
-        versions = [tensor._version for tensor in self._counted]
-        # Tensors made in PyTorch's inference mode count nothing.
-        if weights_moved or versions != self._versions or len(self._counted) < len(tensors):
-            for folded, convolution, norm in self._folded:
-                for kept, value in zip((folded.weight, folded.bias), _folded_weights(convolution, norm)):
-                    kept.copy_(value)
-            self._versions = versions
-        return True
-
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """Return the reconstructions of `[B, 1, H, W]`, which the next call may overwrite."""
-        return self._run(images, ())["student"]
-
-    def signals(self, images: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return raw signals of `[B, 1, H, W]`, `[B]` each, which the next call may overwrite."""
-        return self._run(images, tuple(names))
-
-    def _run(self, images: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+    def forward(self, images: Tensor) -> dict[str, Any]:
+        """Return the outputs of `[B, 1, H, W]`: `images`, `reconstruction`, `query`, `retrieved`, `discriminator`."""
         images = images.contiguous(memory_format=torch.channels_last)
-        # A graph keeps the precision it was recorded in, and scores are compared with those of other calls.
-        with torch.autocast(images.device.type, enabled=False):
-            return self._replayed(images, names) if self._record else self._compute(images, names)
-
-    def _replayed(self, images: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-        replay = self._replays.get(images.shape)
-        if replay is None:
-            try:
-                # Everything at once: one graph serves all signals and the reconstruction.
-                replay = cuda_graph.record(lambda inputs: self._compute(inputs, self._names), [images])
-            except RuntimeError as error:
-                warnings.warn(
-                    f"inference could not be recorded as a CUDA graph and runs eagerly: {error}", stacklevel=2
-                )
-                self._record = False
-                return self._compute(images, names)
-            self._replays[images.shape] = replay
-        return replay(images)
-
-    def _compute(self, images: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-        encoded = self.encoder(patches.split(images, self.patches))
+        encoded = self.encoder(patches.split(images, self.config.patches))
         with stage("student"):
-            found = self.student(encoded.deepest, encoded.skips)
-        student, discriminator = found.images, self.discriminator
-        compute: dict[str, Callable[[], Tensor]] = {
-            "discriminator_per_image": lambda: -discriminator(student, "per_image"),
-            "discriminator_running": lambda: -discriminator(student),
-            "residual": lambda: signals.residual(images, student),
-            "local_residual": lambda: signals.local_residual(images, student),
-            "focal_residual": lambda: signals.focal_residual(images, student),
-            "memory_distance": lambda: signals.memory_distance(found.query, found.retrieved),
-        }
-        with stage("signals"):
-            return {"student": student} | {name: compute[name]() for name in names}
+            student = self.student(encoded.deepest, encoded.skips)
+        outputs = {"images": images, "reconstruction": student.images, "discriminator": self.discriminator}
+        if student.query is not None:
+            outputs |= {"query": student.query, "retrieved": student.retrieved}
+        return outputs
 
-    @torch.no_grad()
-    def _fold(self, convolution: nn.Conv2d, norm: _BatchNorm) -> nn.Conv2d:
-        folded = _twin(convolution)
-        weight, bias = _folded_weights(convolution, norm)
-        folded.weight = nn.Parameter(_channels_last(weight), requires_grad=False)
-        folded.bias = nn.Parameter(bias, requires_grad=False)
-        self._folded.append((folded, convolution, norm))
-        return folded
+    def outputs(self, images: Tensor) -> dict[str, Any]:
+        """Compute what the signals need of one batch `[B, 1, H, W]` on the model's device."""
+        # Scores are compared with those of other calls, so no caller's autocast may change the precision.
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            return self(images)
+
+    def pictures(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the reconstructions, `[B, H, W]`."""
+        return {"reconstruction": self.reconstruct(images)[:, 0]}
+
+    @torch.inference_mode()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Return the student's reconstruction of `[B, 1, H, W]`, on the images' device."""
+        found = [
+            self.outputs(batch)["reconstruction"][:count].to(images.device, copy=True)
+            for batch, count in self._padded_batches(images, BATCH)
+        ]
+        return torch.cat(found)
+
+    def batch_signals(self, images: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Return signals of one batch on the model's device: name to `[B]`, float64, on that device."""
+        if not self._capture:
+            return self._computed_signals(images, names)
+        # Threads share the tensors that a graph writes into, so each copies its result under the lock.
+        with self._lock:
+            found = self._replayed_signals(images)
+            return {name: found[name].clone() for name in names}
+
+    def freeze(self) -> "FrozenModel":
+        """Return the copy itself."""
+        return self
+
+    def _computed_signals(self, images: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        outputs = self.outputs(images)
+        with stage("signals"), torch.autocast(images.device.type, enabled=False):
+            return {name: SIGNALS[name].compute(outputs).to(torch.float64) for name in names}
+
+    def _replayed_signals(self, images: Tensor) -> dict[str, Tensor]:
+        """Replay the graph of this batch size; one graph serves all signals. Captured at its first use."""
+        graph = self._graphs.get(images.shape)
+        if graph is None:
+            try:
+                graph = cuda_graph.capture(lambda inputs: self._computed_signals(inputs, self.signal_names), [images])
+            except RuntimeError as error:
+                warnings.warn(f"inference cannot be captured as a CUDA graph and runs eagerly: {error}", stacklevel=2)
+                self._capture = False
+                return self._computed_signals(images, self.signal_names)
+            self._graphs[images.shape] = graph
+        return graph(images)
 
 
-def _contents(model: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:
-    """Return all modules and tensors; a third of the time of `parameters` and `buffers`, which look for repetitions."""
-    modules = list(model.modules())
-    tensors = [value for module in modules for kept in (module._parameters, module._buffers) for value in kept.values()]
-    return modules, [tensor for tensor in tensors if tensor is not None]
+def freeze(model: ConfiguredNetwork, *, capture: bool = True) -> FrozenModel:
+    """Return an inference copy of a network; see `FrozenModel`."""
+    if isinstance(model, FrozenModel):
+        return model
+    return FrozenModel(model, capture=capture)
 
 
-def _is_normalised(module: nn.Module) -> bool:
+def _is_normalized_convolution(module: nn.Module) -> bool:
     """Whether a module is a plain convolution with a BatchNorm after it, and nothing else."""
     kinds = [type(child) for child in module] if type(module) is nn.Sequential else []
-    return len(kinds) == 2 and kinds[0] is nn.Conv2d and issubclass(kinds[1], _BatchNorm)
+    return len(kinds) == 2 and kinds[0] is nn.Conv2d and issubclass(kinds[1], nn.modules.batchnorm._BatchNorm)
 
 
-def _twin(module: nn.Module) -> nn.Module:
-    """Copy a module and those in it, in inference mode, with the same tensors and hooks."""
-    made = object.__new__(type(module))
-    made.__dict__.update(module.__dict__)
-    # What `module.compile()` left calls the original.
-    made.__dict__ |= {"training": False, "_compiled_call_impl": None}
-    made._parameters, made._buffers = dict(module._parameters), dict(module._buffers)
-    made._modules = {name: None if child is None else _twin(child) for name, child in module._modules.items()}
-    return made
-
-
-def _folded_weights(convolution: nn.Conv2d, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    statistics = norm.running_mean, norm.running_var, norm.eps
-    return fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics, norm.weight, norm.bias)
+@torch.no_grad()
+def _folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """Return a channels-last convolution that does what the two do in inference mode."""
+    folded = copy.copy(convolution)
+    weight, bias = fuse_conv_bn_weights(
+        convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    folded._parameters = {
+        "weight": nn.Parameter(_channels_last(weight), requires_grad=False),
+        "bias": nn.Parameter(bias, requires_grad=False),
+    }
+    return folded
 
 
 def _channels_last(weight: Tensor) -> Tensor:
-    """Lay `[out, in, h, w]` out channels-last, one input channel too.
+    """Lay `[out, in, h, w]` out channels-last, also where there is one input channel.
 
-    One channel lies the same either way, and PyTorch takes it for the usual layout: the first map would come in that,
-    in twice the time on a CPU, and then be converted.
+    One channel has the same strides in both layouts, and PyTorch takes it for the contiguous one: the first feature map
+    would be computed in that, in twice the time on a CPU, and then be converted.
     """
     _, channels, height, width = weight.shape
     laid = weight.contiguous(memory_format=torch.channels_last)

@@ -1,46 +1,63 @@
-"""Anomaly signals of a film, and their calibration on normal films."""
+"""The one table of anomaly signals, which configuration, command line, reports and frozen models read.
 
-import math
-from dataclasses import dataclass, field
+A signal is computed from what a model's forward pass gives of a batch, a mapping of names to values that each model
+class documents. A model has every signal whose `needs` it provides. To add a signal, add an entry to `SIGNALS`.
+"""
 
-import numpy as np
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SIGNALS = (
-    "discriminator_per_image",
-    "discriminator_running",
-    "residual",
-    "local_residual",
-    "focal_residual",
-    "memory_distance",
-)
-"""Every signal by name; a higher value is more anomalous. The discriminator's is its negated logit, once for each kind
-of statistics it can normalise with."""
+from simsid.errors import InputError
+
+Outputs = Mapping[str, Any]
+"""What a model computed of a batch, by name; `images` `[B, 1, H, W]` is always there."""
 
 POOL = 8
-"""Side of the squares whose mean error the local residual compares, pixels."""
+"""Side in pixels of the squares whose mean error `local_residual` and `focal_residual` compare."""
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One way to measure how anomalous an image is; a higher value is more anomalous.
+
+    Args:
+        name: its only name: in `Config(signal=...)`, options, tables and files.
+        description: one clause for reports and help texts.
+        needs: the entries of a model's outputs that `compute` and `map` read.
+        compute: outputs to `[B]`, one value an image.
+        map: outputs to `[B, h, w]`, where in the image the signal comes from; None where it has no map.
+        unit: the unit of the map's values, for the color bar.
+    """
+
+    name: str
+    description: str
+    needs: tuple[str, ...]
+    compute: Callable[[Outputs], Tensor]
+    map: Callable[[Outputs], Tensor] | None = None
+    unit: str = ""
 
 
 def residual(images: Tensor, reconstruction: Tensor) -> Tensor:
     """Return the mean squared reconstruction error of each image: `[B, 1, H, W]` twice to `[B]`, float64."""
-    return (images.double() - reconstruction.double()).square().flatten(1).mean(1)
+    return _squared_error(images, reconstruction).flatten(1).mean(1)
 
 
 def local_residual(images: Tensor, reconstruction: Tensor) -> Tensor:
     """Return the largest squared error after 8 x 8 average pooling: `[B, 1, H, W]` twice to `[B]`, float64."""
-    error = (images.double() - reconstruction.double()).square()
-    return F.avg_pool2d(error, POOL, ceil_mode=True, count_include_pad=False).flatten(1).amax(1)
+    return _pooled_error(images, reconstruction).amax(1)
 
 
 def focal_residual(images: Tensor, reconstruction: Tensor) -> Tensor:
     """Return the mean over the worst twentieth of 8 x 8 squares: `[B, 1, H, W]` twice to `[B]`, float64.
 
-    Between `residual`, which a small anomaly hardly moves, and `local_residual`, which one chance square decides.
+    It lies between `residual`, which a small anomaly hardly moves, and `local_residual`, which depends on one square.
     """
-    error = (images.double() - reconstruction.double()).square()
-    squares = F.avg_pool2d(error, POOL, ceil_mode=True, count_include_pad=False).flatten(1)
+    squares = _pooled_error(images, reconstruction)
     return squares.topk(-(-squares.shape[1] // 20), dim=1).values.mean(1)
 
 
@@ -49,62 +66,151 @@ def memory_distance(query: Tensor, retrieved: Tensor) -> Tensor:
     return (query.double() - retrieved.double()).norm(dim=-1).amax(1)
 
 
-def heat_map(images: Tensor, reconstruction: Tensor) -> Tensor:
+def residual_map(images: Tensor, reconstruction: Tensor) -> Tensor:
     """Return the squared error averaged over the 9 x 9 pixels around each: `[B, 1, H, W]` twice to `[B, H, W]`."""
     error = (images.float() - reconstruction.float()).square()
     return F.avg_pool2d(error, 9, stride=1, padding=4, count_include_pad=False)[:, 0]
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What normal films look like to a model: mean and standard deviation of each signal, and held-out values.
+def memory_distance_map(query: Tensor, retrieved: Tensor) -> Tensor:
+    """Return the distance of each location's query from its look-up: `[B, L, D]` to `[B, P, P]`, float32."""
+    distance = (query.float() - retrieved.float()).norm(dim=-1)
+    side = round(distance.shape[1] ** 0.5)
+    return distance.unflatten(1, (side, side))
 
-    Source: SimSID, section 3.6, mu and sigma of the anomaly score. `holdout` keeps the signals of normal films that the
-    model was not trained on: a threshold for a chosen false-alarm rate needs nothing else.
-    """
 
-    mean: dict[str, float]
-    std: dict[str, float]
-    count: int
-    holdout: dict[str, list[float]] = field(default_factory=dict)
+def _squared_error(images: Tensor, reconstruction: Tensor) -> Tensor:
+    return (images.double() - reconstruction.double()).square()
 
-    @classmethod
-    def fit(cls, signals: dict[str, np.ndarray], holdout: dict[str, np.ndarray] | None = None) -> "Calibration":
-        """Measure the signals (`[n]` each, float64) of normal films."""
-        counts = {len(values) for values in signals.values()}
-        if counts in (set(), {0}):
-            raise ValueError("calibration needs at least one normal image, got none")
-        for name, values in [*signals.items(), *(holdout or {}).items()]:
-            if not np.isfinite(values).all():
-                raise ValueError(f"calibration needs finite signals, got {name} = {values[~np.isfinite(values)][0]}")
-        return cls(
-            mean={name: float(np.mean(values)) for name, values in signals.items()},
-            std={name: float(np.std(values)) for name, values in signals.items()},
-            count=counts.pop(),
-            holdout={name: [float(value) for value in values] for name, values in (holdout or {}).items()},
-        )
 
-    def standardise(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Return `(values - mean) / std` of signal `name`; 0 is an average normal film."""
-        return (values - self.mean[name]) / max(self.std[name], math.ulp(abs(self.mean[name]) or 1.0))
+def _pooled_error(images: Tensor, reconstruction: Tensor) -> Tensor:
+    error = _squared_error(images, reconstruction)
+    return F.avg_pool2d(error, POOL, ceil_mode=True, count_include_pad=False).flatten(1)
 
-    def probability(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Return `A = 1 - sigmoid((D - mu) / sigma)` in 0..1 (for the other signals: sigmoid of the standard score)."""
-        return torch.sigmoid(torch.as_tensor(self.standardise(name, values), dtype=torch.float64)).numpy()
 
-    def to_dict(self) -> dict[str, object]:
-        """Return plain values for JSON."""
-        return {"mean": self.mean, "std": self.std, "count": self.count, "holdout": self.holdout}
+def _of_reconstruction(measure: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Outputs], Tensor]:
+    return lambda outputs: measure(outputs["images"], outputs["reconstruction"])
 
-    @classmethod
-    def from_dict(cls, values: dict[str, object]) -> "Calibration":
-        """Rebuild a calibration from `to_dict`; values that no calibration holds are a `ValueError`."""
-        if not isinstance(values, dict) or values.keys() != {"mean", "std", "count", "holdout"}:
-            raise ValueError("calibration must hold mean, std, count and holdout")
-        mean, std, holdout = values["mean"], values["std"], values["holdout"]
-        if not all(isinstance(part, dict) and part.keys() <= set(SIGNALS) for part in (mean, std, holdout)):
-            raise ValueError("calibration must name mean, std and holdout by signal")
-        numbers = [*mean.values(), *std.values(), *(n for kept in holdout.values() for n in kept)]
-        if mean.keys() != std.keys() or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
-            raise ValueError("calibration must hold a finite mean and standard deviation of each signal")
-        return cls(**values)
+
+def _of_memory(measure: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Outputs], Tensor]:
+    return lambda outputs: measure(outputs["query"], outputs["retrieved"])
+
+
+_RESIDUAL_MAP = {"map": _of_reconstruction(residual_map), "unit": "squared difference of grey values in -1..1"}
+
+_INPAINTING_MAP = {
+    "map": lambda outputs: outputs["inpainting_map"],
+    "unit": "root mean square error of the prediction, 1 for a normal image",
+}
+
+SIGNALS: dict[str, Signal] = {
+    signal.name: signal
+    for signal in (
+        Signal(
+            "discriminator_per_image",
+            "the papers' score, the negated logit of the discriminator on the reconstruction, normalized with each "
+            "image's own statistics as in the released evaluation",
+            ("reconstruction", "discriminator"),
+            lambda outputs: -outputs["discriminator"](outputs["reconstruction"], "per_image"),
+        ),
+        Signal(
+            "discriminator_running",
+            "the papers' score, normalized with the running statistics of training",
+            ("reconstruction", "discriminator"),
+            lambda outputs: -outputs["discriminator"](outputs["reconstruction"]),
+        ),
+        Signal(
+            "residual",
+            "mean squared difference between input and reconstruction",
+            ("reconstruction",),
+            _of_reconstruction(residual),
+            **_RESIDUAL_MAP,
+        ),
+        Signal(
+            "local_residual",
+            "largest difference between input and reconstruction after 8 x 8 average pooling",
+            ("reconstruction",),
+            _of_reconstruction(local_residual),
+            **_RESIDUAL_MAP,
+        ),
+        Signal(
+            "focal_residual",
+            "mean difference between input and reconstruction over the worst twentieth of 8 x 8 squares",
+            ("reconstruction",),
+            _of_reconstruction(focal_residual),
+            **_RESIDUAL_MAP,
+        ),
+        Signal(
+            "memory_distance",
+            "largest distance over locations of the in-painting block's query from what its memory returns",
+            ("query", "retrieved"),
+            _of_memory(memory_distance),
+            map=_of_memory(memory_distance_map),
+            unit="Euclidean distance of features",
+        ),
+        Signal(
+            "pixel_knn",
+            "mean distance in pixels to the nearest normal training images",
+            ("pixel_knn_distance",),
+            lambda outputs: outputs["pixel_knn_distance"],
+        ),
+        Signal(
+            "pixel_pca",
+            "squared error of rebuilding the pixels from the principal components of normal images",
+            ("pixel_pca_error",),
+            lambda outputs: outputs["pixel_pca_error"].mean((1, 2)),
+            map=lambda outputs: outputs["pixel_pca_error"],
+            unit="squared difference of grey values in -1..1",
+        ),
+        Signal(
+            "pooled_memory",
+            "distance of the image's mean features to the nearest normal ones, in deviations of normal images",
+            ("pooled_memory",),
+            lambda outputs: outputs["pooled_memory"],
+        ),
+        Signal(
+            "inpainting",
+            "error of predicting the features of each location from its neighbors' memory look-ups, in deviations of "
+            "normal images",
+            ("inpainting", "inpainting_map"),
+            lambda outputs: outputs["inpainting"],
+            **_INPAINTING_MAP,
+        ),
+        Signal(
+            "synthetic",
+            "logit of a linear classifier of features against painted opacities, in deviations of normal images",
+            ("synthetic",),
+            lambda outputs: outputs["synthetic"],
+        ),
+        Signal(
+            "combined",
+            "weighted sum of the feature memory's other signals; its map is the in-painting's",
+            ("combined", "inpainting_map"),
+            lambda outputs: outputs["combined"],
+            **_INPAINTING_MAP,
+        ),
+    )
+}
+
+
+def available_signals(provided: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of the signals that outputs with the entries `provided` allow, in the order of the table."""
+    provided = {"images", *provided}
+    return tuple(name for name, signal in SIGNALS.items() if provided.issuperset(signal.needs))
+
+
+def check_signals(names: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    """Return `names` as a tuple; raise `InputError` for a name that is not among `known`."""
+    names = (names,) if isinstance(names, str) else tuple(names)
+    for name in names:
+        if name not in known:
+            raise InputError(f"signal must be one of {', '.join(known)}, got {name!r}")
+    return names
+
+
+def upsampled(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """Enlarge maps `[B, h, w]` bilinearly to `[B, *size]`, float32; maps of that size stay as they are."""
+    values = values.to(torch.float32)
+    if tuple(values.shape[1:]) == size:
+        return values
+    return F.interpolate(values[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]

@@ -1,5 +1,7 @@
-"""Reports: one self-contained HTML page of an evaluation or a scoring, and one picture of it."""
+"""Reports: one self-contained HTML page of an evaluation or a scoring, pages of single images, and one picture."""
 
-from simsid.report.page import Example, write_picture, write_report
+from simsid.report.examples import Example, HeatMap
+from simsid.report.film import FilmRow, page_name, write_film
+from simsid.report.page import write_picture, write_report
 
-__all__ = ["Example", "write_picture", "write_report"]
+__all__ = ["Example", "FilmRow", "HeatMap", "page_name", "write_film", "write_picture", "write_report"]

@@ -1,25 +1,7 @@
-"""Scoring: single files and streams of them, whole archives, and the pictures that reports show."""
+"""Scoring: streams of files, whole archives, and the check of scores against the calibration."""
 
-from simsid.scoring.stream import (
-    Score,
-    evaluate,
-    examples,
-    examples_of_files,
-    preparation,
-    require_labels,
-    score_files,
-    threshold,
-    typical_places,
-)
+from simsid.scoring.archive import Summary, score_archive
+from simsid.scoring.shift import Shift, find_shift
+from simsid.scoring.stream import Score, columns, row, score_files
 
-__all__ = [
-    "Score",
-    "evaluate",
-    "examples",
-    "examples_of_files",
-    "preparation",
-    "require_labels",
-    "score_files",
-    "threshold",
-    "typical_places",
-]
+__all__ = ["Score", "Shift", "Summary", "columns", "find_shift", "row", "score_archive", "score_files"]

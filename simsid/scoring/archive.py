@@ -1,150 +1,229 @@
-"""Scores whole archives: in shares, one a process, which go on where they were killed and end in one table.
+"""Scores whole archives: in one shard per process, resumed after a kill, merged into one table.
 
-OUT/.scoring.lock                 held for a moment by a rank that starts or ends, and by the one that merges
-OUT/.scoring/request.json         what is being scored; without it, nothing in the folder is of use
-OUT/.scoring/shard-R-of-N.jsonl   the rows of rank R, which takes the files R, R + N, R + 2N, ... of the list
-OUT/.scoring/shard-R-of-N.json    rank R is through: how many files the list has, and their hash
+OUT/.scoring.lock                 held briefly by a rank that starts or ends, and by the one that merges
+OUT/.scoring/request.json         what is being scored; without it, the folder's content is ignored
+OUT/.scoring/shard-R-of-N.jsonl   the rows of rank R, which scores the files R, R + N, R + 2N, ... of the list
+OUT/.scoring/shard-R-of-N.npz     the images of rank R's highest scores, for pictures
+OUT/.scoring/shard-R-of-N.json    rank R has finished: how many files the list has, and their hash
 OUT/.scoring/shard-R-of-N.lock    held while rank R runs
 
-Ranks share nothing but this folder. Each walks the whole list, one file at a time; nothing is held for every file.
+Ranks share nothing but this folder. Each walks the whole list, one file at a time; memory does not grow with it but for
+one number a file when the shards are merged.
 """
 
 import contextlib
 import hashlib
 import heapq
+import io
 import json
 import os
 import pathlib
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import BinaryIO
+from dataclasses import dataclass, field, replace
+from typing import BinaryIO, Literal
 
-import torch
+import numpy as np
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from simsid import __version__, checkpoint
-from simsid.data import Record, iter_records
-from simsid.distributed import Rank
-from simsid.errors import ArchiveError
-from simsid.models.model import BATCH, Model
-from simsid.scoring import stream as scoring
-from simsid.scoring.stream import Score
+from simsid.data import Record, iter_records, load_images
+from simsid.distributed import ProcessGroup
+from simsid.errors import ArchiveError, InputError
+from simsid.models.base import BATCH, AnomalyModel
+from simsid.models.signals import check_signals
+from simsid.scoring.shift import Shift, find_shift
+from simsid.scoring.stream import Score, columns, row, score_files
 
 SYNC_SECONDS = 10
-"""How much work a power failure may cost; what a kill of the process costs is one batch."""
+"""Seconds of work that a power failure may cost; a kill of the process costs one batch."""
 
 LONGEST_ROW = 1 << 16
 """Bytes of a row; a path has at most 4096, an escaped one six times as many."""
 
-_REQUEST = {
+_DIFFERENCES = {
     "data": "other data",
     "model": "another model",
-    "false_alarm_rate": "another false alarm rate",
+    "signal": "another signal",
+    "false_positive_rate": "another false positive rate",
     "batch_size": "another batch size",
     "ranks": "another number of processes",
     "device": "another kind of device",
     "version": "another version of simsid",
 }
 
+TableVersion = tuple[int, int] | None
+"""Inode and modification time of a file, or None where there is none."""
+
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of all files; `top` holds the most anomalous, the highest last."""
-
-    scored: int
-    alarms: int
-    failed: int
-    top: list[Score]
-
-
-class Work:
-    """The scoring of an archive into a folder, as one rank takes part in it.
-
-        begin, resume, score, finish; the last rank to finish merges and removes what was written on the way.
-
-    A process may be killed at any moment: the next start goes on from there, no file twice and none left out.
+    """How far a call of `score_archive` came.
 
     Args:
+        state: `"merged"`: `scores.csv` is written. `"waiting"`: this rank has finished, `missing` ranks have not.
+            `"already merged"`: another rank had finished everything. `"interrupted"`: Ctrl-C; the next call resumes.
+        done: files that this rank has scored.
+        resumed: those of them that were found done.
+        missing: ranks still running.
+        scored, flagged, failed: counts over all ranks, once merged.
+        top: the highest scores, ascending, with their images, once merged.
+        shift: set where the scores do not resemble the calibration's.
+    """
+
+    state: Literal["merged", "waiting", "already merged", "interrupted"]
+    done: int = 0
+    resumed: int = 0
+    missing: tuple[int, ...] = ()
+    scored: int = 0
+    flagged: int = 0
+    failed: int = 0
+    top: list[Score] = field(default_factory=list)
+    shift: Shift | None = None
+
+
+def score_archive(
+    model: AnomalyModel,
+    data: str | os.PathLike | Iterable[Record],
+    output: str | os.PathLike,
+    *,
+    signal: str | None = None,
+    false_positive_rate: float = 0.05,
+    batch_size: int = BATCH,
+    workers: int | None = None,
+    pictures: int = 0,
+    group: ProcessGroup | None = None,
+    progress: bool = False,
+    exclude: Iterable[str] = (),
+    before: TableVersion = None,
+    report: Callable[[Summary], None] | None = None,
+) -> Summary:
+    """Score all images of a folder or list into `output`/scores.csv, each file decoded once.
+
+    A process may be killed at any moment: the same call resumes, and no file is scored twice or left out. Of several
+    ranks each scores its shard, and the last to finish merges them.
+
+    Args:
+        model: any calibrated model.
         data: a folder, a CSV list or an image, as `simsid.data.iter_records` reads it.
-        output: the folder for the results; nothing is written before `begin`.
-        superseded: whether the results were replaced since this process started; see `begin`.
+        output: the folder for the results; it is created.
+        signal: the signal that scores and flags; None is the model's own.
+        false_positive_rate: share of held-out normal images that the threshold may flag.
+        batch_size: images of a forward pass.
+        workers: threads that decode; None is this process's fraction of the cores.
+        pictures: number of highest scores to return with their images.
+        group: this process among those that score together; None is a single one.
+        progress: show a progress bar.
+        exclude: patterns of files to leave out, as `iter_records` takes them.
+        before: `table_version` when this process started. Where the table was replaced since, and nothing is left to
+            do, another rank has merged.
+        report: called with the summary once the table is written; a kill before its return has it called again.
 
     Raises:
+        ArchiveError: another process scores this shard, or an unfinished scoring differs from this one.
         CalibrationError: the model has not been calibrated.
-        ValueError: no image, an unreadable list, a rate or batch size out of range.
+        InputError: no image, an unreadable list, an option out of range.
     """
+    if pictures < 0:
+        raise InputError(f"pictures must be at least 0, got {pictures}")
+    output = pathlib.Path(output)
+    (name,) = check_signals([signal or model.signal], model.signal_names)
+    options = {"signal": name, "false_positive_rate": false_positive_rate, "batch_size": batch_size}
+    archive = _Archive(model, data, output, group or ProcessGroup(), options, workers, pictures, tuple(exclude))
+    output.mkdir(parents=True, exist_ok=True)
+    with archive:
+        if not archive.begin(superseded=table_version(output) != before):
+            return Summary("already merged")
+        resumed = done = archive.resume()
+        bar = tqdm(total=archive.total, initial=done, unit="image", disable=not progress)
+        try:
+            with bar:
+                for _ in archive.score():
+                    done += 1
+                    bar.update()
+        except KeyboardInterrupt:
+            return Summary("interrupted", done, resumed)
+        with archive.finish() as missing:
+            if missing:
+                return Summary("waiting", done, resumed, tuple(missing))
+            summary = replace(archive.merge(), done=done, resumed=resumed)
+            if report is not None:
+                report(summary)
+            archive.remove()
+            return summary
+
+
+def table_version(output: str | os.PathLike) -> TableVersion:
+    """Return what distinguishes `output`/scores.csv from a file that replaces it."""
+    try:
+        status = (pathlib.Path(output) / "scores.csv").stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+class _Archive:
+    """The steps of `score_archive` for one rank, in this order: begin, resume, score, finish, merge, remove."""
 
     def __init__(
         self,
-        model: Model,
-        data: str | os.PathLike,
-        output: str | os.PathLike,
-        rank: Rank | None = None,
-        *,
-        false_alarm_rate: float = 0.05,
-        batch_size: int = BATCH,
-        workers: int | None = None,
-        superseded: Callable[[], bool] = lambda: False,
+        model: AnomalyModel,
+        data: str | os.PathLike | Iterable[Record],
+        output: pathlib.Path,
+        group: ProcessGroup,
+        options: dict[str, object],
+        workers: int | None,
+        pictures: int,
+        exclude: tuple[str, ...],
     ) -> None:
-        self.model = model
-        self.rank = rank or Rank()
-        self.output = pathlib.Path(output)
-        self.folder = self.output / ".scoring"
+        self.model, self.output, self.group = model, output, group
+        self.folder = output / ".scoring"
         self.total: int | None = None
-        """Files of this rank, None where only a walk of the folder could tell."""
+        """Files of this rank, None where only a walk of the folder could count them."""
         if os.path.isfile(data):
-            # A list is read through once before anything is computed: its mistakes should not show up hours later.
-            self.total = len(range(self.rank.number, sum(1 for _ in iter_records(data)), self.rank.count))
-        self._share = _Share(iter_records(data), self.rank)
-        self._batch_size = batch_size
-        # Lazy: the files that `resume` finds done are gone from the share when the first score is asked for.
-        self._scores = scoring.score_files(
-            model,
-            self._share,
-            false_alarm_rate=false_alarm_rate,
-            batch_size=batch_size,
-            workers=workers or self.rank.workers(),
-        )
+            # Read a list once before anything is computed, so that its mistakes do not show up hours later.
+            self.total = len(range(group.rank, sum(1 for _ in iter_records(data)), group.size))
+        self._shard = _Shard(iter_records(data, exclude=exclude), group)
+        self._options = options
+        # Lazy: the files that `resume` finds done are gone from the shard when the first score is asked for.
+        self._scores = score_files(model, self._shard, **options, workers=workers or group.cpu_threads())
         self._request = {
             "data": os.path.abspath(data),
-            "model": _identity(model),
-            "false_alarm_rate": false_alarm_rate,
-            "batch_size": batch_size,
-            "ranks": self.rank.count,
+            "model": model.identity(),
+            **options,
+            "ranks": group.size,
             "device": model.device.type,
             "version": __version__,
         }
-        self._superseded = superseded
-        self._lock = FileLock(self.output / ".scoring.lock")
-        self._shard_lock = FileLock(self._file(self.rank.number, "lock"))
+        self._top = _Highest(str(options["signal"]), pictures)
+        self._lock = FileLock(output / ".scoring.lock")
+        self._shard_lock = FileLock(self._file(group.rank, "lock"))
 
-    def __enter__(self) -> "Work":
+    def __enter__(self) -> "_Archive":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._shard_lock.release()
 
-    def begin(self) -> bool:
-        """Take hold of this rank's shard.
-
-        False where there is nothing left to do: all shards were complete, as after a kill in the last moments, and
-        another rank was quicker to start and has merged them.
+    def begin(self, superseded: bool) -> bool:
+        """Lock this rank's shard; False where another rank has already finished all shards and merged them.
 
         Raises:
-            ArchiveError: another process has the shard, or another request is unfinished.
+            ArchiveError: another process has the shard, or an unfinished scoring differs from this one.
         """
         try:
-            # Other ranks hold it for a moment, or while they merge; one process alone has none to wait for.
-            lock = self._lock.acquire(timeout=-1 if self.rank.count > 1 else 0)
+            # Other ranks hold it briefly, or while they merge; a single process has none to wait for.
+            lock = self._lock.acquire(timeout=-1 if self.group.size > 1 else 0)
         except Timeout:
             raise self._in_use() from None
         with lock:
             request = self.folder / "request.json"
             if request.exists():
                 self._check_request(checkpoint.read_json(request))
-            elif self.rank.count > 1 and self._superseded():
+            elif self.group.size > 1 and superseded:
                 return False
             else:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -154,40 +233,44 @@ class Work:
                 self._shard_lock.acquire(timeout=0)
             except Timeout:
                 raise self._in_use() from None
-            # Until `resume` has compared the rows with the files that are there now.
-            self._file(self.rank.number, "json").unlink(missing_ok=True)
+            # Not finished again until `resume` has compared the rows with the files that exist now.
+            self._file(self.group.rank, "json").unlink(missing_ok=True)
         return True
 
     def resume(self) -> int:
         """Return how many of this rank's files are done; a row that a kill cut short is removed.
 
         Raises:
-            ArchiveError: the rows are not those of the files that are there now.
+            ArchiveError: the rows are not those of the files that exist now.
         """
         done = 0
-        with open(self._file(self.rank.number, "jsonl"), "a+b") as rows:
-            whole = rows.seek(0)
-            while (row := self._read(rows)) is not None:
-                record = next(self._share, None)
-                if record is None or record.path != row.path:
+        with open(self._file(self.group.rank, "jsonl"), "a+b") as rows:
+            complete = rows.seek(0)
+            while (score := self._read(rows)) is not None:
+                record = next(self._shard, None)
+                if record is None or record.path != score.path:
                     found = f"{record.path} is found" if record else "the list ends"
                     raise ArchiveError(
-                        f"{self._request['data']} has changed since its scoring began: {found} where {row.path} was "
-                        f"scored; undo the change and start again, or delete {self.folder} to score everything anew"
+                        f"{self._request['data']} has changed since its scoring began: {found} where {score.path} was "
+                        f"scored; undo the change and start again, or delete {self.folder} to score everything again"
                     )
-                done, whole = done + 1, rows.tell()
-            rows.truncate(whole)
+                done, complete = done + 1, rows.tell()
+                self._top.add(score)
+            rows.truncate(complete)
         return done
 
     def score(self) -> Iterator[Score]:
         """Score the remaining files of this rank and write their rows, in batches."""
         synced = time.monotonic()
-        with open(self._file(self.rank.number, "jsonl"), "ab") as rows:
+        names, size = self.model.signal_names, int(str(self._options["batch_size"]))
+        with open(self._file(self.group.rank, "jsonl"), "ab") as rows:
             for count, score in enumerate(self._scores, 1):
-                values = [score.signals[name] for name in self.model.signal_names] if not score.reason else []
-                alarm = None if score.alarm is None else int(score.alarm)
-                rows.write(json.dumps([score.path, score.score, alarm, values, score.reason]).encode() + b"\n")
-                if count % self._batch_size == 0:
+                self._top.add(score)
+                values = [score.signals[name] for name in names] if not score.reason else []
+                flagged = None if score.flagged is None else int(score.flagged)
+                entry = [score.path, score.label, score.finding, score.score, flagged, values, score.reason]
+                rows.write(json.dumps(entry).encode() + b"\n")
+                if count % size == 0:
                     rows.flush()
                     if time.monotonic() - synced > SYNC_SECONDS:
                         os.fsync(rows.fileno())
@@ -198,115 +281,136 @@ class Work:
 
     @contextlib.contextmanager
     def finish(self) -> Iterator[list[int]]:
-        """Mark this rank's shard as complete; within, nobody else starts or merges. Yields the ranks still missing.
+        """Mark this rank's shard as complete; inside, no other rank starts or merges. Yields the ranks still missing.
 
         Raises:
             ArchiveError: the ranks did not see the same files.
         """
-        mark = {"files": self._share.passed, "sha256": self._share.digest()}
+        mark = {"files": self._shard.passed, "sha256": self._shard.digest()}
         with self._lock.acquire():
-            checkpoint.write_json(self._file(self.rank.number, "json"), mark)
+            self._top.save(self._file(self.group.rank, "npz"))
+            checkpoint.write_json(self._file(self.group.rank, "json"), mark)
             self._shard_lock.release()
-            missing = [rank for rank in range(self.rank.count) if not self._file(rank, "json").exists()]
+            missing = [rank for rank in range(self.group.size) if not self._file(rank, "json").exists()]
             if not missing:
                 self._check_marks(mark)
             yield missing
 
-    @property
-    def columns(self) -> list[str]:
-        """The columns of the rows that `merge` writes."""
-        return ["path", "score", "alarm", *self.model.signal_names, "reason"]
-
-    def merge(self, write: Callable[[Iterable[object]], object], pictures: int = 0) -> Summary:
-        """Write the rows of all shards in the order of the files; of the `pictures` most anomalous, return the scores.
+    def merge(self) -> Summary:
+        """Write the rows of all shards in the order of the files; return the counts and the highest scores.
 
         Raises:
             ArchiveError: a shard is not as it was when its rank had finished.
         """
-        scored, alarms = 0, 0
-        top: list[tuple[float, int, Score]] = []
+        names, name = self.model.signal_names, str(self._options["signal"])
+        scored, flagged, values, top = 0, 0, [], _Highest(name, self._top.size)
+        table = self.output / "scores.csv"
         with contextlib.ExitStack() as stack:
-            ranks = range(self.rank.count)
+            ranks = range(self.group.size)
             shards = [stack.enter_context(open(self._file(rank, "jsonl"), "rb")) for rank in ranks]
-            for place in range(self._share.passed):
-                row = self._read(shards[place % len(shards)])
-                if row is None:
-                    path = self._file(place % len(shards), "jsonl")
+            write = stack.enter_context(checkpoint.csv_writer(table, columns(names)))
+            for index in range(self._shard.passed):
+                score = self._read(shards[index % len(shards)])
+                if score is None:
+                    path = self._file(index % len(shards), "jsonl")
                     raise ArchiveError(f"{path} was damaged after it was written; start the same command again")
-                values = [row.signals.get(name, "") for name in self.model.signal_names]
-                score = "" if row.score is None else row.score
-                alarm = "" if row.alarm is None else int(row.alarm)
-                write([row.path, score, alarm, *values, row.reason])
-                if not row.reason:
-                    scored, alarms = scored + 1, alarms + bool(row.alarm)
-                    heapq.heappush(top, (row.signals[self.model.signal], -place, row))
-                    if len(top) > pictures:
-                        heapq.heappop(top)
-        return Summary(scored, alarms, self._share.passed - scored, [row for _, _, row in sorted(top)])
+                write(row(score, names))
+                if not score.reason:
+                    scored, flagged = scored + 1, flagged + bool(score.flagged)
+                    values.append(score.signals[name])
+                    top.add(score)
+            # The report of an earlier scoring would not fit the new scores.
+            (self.output / "report.html").unlink(missing_ok=True)
+        held = np.asarray(self.model.calibrated().holdout.get(name, []))
+        return Summary(
+            "merged",
+            scored=scored,
+            flagged=flagged,
+            failed=self._shard.passed - scored,
+            top=self._with_images(top.ascending()),
+            shift=find_shift(np.asarray(values), held),
+        )
 
     def remove(self) -> None:
-        """Remove what was written on the way; the results are in their place."""
+        """Remove the intermediate files, once the results are complete."""
         # A power failure must not undo the renaming of the results and keep this.
         checkpoint.sync_folder(self.output)
-        # First what gives the rest its meaning. The rest does no harm, so failing to remove it is no failure.
+        # First the request, without which the rest is ignored. Failing to remove the rest is therefore harmless.
         (self.folder / "request.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _with_images(self, scores: list[Score]) -> list[Score]:
+        """Return the scores with their images: as the shards have them, or read again after a resumed scoring."""
+        images: dict[str, np.ndarray] = {}
+        for rank in range(self.group.size):
+            images |= _read_images(self._file(rank, "npz"))
+        missing = [score.path for score in scores if score.path not in images]
+        if missing:
+            prepared = self.model.preprocessing.to_dict()
+            try:
+                read = load_images(missing, **prepared)
+            except InputError as error:
+                warnings.warn(f"some of the highest scores have no picture: {error}", stacklevel=2)
+            else:
+                images |= {path: image[0].numpy() for path, image in zip(read.paths, read.batch(slice(None)))}
+        return [replace(score, image=images.get(score.path)) for score in scores]
+
     def _file(self, rank: int, ending: str) -> pathlib.Path:
-        return self.folder / f"shard-{rank}-of-{self.rank.count}.{ending}"
+        return self.folder / f"shard-{rank}-of-{self.group.size}.{ending}"
 
     def _in_use(self) -> ArchiveError:
-        who = f" as rank {self.rank.number} of {self.rank.count}" if self.rank.count > 1 else ""
+        who = f" as rank {self.group.rank} of {self.group.size}" if self.group.size > 1 else ""
         return ArchiveError(f"{self.output} is in use by another process that scores into it{who}")
 
     def _check_request(self, found: dict[str, object]) -> None:
-        other = [text for name, text in _REQUEST.items() if found.get(name) != self._request[name]]
+        other = [text for name, text in _DIFFERENCES.items() if found.get(name) != self._request[name]]
         if other:
             raise ArchiveError(
                 f"{self.output} holds an unfinished scoring of {found.get('data')}, begun with {', '.join(other)} (see "
-                f"{self.folder / 'request.json'}); give the same again to finish it, choose another folder with -o, or "
+                f"{self.folder / 'request.json'}); repeat its options to finish it, choose another folder with -o, or "
                 f"delete {self.folder}"
             )
 
     def _check_marks(self, mine: dict[str, object]) -> None:
         """Refuse to merge shards of different lists; the next start then brings the others up to date."""
-        other = [rank for rank in range(self.rank.count) if checkpoint.read_json(self._file(rank, "json")) != mine]
+        other = [rank for rank in range(self.group.size) if checkpoint.read_json(self._file(rank, "json")) != mine]
         for rank in other:
             self._file(rank, "json").unlink()
         if other:
             raise ArchiveError(
                 f"{self._request['data']} changed while it was scored: ranks {', '.join(map(str, other))} saw other "
-                f"files than rank {self.rank.number}; start the same command again"
+                f"files than rank {self.group.rank}; start the same command again"
             )
 
     def _read(self, rows: BinaryIO) -> Score | None:
-        """Read a row, or None at the end and where a kill or a power failure left something else."""
+        """Read a row, or None at the end and where a kill or a power failure left an incomplete one."""
         line = rows.readline(LONGEST_ROW)
         if not line.endswith(b"\n"):
             return None
         try:
-            path, score, alarm, values, reason = json.loads(line)
+            path, label, finding, score, flagged, values, reason = json.loads(line)
         except (ValueError, TypeError):
             return None
         names = self.model.signal_names if not reason else ()
-        return Score(path, reason, score, None if alarm is None else bool(alarm), dict(zip(names, values)))
+        signals = dict(zip(names, values))
+        return Score(path, label, finding, score, None if flagged is None else bool(flagged), signals, reason)
 
 
-class _Share:
-    """Every `count`-th record, and what passed by altogether: how many files, and the hash of their paths."""
+class _Shard:
+    """This rank's records, every `size`-th, with the number of all records and the hash of their paths."""
 
-    def __init__(self, records: Iterator[Record], rank: Rank) -> None:
+    def __init__(self, records: Iterator[Record], group: ProcessGroup) -> None:
         self.passed = 0
         self._records = records
-        self._rank = rank
+        self._group = group
         self._hash = hashlib.sha256()
 
-    def __iter__(self) -> "_Share":
+    def __iter__(self) -> "_Shard":
         return self
 
     def __next__(self) -> Record:
         for record in self._records:
-            mine = self.passed % self._rank.count == self._rank.number
+            mine = self.passed % self._group.size == self._group.rank
             self.passed += 1
             self._hash.update(os.fsencode(record.path) + b"\0")
             if mine:
@@ -314,17 +418,50 @@ class _Share:
         raise StopIteration
 
     def digest(self) -> str:
-        """Return the hash of all paths that passed by."""
+        """Return the hash of all paths so far."""
         return self._hash.hexdigest()
 
 
-def _identity(model: Model) -> str:
-    """Hash all that decides a score."""
-    # Of what was loaded, and not of its file, which a training run may have replaced since.
-    about = [model.config.to_dict(), model.calibrated().to_dict()]
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name, tensor in model.state_dict().items():
-        # The layout too: libraries sum in another order for another one.
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {tensor.stride()}".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+class _Highest:
+    """The `size` scores with the highest value of a signal, in one pass; of equal ones the first."""
+
+    def __init__(self, signal: str, size: int) -> None:
+        self.signal, self.size = signal, size
+        self._heap: list[tuple[float, int, Score]] = []
+        self._count = 0
+
+    def add(self, score: Score) -> None:
+        """Take a score if it is among the highest so far, with a copy of its image."""
+        if score.reason or not self.size:
+            return
+        self._count += 1
+        key = score.signals[self.signal], -self._count
+        if len(self._heap) == self.size and key < self._heap[0][:2]:
+            return
+        # The image is part of a batch, which it would keep in memory.
+        kept = score if score.image is None else replace(score, image=score.image.copy())
+        heapq.heappush(self._heap, (*key, kept))
+        if len(self._heap) > self.size:
+            heapq.heappop(self._heap)
+
+    def ascending(self) -> list[Score]:
+        """Return the scores, the highest last."""
+        return [score for _, _, score in sorted(self._heap, key=lambda entry: entry[:2])]
+
+    def save(self, path: pathlib.Path) -> None:
+        """Write the images atomically, with their paths as JSON."""
+        with_image = [score for score in self.ascending() if score.image is not None]
+        content = io.BytesIO()
+        paths = np.frombuffer(json.dumps([score.path for score in with_image]).encode(), np.uint8)
+        np.savez(content, paths=paths, **{str(i): score.image for i, score in enumerate(with_image)})
+        checkpoint.write_file(path, content.getvalue())
+
+
+def _read_images(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Read what `_Highest.save` wrote: path to image; nothing where the file is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            paths = json.loads(content["paths"].tobytes())
+            return {name: content[str(i)] for i, name in enumerate(paths)}
+    except (OSError, ValueError, KeyError):
+        return {}

@@ -1,219 +1,160 @@
-"""Scoring films with a trained model: streams of files, labelled evaluations, and pictures for reports."""
+"""Scoring streams of files in bounded memory, one result for every file in their order."""
 
-import dataclasses
 import functools
 import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
-from simsid import metrics
-from simsid.data import Failure, ImageSet, Record, load_images, stream_images
+from simsid.data import Failure, Record, stream_images
 from simsid.kernels.ranges import stage
-from simsid.metrics import Evaluation
-from simsid.models import signals
-from simsid.models.model import BATCH, Model
-from simsid.report.page import Example
+from simsid.models.base import BATCH, AnomalyModel, Scorer
+from simsid.models.signals import check_signals
 
 
 @dataclass(frozen=True)
 class Score:
-    """What became of one file.
+    """The result of one file.
 
-    `score` in 0..1, 1 is anomalous; `alarm` whether the model's signal lies above the threshold (None without one);
-    `signals` the raw values by name. A file that could not be read has `reason` and nothing else.
+    Args:
+        path: the file.
+        label: 0 normal, 1 abnormal, None unknown; from the list of files, where there is one.
+        finding: the kind of finding, from the list of files, or "".
+        score: 0..1, 1 is anomalous.
+        flagged: whether the signal lies above the threshold; None without a threshold.
+        signals: the raw values by name.
+        reason: why the file has no score; "" where it has one.
+        image: `[H, W]` float32 in -1..1 as the model saw it, for pictures. It is part of a batch: copy what is kept.
     """
 
     path: str
-    reason: str = ""
+    label: int | None = None
+    finding: str = ""
     score: float | None = None
-    alarm: bool | None = None
-    signals: dict[str, float] = dataclasses.field(default_factory=dict)
+    flagged: bool | None = None
+    signals: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+    image: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
-def threshold(model: Model, false_alarm_rate: float = 0.05, signal: str | None = None) -> float | None:
-    """Return the raw threshold above which at most `false_alarm_rate` of held-out normal films lie.
-
-    None where the model was calibrated without held-out films. `signal` defaults to the model's own.
-
-    Raises:
-        CalibrationError: the model has not been calibrated.
-        ValueError: a rate that does not lie strictly between 0 and 1.
-    """
-    if not 0 < false_alarm_rate < 1:
-        raise ValueError(f"false_alarm_rate must lie strictly between 0 and 1, got {false_alarm_rate!r}")
-    held = model.calibrated().holdout.get(signal or model.signal)
-    return metrics.normal_threshold(np.asarray(held), false_alarm_rate) if held else None
+def columns(signal_names: Iterable[str]) -> list[str]:
+    """Return the columns of `scores.csv`, the same for every command that writes one."""
+    return ["path", "label", "finding", "score", "flagged", *signal_names, "reason"]
 
 
-def preparation(model: Model) -> dict[str, object]:
-    """Return the options by which `simsid.data` prepares films for this model."""
-    config = model.config
-    return {"image_size": config.image_size, "aspect": config.aspect, "intensity": config.intensity}
+def row(score: Score, signal_names: Iterable[str]) -> list[object]:
+    """Return a row of `scores.csv`; values that a file lacks are empty cells."""
+    cells = [score.label, score.finding, score.score, None if score.flagged is None else int(score.flagged)]
+    values = [score.signals.get(name) for name in signal_names]
+    return [score.path, *("" if cell is None else cell for cell in (*cells, *values)), score.reason]
 
 
 def score_files(
-    model: Model,
+    model: AnomalyModel,
     files: Iterable[Record | str | os.PathLike],
     *,
-    false_alarm_rate: float = 0.05,
+    signal: str | None = None,
+    false_positive_rate: float = 0.05,
     batch_size: int = BATCH,
     workers: int | None = None,
 ) -> Iterator[Score]:
-    """Score files in bounded memory, one `Score` for every file, in their order, unreadable ones included.
+    """Score files in bounded memory: one `Score` for every file, in their order, unreadable ones included.
 
-    A file's score depends on nothing but the file: every batch has the same size.
+    A file's score depends on nothing but the file: every batch has the same size. A file whose signals are not finite
+    is a failed one, with the reason.
+
+    Args:
+        model: any calibrated model.
+        files: records or paths.
+        signal: the signal that scores and flags; None is the model's own.
+        false_positive_rate: share of held-out normal images that the threshold may flag.
+        batch_size: images of a forward pass.
+        workers: threads that decode; None is one per core.
 
     Raises:
         CalibrationError: the model has not been calibrated.
-        ValueError: at the call, a rate or batch size out of range; never for a file.
+        InputError: at the call, an option out of range; never for a file.
     """
-    limit = threshold(model, false_alarm_rate)
+    (name,) = check_signals([signal or model.signal], model.signal_names)
+    threshold = model.calibrated().threshold(name, false_positive_rate)
     files, order = itertools.tee(files)
-    batches = stream_images(files, **preparation(model), workers=workers, batch_size=batch_size)
-    return _in_order(order, _scored(model, limit, batch_size, batches))
+    prepared = model.preprocessing.to_dict()
+    batches = stream_images(files, **prepared, workers=workers, batch_size=batch_size)
+    judge = functools.partial(_results, model, name, threshold)
+    return _in_order(order, _scored(model.freeze(), judge, batch_size, batches))
+
+
+Batch = tuple[Tensor, list[Record], list[Failure]]
+Launched = Callable[[], dict[str, np.ndarray]]
 
 
 def _scored(
-    model: Model, limit: float | None, batch_size: int, batches: Iterable[tuple[Tensor, list[Record], list[Failure]]]
+    frozen: Scorer,
+    judge: Callable[[Launched, Batch], tuple[list[Score], list[Score]]],
+    batch_size: int,
+    batches: Iterable[Batch],
 ) -> Iterator[tuple[list[Score], list[Score]]]:
-    """Yield the scores of what could be read, and of what could not, batch by batch."""
-    # A GPU has the next batch before the last one is read back; a CPU would only be late.
-    ahead = 1 if model.device.type == "cuda" else 0
+    """Yield the results of files that could be read, and of the others, batch by batch."""
+    # On a GPU the next batch is launched before the last one is read back; on a CPU that would only add latency.
+    ahead = 1 if frozen.device.type == "cuda" else 0
     waiting: deque[Callable[[], tuple[list[Score], list[Score]]]] = deque()
-    for images, records, failures in batches:
+    for batch in batches:
+        images, records, _ = batch
         with stage("batch"):
-            found = model.launch_signals(images, batch_size=batch_size) if records else dict
-        waiting.append(functools.partial(_read_back, model, limit, found, records, failures))
+            launched = frozen.launch_signals(images, batch_size=batch_size) if records else dict
+        waiting.append(functools.partial(judge, launched, batch))
         if len(waiting) > ahead:
             yield waiting.popleft()()
     while waiting:
         yield waiting.popleft()()
 
 
-def _read_back(
-    model: Model,
-    limit: float | None,
-    launched: Callable[[], dict[str, np.ndarray]],
-    records: list[Record],
-    failures: list[Failure],
+def _results(
+    model: AnomalyModel, name: str, threshold: float | None, launched: Launched, batch: Batch
 ) -> tuple[list[Score], list[Score]]:
-    failed = [Score(failure.path, failure.reason) for failure in failures]
+    """Wait for a batch's signals and return its results, and those of the files that could not be read."""
+    images, records, failures = batch
+    failed = [Score(failure.path, reason=failure.reason) for failure in failures]
     if not records:
         return [], failed
-    name, found = model.signal, launched()
-    probability = model.calibrated().probability(name, found[name])
+    signals = launched()
+    probability = model.calibrated().probability(name, signals[name])
     scores = []
     for i, record in enumerate(records):
-        values = {key: float(column[i]) for key, column in found.items()}
-        alarm = None if limit is None else values[name] > limit
-        scores.append(Score(record.path, score=float(probability[i]), alarm=alarm, signals=values))
+        about = {"path": record.path, "label": record.label, "finding": record.finding}
+        values = {key: float(column[i]) for key, column in signals.items()}
+        wrong = [key for key, value in values.items() if not np.isfinite(value)]
+        if wrong:
+            scores.append(Score(**about, reason=f"the signal {wrong[0]} is {values[wrong[0]]}"))
+            continue
+        flagged = None if threshold is None else values[name] > threshold
+        scores.append(
+            Score(
+                **about,
+                score=float(probability[i]),
+                flagged=flagged,
+                signals=values,
+                image=images[i, 0].numpy(),
+            )
+        )
     return scores, failed
 
 
 def _in_order(
     files: Iterator[Record | str | os.PathLike], batches: Iterable[tuple[list[Score], list[Score]]]
 ) -> Iterator[Score]:
-    """Put failures back between the scores, where their files stood."""
+    """Put failures back between the scores, in the order of the files."""
     for scores, failed in batches:
         waiting, missing = iter(scores), iter(failed)
         failure = next(missing, None)
         for file in itertools.islice(files, len(scores) + len(failed)):
-            path = file.path if isinstance(file, Record) else os.fspath(file)
-            if failure is not None and failure.path == path:
-                yield failure
+            record = file if isinstance(file, Record) else Record(os.fspath(file))
+            if failure is not None and failure.path == record.path:
+                yield Score(record.path, record.label, record.finding, reason=failure.reason)
                 failure = next(missing, None)
             else:
                 yield next(waiting)
-
-
-def require_labels(labels: Iterable[int | None]) -> None:
-    """Refuse labels that cannot be evaluated: -1 or None (unknown) among them, or one kind only.
-
-    Raises:
-        ValueError: saying how many there are of what.
-    """
-    labels = [-1 if label is None else int(label) for label in labels]
-    unknown, normal, abnormal = (labels.count(value) for value in (-1, 0, 1))
-    if unknown:
-        raise ValueError(f"evaluation needs a label for every image, got {unknown} of {len(labels)} without one")
-    if not normal or not abnormal:
-        raise ValueError(f"evaluation needs normal and abnormal images, got {normal} normal and {abnormal} abnormal")
-
-
-def evaluate(model: Model, images: ImageSet, *, false_alarm_rate: float = 0.05) -> Evaluation:
-    """Return every signal of a labelled set, with thresholds from the model's held-out normal films.
-
-    Raises:
-        CalibrationError: the model has not been calibrated.
-        ValueError: an image without a label, labels of one kind only, or a rate out of range.
-    """
-    require_labels(images.labels)
-    threshold(model, false_alarm_rate)
-    holdout = {name: np.asarray(values) for name, values in model.calibrated().holdout.items()}
-    return Evaluation(
-        labels=images.labels,
-        findings=[
-            finding or ("abnormal" if label else "normal") for finding, label in zip(images.findings, images.labels)
-        ],
-        paths=images.paths,
-        signals=model.signals(images.batches()),
-        default=model.signal,
-        holdout=holdout or None,
-        false_alarm_rate=false_alarm_rate,
-    )
-
-
-def examples(model: Model, images: ImageSet, scores: np.ndarray, places: Iterable[int]) -> list[Example]:
-    """Return the images at `places` with reconstruction and heat map; `scores` `[n]` are what the page shows."""
-    places = [int(place) for place in places]
-    if not places:
-        return []
-    batch = images.batch(places)
-    reconstruction = model.reconstruct(batch)
-    heat = signals.heat_map(batch, reconstruction)
-    return [
-        Example(
-            path=record.path,
-            finding=record.finding,
-            label=record.label,
-            score=float(scores[place]),
-            input=batch[i, 0].numpy(),
-            reconstruction=reconstruction[i, 0].numpy(),
-            heat_map=heat[i].numpy(),
-        )
-        for i, (place, record) in enumerate(zip(places, (images.records[place] for place in places)))
-    ]
-
-
-def typical_places(evaluation: Evaluation, each: int = 3) -> list[int]:
-    """Return places to show: of every kind of image, normal first, those at even steps through its scores."""
-    values = evaluation.signals[evaluation.default]
-    groups = [np.flatnonzero(evaluation.labels == 0)]
-    groups += [
-        np.flatnonzero(
-            [finding == kind and label == 1 for finding, label in zip(evaluation.findings, evaluation.labels)]
-        )
-        for kind in evaluation.kinds
-    ]
-    chosen: list[int] = []
-    for group in groups:
-        ordered = group[np.argsort(values[group], kind="stable")]
-        steps = np.unique(np.linspace(0, len(ordered) - 1, 2 * each + 1).round().astype(int)[1::2])
-        chosen += ordered[steps].tolist()
-    return chosen
-
-
-def examples_of_files(model: Model, scores: Iterable[Score], count: int) -> list[Example]:
-    """Return the `count` files with the highest scores, read again for their pictures."""
-    read = [score for score in scores if not score.reason]
-    top = sorted(read, key=lambda score: -score.signals[model.signal])[:count]
-    if not top:
-        return []
-    images = load_images([score.path for score in top], **preparation(model))
-    value = {score.path: score.score for score in top}
-    return examples(model, images, np.array([value[path] for path in images.paths]), range(len(images)))

@@ -1,34 +1,42 @@
 """The folder of a training run: configuration, data manifest, metrics, checkpoints, and one writer at a time.
 
-run.json        what was asked: data, model and training configuration, versions
-manifest.csv    every file: path, sha256, split, label, finding, patient
-metrics.jsonl   one line an epoch
-last.json, last-*.safetensors      the training state; training goes on from here
-model.json, model-*.safetensors    the best model so far; `Model.load(run)` reads it
+run.json                          the request: data, model and training configuration, versions
+manifest.csv                      every file: path, sha256, split, label, finding, patient
+metrics.jsonl                     one line per epoch
+last.json, last-*.safetensors     the training state, from which a run resumes
+model.json, model-*.safetensors   the best model so far; `simsid.load(folder)` reads it
 """
 
-import csv
 import hashlib
-import io
 import json
 import os
 import pathlib
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from simsid import __version__, checkpoint
+from simsid.data import ImageSet, Record
 from simsid.errors import RunError
 
 WRITTEN = ("run.json", "manifest.csv", "metrics.jsonl", "last.json", "last-*", "model.json", "model-*")
-"""What a run folder consists of; a file being written has its name with a dot before and an ending after."""
+"""The files of a run folder; an unfinished one has a dot before its name and a random ending after it."""
 
 
 class RunFolder:
-    """A run folder held by this process; a second holder is refused, and a killed one lets go."""
+    """A run folder that this process alone writes into, until it is closed or the process ends.
+
+    Args:
+        folder: created where it does not exist.
+
+    Raises:
+        RunError: another process has it, or it is a file.
+    """
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.path = pathlib.Path(folder)
@@ -40,13 +48,13 @@ class RunFolder:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise RunError(f"{self.path} is in use by another process that writes into it") from None
-        # What a killed process was writing; the holder of the lock is the only writer.
+        # Unfinished files of a killed process. Nobody writes them now: the holder of the lock is the only writer.
         for name in WRITTEN:
             for unfinished in self.path.glob(f".{name}.*"):
                 unfinished.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Let other processes write into the folder."""
         self._lock.release()
 
     def __enter__(self) -> "RunFolder":
@@ -57,52 +65,74 @@ class RunFolder:
 
     @property
     def started(self) -> bool:
-        """Whether a training state lies here."""
+        """Whether the folder holds a training state."""
         return (self.path / "last.json").exists()
 
     @property
     def taken(self) -> bool:
-        """Whether a run or a model lies here, which a new run would overwrite."""
+        """Whether the folder holds a run or a model, which a new run would overwrite."""
         return self.started or (self.path / "model.json").exists()
 
-    def write_request(self, document: dict[str, object]) -> None:
-        """Write run.json."""
-        checkpoint.write_json(self.path / "run.json", {**document, "versions": versions()})
+    def write_request(self, document: Mapping[str, object]) -> None:
+        """Write run.json: the document and the versions in use."""
+        with self.writing("run.json"):
+            checkpoint.write_json(self.path / "run.json", {**document, "versions": versions()})
 
     def read_request(self) -> dict[str, object]:
         """Read run.json."""
         return checkpoint.read_json(self.path / "run.json")
 
-    def write_manifest(self, records: Iterable[object]) -> None:
-        """Write manifest.csv: the records with the hash of each file (empty for images that are no files)."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["path", "sha256", "split", "label", "finding", "patient"])
-        for record in records:
-            label = "" if record.label is None else record.label
-            writer.writerow([record.path, _sha256(record.path), record.split, label, record.finding, record.patient])
-        # File names may hold bytes that are no UTF-8; they are written as they are.
-        checkpoint.write_file(self.path / "manifest.csv", text.getvalue().encode("utf-8", "surrogateescape"))
+    def write_manifest(self, records: Iterable[Record], loaded: Iterable[ImageSet] = ()) -> None:
+        """Write manifest.csv: the records with the SHA-256 of each file, empty for images that are not files.
 
-    def write_state(self, tensors: dict[str, Tensor], document: dict[str, object]) -> None:
-        """Write the training state, whole or not at all."""
-        checkpoint.write(self.path, "last", tensors, {"kind": "simsid training state", **document})
+        Args:
+            records: one for each row.
+            loaded: images that were read, with the hashes of their files; only other files are read here.
+        """
+        hashes = {path: digest for images in loaded for path, digest in zip(images.paths, images.sha256)}
+        columns = ["path", "sha256", "split", "label", "finding", "patient"]
+        with self.writing("manifest.csv"), checkpoint.csv_writer(self.path / "manifest.csv", columns) as write:
+            for record in records:
+                digest = hashes.get(record.path)
+                digest = _sha256(record.path) if digest is None else digest
+                write([record.path, digest, record.split, record.label, record.finding, record.patient])
 
-    def write_metrics(self, epochs: list[dict[str, object]]) -> None:
-        """Write metrics.jsonl anew, as after a resume: what a killed process wrote beyond its state goes."""
+    def write_state(self, tensors: dict[str, Tensor], document: Mapping[str, object]) -> None:
+        """Write the training state atomically."""
+        with self.writing("last.json"):
+            checkpoint.write(self.path, "last", tensors, {"kind": "simsid training state", **document})
+
+    def write_metrics(self, epochs: Iterable[Mapping[str, object]]) -> None:
+        """Replace metrics.jsonl: a resumed run drops the epochs that a killed process wrote after its last state."""
         lines = "".join(json.dumps(epoch) + "\n" for epoch in epochs)
-        checkpoint.write_file(self.path / "metrics.jsonl", lines.encode())
+        with self.writing("metrics.jsonl"):
+            checkpoint.write_file(self.path / "metrics.jsonl", lines.encode())
 
-    def append_metrics(self, epoch: dict[str, object]) -> None:
-        """Add a line to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+    def append_metrics(self, epoch: Mapping[str, object]) -> None:
+        """Append a line to metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        with self.writing("metrics.jsonl"), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(epoch) + "\n")
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Turn an error of the file system, such as a full disk, into one that names the file and the remedy.
+
+        Raises:
+            RunError: instead of an `OSError` of the block.
+        """
+        try:
+            yield
+        except OSError as error:
+            path = error.filename or self.path / name
+            remedy = "resume the run, whose last state is intact" if self.started else "start the run again"
+            raise RunError(
+                f"{path} cannot be written: {error.strerror or error}; correct this, then {remedy} ({self.path})"
+            ) from error
 
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
-    import numpy as np
-
     return {
         "simsid": __version__,
         "torch": torch.__version__,

@@ -587,7 +587,7 @@ def test_partition_holds_out_where_there_are_too_few_and_keeps_patients_apart():
 def test_partition_of_one_patient_has_nothing_to_hold_out(simsid, films, tmp_path):
     train, val = cli.partition(records("train:0:a train:0:a"), 0.1)
     assert len(train) == 2 and val == []
-    with pytest.raises(cli.UsageError, match="no normal image to train on"):
+    with pytest.raises(ValueError, match="no normal image to train on"):
         cli.partition(records("train:1:a test:0:b"), 0.1)
     with open(tmp_path / "list.csv", "w", newline="") as file:
         csv.writer(file).writerows([["path", "patient"], *([path, "one"] for path in sorted(films.iterdir()))])

@@ -71,7 +71,7 @@ def test_absent_and_empty_folders(tmp_path):
         Radiographs(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
         Radiographs(tmp_path / "absent")
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         Radiographs(save(tmp_path / "a.png", ramp()))
 
 

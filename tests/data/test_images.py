@@ -1,18 +1,23 @@
 """Loading in parallel: values, depth, order, failures, bounded memory."""
 
+import hashlib
 import itertools
+import pathlib
 import threading
+import types
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sample_files import ramp, save, write_dicom
+from torch.utils.data import DataLoader
 
 import simsid.data.images
-from simsid.data import Failure, ImageSet, Record, load_images, stream_images
+from simsid.data import Failure, ImageSet, Preprocessing, Record, load_images, read, stream_images
 from simsid.data.images import FAILURES_AT_ONCE
 from simsid.data.reading import read_image
+from simsid.errors import InputError, InputTypeError, NonFiniteError, ReadError
 
 DEEP = ramp(40, 50, 65535, np.uint16)
 
@@ -58,15 +63,16 @@ def test_one_error_where_every_file_fails_or_there_is_none(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"none of the 2 files could be read; the first, .*a\.png: the file is not a"):
         load_images([tmp_path / "a.png", tmp_path / "b.png"])
-    with pytest.raises(ValueError, match="no image to load"):
+    with pytest.raises(ValueError, match="records must name at least one image, got none"):
         load_images([])
 
 
 def test_an_unforeseen_error_is_a_failure_of_that_file(folder, monkeypatch):
-    def read(path, **options):
-        if path.endswith("3.png"):
+    def read(file, **options):
+        image = read_image(file, **options)
+        if image.pixels.max() == 150:
             raise RuntimeError("odd\nthing")
-        return read_image(path, **options)
+        return image
 
     monkeypatch.setattr(simsid.data.images, "read_image", read)
     images = load_images(folder, 8)
@@ -298,15 +304,110 @@ def test_select(folder, tmp_path, deep):
     assert len(images.select(images.labels == 1)) == 0
 
 
-def test_an_image_set_checks_its_parts():
-    pixels = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
-    records = (Record("a"), Record("b"))
-    with pytest.raises(ValueError, match="2 images but 1 records"):
-        ImageSet(pixels, records[:1])
-    with pytest.raises(ValueError, match="uint8 or uint16"):
-        ImageSet(pixels.float(), records)
-    with pytest.raises(ValueError, match=r"\[n, 1, H, W\]"):
-        ImageSet(pixels[:, 0], records)
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"records": (Record("a"),)}, "records must be one for each image, got 1 for 2"),
+        ({"sha256": ("",)}, "sha256 must be one for each image, got 1 for 2"),
+        ({"pixels": torch.zeros(2, 1, 4, 4, dtype=torch.int32)}, "uint8 or uint16, or float32 in -1..1, got torch.int"),
+        ({"pixels": torch.zeros(2, 4, 4, dtype=torch.uint8)}, r"shape \[n, 1, H, W\], got \[2, 4, 4\]"),
+        ({"pixels": torch.full((2, 1, 4, 4), 255.0)}, "pixels must lie in -1..1, .* got 255 to 255"),
+    ],
+    ids=["records", "hashes", "dtype", "shape", "range"],
+)
+def test_image_set_refuses_parts_that_do_not_fit(parts, message):
+    fitting = {"pixels": torch.zeros(2, 1, 4, 4, dtype=torch.uint8), "records": (Record("a"), Record("b"))}
+    with pytest.raises(InputError, match=message):
+        ImageSet(**{**fitting, **parts})
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_image_set_gives_the_same_batches_through_a_data_loader(dtype, workers):
+    records = tuple(Record(str(i), label=label) for i, label in enumerate((0, 1, None)))
+    pixels = torch.tensor([0, 1, 0.5]) if dtype.is_floating_point else torch.tensor([0, 255, 7], dtype=torch.int32)
+    images = ImageSet(pixels.to(dtype).view(3, 1, 1, 1).expand(3, 1, 4, 6).clone(), records)
+    image, label = images[-1]
+    assert (image.shape, image.dtype, label.dtype) == ((1, 4, 6), torch.float32, torch.int64)
+    batches = list(DataLoader(images, batch_size=2, num_workers=workers))
+    assert torch.equal(torch.cat([batch for batch, _ in batches]), images.batch(slice(None)))
+    assert torch.cat([labels for _, labels in batches]).tolist() == images.labels.tolist() == [0, 1, -1]
+    assert len(list(images)) == 3
+    with pytest.raises(IndexError):
+        images[3]
+
+
+def test_float_images_keep_their_values():
+    pixels = torch.linspace(-1, 1, 32).view(2, 1, 4, 4)
+    images = ImageSet(pixels, (Record("a"), Record("b")), sha256=("x", "y"))
+    assert torch.equal(images.batch([1, 0]), pixels[[1, 0]])
+    assert torch.equal(torch.cat(list(images.batches(1))), pixels)
+    assert images.select([1]).sha256 == ("y",)
+
+
+def test_each_file_is_opened_once_and_hashed_from_the_decoded_bytes(folder, monkeypatch):
+    opened = []
+    open_file = simsid.data.images.open_file
+    monkeypatch.setattr(simsid.data.images, "open_file", lambda path: opened.append(path) or open_file(path))
+    images = load_images(folder, 8)
+    assert sorted(opened) == sorted(map(str, folder))
+    files = [*images.paths, images.failures[0].path]
+    hashes = [*images.sha256, images.failures[0].sha256]
+    assert hashes == [hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest() for file in files]
+    assert images.select([2]).sha256 == images.sha256[2:3]
+
+
+@pytest.mark.parametrize("function", [load_images, stream_images])
+@pytest.mark.parametrize("wrong", ["folder", pathlib.Path("folder"), None, 3, Record("a")])
+def test_single_paths_and_other_objects_are_refused_as_records(function, wrong):
+    with pytest.raises(InputTypeError, match=r"records must be a list of records or paths, got .*open_dataset"):
+        function(wrong)
+    with pytest.raises(InputTypeError, match="got an item of type int"):
+        list(function([3]))
+
+
+def test_read_prepares_files_and_arrays_as_load_images_does(folder, tmp_path):
+    deep = save(tmp_path / "deep.png", DEEP)
+    preprocessing = Preprocessing(16, "pad", "minmax")
+    for path, pixels in ((folder[1], np.full((11, 14), 50, np.uint8)), (deep, DEEP)):
+        expected = load_images([path], 16, aspect="pad", intensity="minmax").batch([0])
+        model = types.SimpleNamespace(preprocessing=preprocessing)
+        for source in (path, str(path), pixels, torch.from_numpy(pixels)):
+            assert torch.equal(read(source, model), expected)
+            assert torch.equal(read(source, preprocessing), expected)
+            assert torch.equal(read(source, image_size=16, aspect="pad", intensity="minmax"), expected)
+    assert torch.equal(read(DEEP, image_size=40), load_images([deep], 40).batch([0]))
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32, np.float64])
+def test_read_maps_arrays_without_a_display_range_by_their_percentiles(dtype):
+    pixels = ramp(40, 50, 1000).astype(dtype) - 500 + np.arange(50).astype(dtype)
+    values = read(pixels, image_size=(40, 50))
+    assert values.shape == (1, 1, 40, 50) and (values.min(), values.max()) == (-1, 1)
+    with pytest.raises(ReadError, match="declare no range"):
+        read(pixels, intensity="range")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((np.zeros((2, 4, 4), np.uint8),), InputError, r"path_or_array must have shape \[H, W\], got \[2, 4, 4\]"),
+        ((np.full((4, 4), np.nan),), NonFiniteError, "path_or_array must be finite"),
+        ((np.zeros((4, 4), bool),), InputTypeError, "integers or floats, got dtype bool"),
+        ((None,), InputTypeError, "must be a path or a 2-D array, got NoneType"),
+        ((np.zeros((4, 4)), 128), InputTypeError, "must be a model or a Preprocessing, got int"),
+        (("absent.png",), ReadError, "^absent.png: the file cannot be read: No such file"),
+    ],
+    ids=["three axes", "NaN", "bool", "None", "no model", "absent"],
+)
+def test_read_refuses_what_it_cannot_prepare(arguments, error, message):
+    with pytest.raises(error, match=message):
+        read(*arguments)
+
+
+def test_read_refuses_options_beside_a_preprocessing():
+    with pytest.raises(InputError, match="must be left out"):
+        read(np.zeros((4, 4)), Preprocessing(), image_size=64)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

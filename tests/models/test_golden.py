@@ -43,7 +43,7 @@ def generator_loss(model: Model, images: torch.Tensor):
         weights.teacher_weight * losses.reconstruction_loss(images, found.teacher)
         + weights.student_weight * losses.reconstruction_loss(images, found.student)
         + weights.distillation_weight * found.distillation
-        + weights.generator_weight * losses.adversarial_loss(model.discriminator(found.student), real=True)
+        + weights.adversarial_weight * losses.adversarial_loss(model.discriminator(found.student), real=True)
     )
     return loss, found
 

@@ -1,81 +1,24 @@
+"""The report as a file: what it holds, that nothing in it is loaded or run, and that it is written atomically."""
+
 import base64
 import dataclasses
+import hashlib
 import io
+import re
 import subprocess
 import sys
 import warnings
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import samples
 from PIL import Image
+from samples import HOSTILE, SIGNALS, Page, write
 
-from simsid.metrics import Evaluation
-from simsid.report.page import NOTICE, Example, write_picture, write_report
-
-NASTY = '<script src="http://evil.example/x.js">alert(1)</script>&"\'$x_$.png'
-SIGNALS = ("local_residual", "residual", "discriminator_running")
-
-
-class Page(HTMLParser):
-    """Collects what a browser would load and show."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.loaded, self.images, self.shown = [], [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.tags.append(tag)
-        self.loaded += [value for name, value in attributes.items() if name in ("src", "href", "srcset", "data")]
-        if tag == "img":
-            self.images.append(attributes)
-
-    def handle_data(self, data):
-        self.shown.append(data)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.shown).split())
-
-
-def some_evaluation(kinds=("missing", NASTY), held_out=40):
-    generator = np.random.default_rng(0)
-    labels = np.repeat([0, 1], [40, 30])
-    findings = ["NORMAL"] * 40 + [kinds[i % len(kinds)] for i in range(30)]
-    signals = {name: generator.normal(size=70) + place * labels for place, name in enumerate(SIGNALS)}
-    holdout = {name: generator.normal(size=held_out) for name in SIGNALS} if held_out else None
-    return Evaluation(labels, findings, [f"{i}.png" for i in range(70)], signals, "residual", holdout)
-
-
-def some_examples(count=3, shape=(24, 20)):
-    generator = np.random.default_rng(1)
-    return [
-        Example(
-            path=f"patients/{NASTY}" if i == 0 else f"patients/{i}.png",
-            finding=NASTY if i == 0 else "missing",
-            label=(1, 0, None)[i % 3],
-            score=0.5 * i,
-            input=generator.uniform(-1, 1, shape).astype(np.float32),
-            reconstruction=generator.uniform(-1, 1, shape).astype(np.float32),
-            heat_map=generator.exponential(size=shape).astype(np.float32),
-        )
-        for i in range(count)
-    ]
-
-
-def write(path, **changes):
-    arguments = {
-        "title": f"Report {NASTY}",
-        "evaluation": None,
-        "examples": [],
-        "configuration": {"model": {"width": 8, NASTY: NASTY}, NASTY: {}},
-        "versions": {"simsid": "0.1.0", NASTY: NASTY},
-        "notes": [NASTY],
-    }
-    write_report(path, **{**arguments, **changes})
-    return path.read_text("utf-8")
+from simsid.evaluation import Evaluation
+from simsid.report import Example, FilmRow, write_picture
+from simsid.report import page as module
+from simsid.report.render import NOTICE
 
 
 def pixels(attributes):
@@ -84,11 +27,24 @@ def pixels(attributes):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data, validate=True))))
 
 
+def pictures(page, *names):
+    return [pixels(image) for image in page.images if image["alt"].startswith(names)]
+
+
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write(
-        tmp_path_factory.mktemp("report") / "report.html", evaluation=some_evaluation(), examples=some_examples()
-    )
+def arguments():
+    return {
+        "evaluation": samples.evaluation(),
+        "examples": samples.examples(),
+        "rows": samples.rows(pages=2),
+        "warnings": [f"The images have shifted {HOSTILE}"],
+        "descriptions": {"residual": f"mean squared difference {HOSTILE}"},
+    }
+
+
+@pytest.fixture(scope="module")
+def text(arguments, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("report") / "report.html", **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -96,30 +52,46 @@ def page(text):
     return Page(text)
 
 
-def test_nothing_is_requested(page, text):
+def test_page_loads_nothing(page, text):
     assert all(value.startswith("data:image/png;base64,") for value in page.loaded)
-    assert not {"script", "link", "iframe", "object", "embed", "base", "form", "video", "audio"} & set(page.tags)
+    assert all(re.fullmatch(r"#example-\d|films/[\w.-]+\.html", link) for link in page.links)
+    assert not {"link", "iframe", "object", "embed", "base", "form", "video", "audio"} & set(page.tags)
     style = text[text.index("<style>") : text.index("</style>")]
-    assert "url(" not in style
-    assert "@import" not in style
-    assert "default-src 'none'" in text
+    assert "url(" not in style and "@import" not in style
 
 
-def test_names_are_escaped(page, text):
-    assert "<script" not in text
-    assert page.text.count(NASTY) >= 6  # title, note, finding, configuration, versions, file name
-    assert sum(NASTY in image["alt"] for image in page.images) >= 3
+def test_policy_allows_only_the_style_and_script_of_the_page(page, text):
+    assert page.tags.count("script") == page.tags.count("style") == 1
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]+)"', text)
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    for tag in ("style", "script"):
+        content = re.search(f"<{tag}>(.*?)</{tag}>", text, re.S).group(1)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert rules.pop(f"{tag}-src") == f"'sha256-{digest}'"
+    assert rules == {"default-src": "'none'", "img-src": "data:", "base-uri": "'none'", "form-action": "'none'"}
 
 
-def test_every_picture_is_there_and_described(page):
-    assert len(page.images) == 2 + len(SIGNALS) + 3 * 3
+def test_page_without_table_allows_no_script(tmp_path):
+    text = write(tmp_path / "r.html")
+    assert "script-src 'none'" in text and "<script" not in text
+
+
+def test_hostile_names_are_escaped(page, text):
+    assert text.count("<script") == 1
+    # Title, warning, note, description, finding, example, row, reason, configuration, versions.
+    assert page.text.count(HOSTILE) >= 12
+    assert sum(HOSTILE in image["alt"] for image in page.images) >= 3
+
+
+def test_every_picture_has_a_description(page):
+    assert len(page.images) == 2 + len(SIGNALS) + 1 + 3 * 3  # curves, histograms, color scale, examples
     assert all(len(image["alt"]) > 20 for image in page.images)
     assert all(pixels(image).size for image in page.images)
     assert "residual AUC 0." in page.images[0]["alt"]
 
 
-def test_the_figures_of_every_row_are_shown(page):
-    rows = some_evaluation().rows()
+def test_figures_of_every_row_are_shown(page):
+    rows = samples.evaluation().rows()
     for row in rows:
         assert f"{row.auc:.3f} {row.low:.3f} to {row.high:.3f}" in page.text
         for value in (row.average_precision, row.sensitivity, row.specificity, row.f1, row.best_accuracy, row.best_f1):
@@ -129,9 +101,23 @@ def test_the_figures_of_every_row_are_shown(page):
     assert page.text.count(NOTICE) == 2
 
 
-def test_example_pictures_are_the_examples(page):
-    example = some_examples()[0]
-    shown = [pixels(image) for image in page.images if image["alt"].startswith(("input", "reconstruction", "heat"))]
+def test_in_sample_figures_are_marked_only_where_they_are(page, tmp_path):
+    assert "in-sample" not in page.text
+    marked = Page(write(tmp_path / "r.html", evaluation=samples.evaluation(in_sample=True))).text
+    assert "Sensitivity and false positive rate are in-sample: the held-out normal images" in marked
+    assert "False positive rate (in-sample)" in marked and "At the held-out threshold, in-sample" in marked
+
+
+def test_finding_named_all_stays_apart_from_the_total(tmp_path):
+    evaluation = samples.evaluation(kinds=("all", "missing"))
+    text = Page(write(tmp_path / "r.html", evaluation=evaluation)).text
+    table = text.split("AUC by finding")[1].split("Scores")[0]
+    assert " all abnormal 30 " in table and " all 15 " in table and " missing 15 " in table
+
+
+def test_example_pictures_show_the_example(page):
+    example = samples.examples()[0]
+    shown = pictures(page, "input", "reconstruction", "heat")
     np.testing.assert_allclose(shown[0] / 127.5 - 1.0, example.input, atol=0.005)
     np.testing.assert_allclose(shown[1] / 127.5 - 1.0, example.reconstruction, atol=0.005)
     assert shown[2].shape == (24, 20, 3)
@@ -139,37 +125,41 @@ def test_example_pictures_are_the_examples(page):
     assert shown[2][hot].mean() > 2.0 * shown[2][cold].mean()
 
 
-def test_all_examples_share_one_heat_scale(tmp_path):
-    quiet, loud = some_examples(2)
+def test_examples_share_one_heat_scale(tmp_path):
+    quiet, loud = samples.examples(2)
     quiet = dataclasses.replace(quiet, heat_map=0.01 * quiet.heat_map, path="quiet.png")
     page = Page(write(tmp_path / "r.html", examples=[quiet, loud]))
-    shown = {image["alt"].split()[3]: pixels(image) for image in page.images if image["alt"].startswith("heat map")}
-    redness = [shown[name][..., 0].astype(int).max() for name in ("quiet.png,", "1.png,")]
-    assert redness[0] < 150 < redness[1]
+    reddest = [pixels[..., 0].max() for pixels in pictures(page, "heat map")]
+    assert reddest[0] < 150 < reddest[1]
 
 
-def test_without_labels_only_the_examples_are_shown(tmp_path):
-    page = Page(write(tmp_path / "r.html", examples=some_examples(4)))
-    assert len(page.images) == 12
-    assert "AUC" not in page.text
-    assert "Examples" in page.text
+def test_examples_without_reconstruction_or_map_show_the_input(tmp_path):
+    example = dataclasses.replace(samples.examples(1)[0], reconstruction=None, heat_map=None)
+    page = Page(write(tmp_path / "r.html", examples=[example]))
+    assert [image["alt"].split()[0] for image in page.images] == ["input"]
+    assert "color scale" not in page.text
 
 
-def test_without_examples_or_held_out_images(tmp_path):
-    page = Page(write(tmp_path / "r.html", evaluation=some_evaluation(kinds=("PNEUMONIA",), held_out=0)))
+def test_page_without_labels_shows_no_figures(tmp_path):
+    page = Page(write(tmp_path / "r.html", examples=samples.examples(4)))
+    assert len(page.images) == 12 + 1
+    assert "AUC" not in page.text and "Examples" in page.text
+
+
+def test_page_without_held_out_images_has_no_threshold(tmp_path):
+    page = Page(write(tmp_path / "r.html", evaluation=samples.evaluation(kinds=("PNEUMONIA",), held_out=0)))
     assert len(page.images) == 2 + len(SIGNALS)
-    assert "Examples" not in page.text
-    assert "no held-out normal images" in page.text
+    assert "Examples" not in page.text and "no held-out normal images" in page.text
     assert "all abnormal" not in page.text.split("AUC by finding")[1].split("Scores")[0]
 
 
-def test_too_few_held_out_images_are_confessed(tmp_path):
+def test_too_few_held_out_images_are_reported(tmp_path):
     with pytest.warns(UserWarning, match="cannot promise"):
-        page = Page(write(tmp_path / "r.html", evaluation=some_evaluation(held_out=5)))
+        page = Page(write(tmp_path / "r.html", evaluation=samples.evaluation(held_out=5)))
     assert "5 held-out normal images, too few to promise that" in page.text
 
 
-def test_extreme_input_draws(tmp_path):
+def test_extreme_values_draw_without_warnings(tmp_path):
     labels = np.array([0, 0, 1])
     scores = {"residual": np.zeros(3), "_odd": np.array([0.0, 1e300, -1e300])}
     evaluation = Evaluation(
@@ -179,25 +169,63 @@ def test_extreme_input_draws(tmp_path):
     example = Example("\udcff.png", "", None, float("nan"), flat, flat, np.zeros((4, 4)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        text = write(tmp_path / "r.html", evaluation=evaluation, examples=[example])
-    assert "\\udcff.png" in text
+        text = write(
+            tmp_path / "r.html", evaluation=evaluation, examples=[example], rows=[FilmRow("\udcff.png", score=0.5)]
+        )
+    assert text.count("\\udcff.png") >= 2
+
+
+def test_table_sorts_by_score_with_failures_last(page):
+    shown = page.text.split("All images")[1].split("Configuration and versions")[0]
+    scores = sorted((row.score for row in samples.rows() if row.score is not None), reverse=True)
+    positions = [shown.index(f" {score:.4f} ") for score in scores]
+    assert positions == sorted(positions)
+    assert positions[-1] < shown.index("not scored: the file is cut short")
+
+
+def test_rows_link_to_their_page_else_to_their_example(page, arguments):
+    paths = {example.path for example in arguments["examples"]}
+    pages = [row.page for row in arguments["rows"] if row.page]
+    assert len(pages) == 2 and set(pages) < set(page.links)
+    assert [link for link in page.links if link.startswith("#")] == ["#example-3"]  # the first two have pages
+    assert "patients/2.png" in paths
+
+
+def test_table_of_5000_images_stays_light_and_names_what_it_leaves_out(tmp_path, monkeypatch):
+    text = write(tmp_path / "r.html", rows=samples.rows(5001))
+    assert Page(text).text.count(" abnormal ") > 1000
+    assert len(text) < 800_000
+    assert "The 5000 highest scores; 1 more files" in text and "cut short" not in text
+
+
+@pytest.mark.parametrize(
+    ("paths", "folder"),
+    [
+        (["/a/b/1.png", "/a/b/c/2.png"], "/a/b/"),
+        (["/a/1.png", "b/2.png"], ""),  # absolute and relative
+        (["1.png", "b/2.png"], ""),
+        (["/1.png"], "/"),
+        ([], ""),
+    ],
+)
+def test_folder_that_all_files_share_is_shown_once(paths, folder):
+    assert module._folder([FilmRow(path) for path in paths]) == folder
 
 
 def test_large_pictures_are_reduced(tmp_path):
-    page = Page(write(tmp_path / "r.html", examples=some_examples(1, (800, 400))))
-    assert [pixels(image).shape[:2] for image in page.images] == [(384, 192)] * 3
+    page = Page(write(tmp_path / "r.html", examples=samples.examples(1, (800, 400))))
+    assert [shown.shape[:2] for shown in pictures(page, "input", "reconstruction", "heat")] == [(384, 192)] * 3
 
 
-def test_the_same_arguments_give_the_same_bytes(text, tmp_path):
-    assert write(tmp_path / "r.html", evaluation=some_evaluation(), examples=some_examples()) == text
+def test_same_arguments_give_the_same_bytes(arguments, text, tmp_path):
+    assert write(tmp_path / "r.html", **arguments) == text
 
 
-def test_the_file_is_replaced_whole(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_page(tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("old")
     write(path)
     assert path.read_text("utf-8").endswith("</html>\n")
-    assert list(tmp_path.iterdir()) == [path]
     before = path.read_bytes()
 
     def fail(*_):
@@ -211,21 +239,20 @@ def test_the_file_is_replaced_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_picture_is_1200_wide(tmp_path, labelled):
+def test_picture_is_1200_pixels_wide(tmp_path, labelled):
     path = tmp_path / "picture.png"
-    write_picture(path, some_examples(5), some_evaluation() if labelled else None)
+    write_picture(path, samples.examples(5), samples.evaluation() if labelled else None)
     picture = Image.open(path)
-    assert picture.width == 1200
-    assert 400 < picture.height < 1200
+    assert picture.width == 1200 and 400 < picture.height < 1200
     assert len(picture.convert("RGB").getcolors(1 << 24)) > 500
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(ValueError, match="at least one example"):
         write_picture(path, [])
 
 
-def test_examples_are_checked():
-    good = some_examples(1)[0]
-    with pytest.raises(ValueError, match=r"share one shape \[H, W\], got \[\[24, 20\], \[24, 20\], \[3, 3\]\]"):
+def test_examples_of_unequal_shapes_are_refused():
+    good = samples.examples(1)[0]
+    with pytest.raises(ValueError, match=r"share one shape \[H, W\], got .*'heat_map': \[3, 3\]"):
         dataclasses.replace(good, heat_map=np.zeros((3, 3)))
     with pytest.raises(ValueError, match="share one shape"):
         dataclasses.replace(good, **dict.fromkeys(("input", "reconstruction", "heat_map"), np.zeros(3)))
@@ -234,15 +261,15 @@ def test_examples_are_checked():
 def test_libraries_load_late_and_matplotlib_keeps_its_settings(tmp_path):
     code = f"""
 import sys
-import simsid.models.baselines, simsid.metrics, simsid.report.page
-late = {{"matplotlib", "sklearn", "PIL", "torch"}}
+import simsid.report
+late = {{"matplotlib", "sklearn", "PIL"}}
 assert not late & set(sys.modules), late & set(sys.modules)
 import matplotlib
 matplotlib.rcParams["font.size"] = 33
 before = matplotlib.rcParams.copy()
-simsid.report.page.write_report(
-    {str(tmp_path / "r.html")!r}, title="", evaluation=None, examples=[], configuration={{}}, versions={{}}
-)
+import numpy as np
+example = simsid.report.Example("", "", None, 0.0, np.zeros((4, 4)))
+simsid.report.write_picture({str(tmp_path / "r.png")!r}, [example])
 assert "matplotlib.pyplot" not in sys.modules
 assert all(matplotlib.rcParams[name] == before[name] for name in before if name != "backend")
 """

@@ -15,12 +15,12 @@ import tiny
 import torch
 
 from simsid import Model
-from simsid.distributed import Rank
+from simsid.distributed import ProcessGroup
 from simsid.errors import ArchiveError
 from simsid.scoring import stream as scoring
 from simsid.scoring.archive import Work
 
-TWO = [Rank(0, 2), Rank(1, 2)]
+TWO = [ProcessGroup(0, 2), ProcessGroup(1, 2)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -201,7 +201,7 @@ def test_two_processes_one_of_them_killed(model, loaded, tmp_path):
 KILLS = """
 import os, pathlib, shutil, sys, time, torch, traceback
 from simsid import archive, checkpoint, cli, report, runs, scoring
-from simsid.distributed import Rank
+from simsid.distributed import ProcessGroup
 
 folder, expected, which, *arguments = sys.argv[1:]
 expected = pathlib.Path(expected).read_bytes()
@@ -232,7 +232,7 @@ def start(rank, output, limit=None):
             scored += 1
             yield score
 
-    def together(_, real=Rank.from_environment):
+    def together(_, real=ProcessGroup.from_environment):
         # Processes take seconds to import PyTorch, forks do not: none shall have merged before the other is there.
         pathlib.Path(folder, f"{limit} {rank} is here").touch()
         while limit is None and not all(pathlib.Path(folder, f"None {other} is here").exists() for other in ranks):
@@ -242,7 +242,7 @@ def start(rank, output, limit=None):
     # The page takes longer than all else; what matters here is that it is written, and when.
     report.write_report = lambda path, **_: checkpoint.write_file(path, b"page")
     scoring.score_files = counted
-    Rank.from_environment = classmethod(together)
+    ProcessGroup.from_environment = classmethod(together)
     sys.addaudithook(watch)
     try:
         cli.main([*arguments, "-o", output])
@@ -407,9 +407,9 @@ def test_ranks_that_saw_different_lists_do_not_merge(loaded, films, tmp_path):
 
 def test_more_ranks_than_files(loaded, films, tmp_path):
     film = sorted(films.rglob("*.png"))[0]
-    assert take_part(loaded, film, tmp_path, Rank(2, 3)) is None
-    assert take_part(loaded, film, tmp_path, Rank(0, 3)) is None
-    (row,) = take_part(loaded, film, tmp_path, Rank(1, 3))
+    assert take_part(loaded, film, tmp_path, ProcessGroup(2, 3)) is None
+    assert take_part(loaded, film, tmp_path, ProcessGroup(0, 3)) is None
+    (row,) = take_part(loaded, film, tmp_path, ProcessGroup(1, 3))
     assert row[0] == str(film) and take_part(loaded, film, tmp_path) == [row]
 
 

@@ -3,7 +3,7 @@
 import joblib
 import pytest
 
-from simsid.data.parallel import thread_count
+from simsid.parallel import thread_count
 
 
 def test_as_many_threads_as_a_container_has_cores(monkeypatch):

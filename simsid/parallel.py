@@ -1,21 +1,24 @@
-"""Runs a function over many files in threads, in order and in bounded memory."""
+"""Runs a function over many items in threads: results in order, in bounded memory."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from simsid.errors import InputError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def thread_count(workers: int | None) -> int:
-    """Return the number of threads, ``None`` for the cores this process may use.
+    """Return the number of threads; None is one for each core that this process may use.
 
-    Threads, not processes: Pillow and NumPy release the interpreter while they decode and resize, and nothing is
-    pickled.
+    Threads rather than processes: Pillow and NumPy release the interpreter lock while they decode and resize, and
+    nothing has to be pickled.
 
-    Raises: ValueError below 1.
+    Raises:
+        InputError: `workers` is below 1.
     """
     if workers is None:
         from joblib import cpu_count
@@ -23,17 +26,17 @@ def thread_count(workers: int | None) -> int:
         # A container often has fewer cores than the machine, by affinity or by quota.
         return cpu_count()
     if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
+        raise InputError(f"workers must be at least 1, got {workers}")
     return workers
 
 
 def in_order(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int = 0
 ) -> Iterator[tuple[Item, Result]]:
-    """Yield each item with its result, in order, while threads work on those that come next.
+    """Yield each item with its result, in order, while threads compute the results that come next.
 
-    Arguments:
-        ahead: results that may wait beyond the two a thread that keep all threads busy.
+    Args:
+        ahead: results that may be held beyond the two per thread that keep all threads busy.
     """
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="simsid-read")
@@ -47,12 +50,12 @@ def in_order(
             first, future = waiting.popleft()
             yield first, future.result()
     finally:
-        # Also where the caller stops early: what has not begun is dropped.
+        # Also reached when the caller stops early; calls that have not started are cancelled.
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def with_progress(results: Iterable[Result], total: int, what: str) -> Iterable[Result]:
-    """Show a bar while results are taken."""
+    """Show a progress bar while the results are consumed."""
     from tqdm import tqdm
 
     return tqdm(results, total=total, desc=what, unit="image", dynamic_ncols=True)

@@ -1,0 +1,80 @@
+"""`simsid calibrate`."""
+
+import contextlib
+import pathlib
+from dataclasses import dataclass, field
+
+from tyro.conf import OmitArgPrefixes
+
+from simsid.commands.common import Data, Exclude, Machine, ModelFolder, load_set
+from simsid.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Measure on normal images what a model's scores and threshold rest on; the model's calibration is replaced.
+
+    With --local, DATA holds normal images of the place where the model will be used, none of which it was trained on:
+    all of them set the statistics and the threshold. Otherwise DATA is what the model was trained on.
+    """
+
+    model: ModelFolder
+    """Model folder."""
+    data: Data
+    """Normal images, in any form `train` takes; images with the label abnormal are left out."""
+    local: bool = False
+    """Calibrate on all normal images of DATA."""
+    false_positive_rate: float = 0.05
+    """Share of normal images that the threshold may flag; printed, and chosen again when scoring."""
+    val_share: float = 0.1
+    """Without --local: fraction of the training images held out where DATA has too few normal validation images."""
+    exclude: Exclude = ()
+    """Files to leave out, as patterns of their path below the folder, such as masks/*."""
+    machine: OmitArgPrefixes[Machine] = field(default_factory=Machine)
+
+    def run(self) -> int:
+        """Calibrate, save and print the threshold with its interval."""
+        from simsid.data import open_dataset, partition
+        from simsid.models import load
+        from simsid.training.run_folder import RunFolder
+
+        folder = pathlib.Path(self.model)
+        device = self.machine.prepare()
+        model = load(folder, device=device)
+        dataset = open_dataset(self.data, exclude=self.exclude)
+        if self.local:
+            train_records, normal = [record for record in dataset.records if record.label != 1], []
+        else:
+            train_records, val_records = partition(dataset, self.val_share)
+            normal = [record for record in val_records if record.label != 1]
+        if not train_records:
+            raise UsageError(f"{self.data} has no normal image to calibrate on")
+        # A training in progress would get back the weights that were loaded here.
+        is_run = (folder / "run.json").exists()
+        with RunFolder(folder) if is_run else contextlib.nullcontext():
+            train = load_set(train_records, model.preprocessing, self.machine.workers)
+            val = load_set(normal, model.preprocessing, self.machine.workers) if normal else None
+            model.calibrate(train, train if self.local else val)
+            model.save(folder)
+        held = len(train) if self.local else len(val) if val is not None else 0
+        print(f"{self.model}: calibrated on {len(train)} normal images, with {held} held out for thresholds")
+        if held:
+            print(threshold_sentence(model, self.false_positive_rate))
+        return 0
+
+
+def threshold_sentence(model: object, false_positive_rate: float) -> str:
+    """Describe the threshold: how many held-out images it rests on, and the interval of its false positive rate."""
+    from simsid.metrics import false_positive_interval
+    from simsid.models import AnomalyModel
+
+    assert isinstance(model, AnomalyModel)
+    calibration = model.calibrated()
+    count = len(calibration.holdout[model.signal])
+    low, high = false_positive_interval(count, false_positive_rate)
+    threshold = calibration.threshold(model.signal, false_positive_rate)
+    return (
+        f"threshold of {model.signal}: {threshold:.6g}, from {count} normal images, for a false positive rate of at "
+        f"most {false_positive_rate:.3g}; on new images of the same origin the rate lies between {low:.3g} and "
+        f"{high:.3g} with 95 % confidence"
+    )

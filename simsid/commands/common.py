@@ -1,0 +1,188 @@
+"""What several commands share: options, devices, loading, and the reports of evaluations and scorings."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from simsid.errors import IncompleteError, InputError, UsageError
+
+if TYPE_CHECKING:
+    from simsid.data import Dataset, ImageSet, Preprocessing, Record
+    from simsid.distributed import ProcessGroup
+    from simsid.evaluation import Evaluation
+    from simsid.models import AnomalyModel
+
+Data = Positional[Annotated[pathlib.Path, arg(metavar="DATA")]]
+ModelFolder = Positional[Annotated[str, arg(metavar="MODEL")]]
+Output = Annotated[pathlib.Path, arg(aliases=["-o"], metavar="FOLDER")]
+MaybeOutput = Annotated[pathlib.Path | None, arg(aliases=["-o"], metavar="FOLDER")]
+Exclude = Annotated[tuple[str, ...], arg(metavar="PATTERN ...")]
+SignalName = Annotated[str | None, arg(metavar="NAME")]
+SplitName = Annotated[str | None, arg(metavar="NAME")]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Options of every command that computes."""
+
+    device: str = "auto"
+    """Device to compute on: auto, cpu, cuda or cuda:1."""
+    threads: int = 0
+    """CPU threads; 0 is one per core. Where other work keeps the cores busy, fewer are faster."""
+    workers: int = 0
+    """Threads that decode images; 0 is one per core."""
+
+    def prepare(self, group: "ProcessGroup | None" = None) -> str:
+        """Set the number of threads and return the device, of a single process or of one in a group."""
+        import torch
+
+        from simsid.distributed import ProcessGroup
+
+        group = group or ProcessGroup()
+        if self.threads < 0 or self.workers < 0:
+            raise UsageError(f"threads and workers must be at least 0, got {self.threads} and {self.workers}")
+        threads = self.threads
+        # torchrun sets one thread a process; a single process would take cores that a container's quota denies it.
+        if not threads and (group.size > 1 or torch.get_num_threads() > group.cpu_threads()):
+            threads = group.cpu_threads()
+        if threads:
+            torch.set_num_threads(threads)
+        if self.device == "auto":
+            return group.select_device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            device = torch.device("meta")
+        if device.type not in ("cpu", "cuda"):
+            raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UsageError(f"device {self.device} was asked for, but PyTorch sees no GPU; see `simsid doctor`")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"device {self.device} was asked for, but PyTorch sees {torch.cuda.device_count()} GPUs")
+        return group.select_device(self.device)
+
+
+def calibrated_model(name: str, device: str) -> "AnomalyModel":
+    """Load a model that can score, or say what is missing."""
+    from simsid.models import load
+
+    model = load(name, device=device)
+    if model.calibration is None:
+        raise UsageError(
+            f"{name} is not calibrated, which scores need: finish its training, or run simsid calibrate {name} DATA "
+            "with normal images"
+        )
+    return model
+
+
+def load_set(
+    records: "Sequence[Record]",
+    preprocessing: "Preprocessing",
+    workers: int,
+    group: "ProcessGroup | None" = None,
+) -> "ImageSet":
+    """Load images into memory; the ranks of a group decode a shard each."""
+    from simsid.data import load_images
+    from simsid.distributed import ProcessGroup
+
+    group = group or ProcessGroup()
+    return load_images(
+        records,
+        **dataclasses.asdict(preprocessing),
+        workers=workers or None,
+        progress=group.main and sys.stderr.isatty(),
+        decode=group.in_order,
+    )
+
+
+def usual_split(dataset: "Dataset") -> str | None:
+    """Return the split that is evaluated where none is named: test, or else val, or else every image."""
+    splits = {record.split for record in dataset.records}
+    return next((name for name in ("test", "val") if name in splits), None)
+
+
+def output_folder(path: pathlib.Path) -> pathlib.Path:
+    """Create the folder for results; refuse a file."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"the output must be a folder, got the file {path}")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_failures(path: pathlib.Path, failures: "Iterable[Any]") -> None:
+    """Write the files that could not be read, with their reasons; no failure leaves no file."""
+    from simsid import checkpoint
+
+    path.unlink(missing_ok=True)
+    rows = [[failure.path, failure.reason] for failure in failures]
+    if rows:
+        with checkpoint.csv_writer(path, ["path", "reason"]) as write:
+            for cells in rows:
+                write(cells)
+
+
+def write_evaluation_report(
+    model: "AnomalyModel",
+    images: "ImageSet",
+    evaluation: "Evaluation",
+    path: pathlib.Path,
+    title: str,
+    notes: Sequence[str] = (),
+    configuration: dict[str, Any] | None = None,
+) -> None:
+    """Write report.html of labelled images, with examples at even steps through the scores of each kind."""
+    from simsid import report
+    from simsid.report import selection
+
+    examples = selection.examples_of_set(model, images, evaluation, selection.typical_indices(evaluation))
+    rows = selection.evaluation_rows(model, images, evaluation, [example.path for example in examples])
+    report.write_report(
+        path,
+        title=title,
+        evaluation=evaluation,
+        examples=examples,
+        rows=rows,
+        configuration={"model": described(model), **(configuration or {})},
+        versions=versions(),
+        notes=list(notes),
+        descriptions=selection.descriptions(model),
+    )
+    selection.write_film_pages(path, model, rows, examples)
+
+
+def described(model: "AnomalyModel") -> dict[str, object]:
+    """Return a model's kind and configuration for reports."""
+    _, document = model.state()
+    config = document.get("config")
+    return {"kind": model.kind, **(config if isinstance(config, dict) else {})}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    from simsid.training import run_folder
+
+    return run_folder.versions()
+
+
+@contextlib.contextmanager
+def saved(what: str) -> Iterator[None]:
+    """Turn an error of what follows into `IncompleteError`, which says that the main result exists."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        raise IncompleteError(f"{what}, but writing the report failed: {type(error).__name__}: {error}") from error
+
+
+def check_images(data: str | os.PathLike, count: int, least: int, what: str) -> None:
+    """Refuse a data set with fewer images than something needs."""
+    if count < least:
+        raise InputError(f"{what} needs at least {least} images, got {count} in {os.fspath(data)}")

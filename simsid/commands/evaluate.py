@@ -1,0 +1,90 @@
+"""`simsid evaluate`."""
+
+import dataclasses
+import pathlib
+from dataclasses import dataclass, field
+
+from tyro.conf import OmitArgPrefixes
+
+from simsid.commands.common import (
+    Data,
+    Exclude,
+    Machine,
+    MaybeOutput,
+    ModelFolder,
+    SignalName,
+    SplitName,
+    calibrated_model,
+    load_set,
+    output_folder,
+    saved,
+    usual_split,
+    write_evaluation_report,
+)
+from simsid.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a model on labelled radiographs: a table, report.html, metrics.json and scores.csv."""
+
+    model: ModelFolder
+    """Model or run folder."""
+    data: Data
+    """Labelled images: a published data set's folder, or a CSV (path,label,split,patient)."""
+    output: MaybeOutput = None
+    """Folder for the results; without it MODEL/evaluation."""
+    split: SplitName = None
+    """Split to evaluate; without it test, or else val, or else every image."""
+    signal: SignalName = None
+    """Signal that comes first and flags; without it the model's own. Every signal is in the table."""
+    false_positive_rate: float = 0.05
+    """Share of held-out normal images that the threshold may flag."""
+    exclude: Exclude = ()
+    """Files to leave out, as patterns of their path below the folder, such as masks/*."""
+    machine: OmitArgPrefixes[Machine] = field(default_factory=Machine)
+
+    def run(self) -> int:
+        """Evaluate and write; the exit status is 1 when a file could not be read."""
+        from simsid import checkpoint
+        from simsid.data import open_dataset
+        from simsid.evaluation import evaluate, format_table, require_labels, scores_of
+        from simsid.models.signals import check_signals
+        from simsid.scoring import columns, row
+
+        model = calibrated_model(self.model, self.machine.prepare())
+        check_signals([self.signal or model.signal], model.signal_names)
+        model.calibrated().threshold(model.signal, self.false_positive_rate)
+        dataset = open_dataset(self.data, exclude=self.exclude)
+        split = self.split if self.split is not None else usual_split(dataset)
+        records = dataset.select(split)
+        # Fail now rather than after an hour of decoding.
+        require_labels(record.label for record in records)
+        _refuse_missing(records)
+        output = output_folder(self.output or pathlib.Path(self.model) / "evaluation")
+        images = load_set(records, model.preprocessing, self.machine.workers)
+        evaluation = evaluate(model, images, false_positive_rate=self.false_positive_rate, signal=self.signal)
+        figures = [dataclasses.asdict(figures) for figures in evaluation.rows()]
+        document = {"data": str(self.data.resolve()), "split": split, "in_sample": evaluation.in_sample}
+        checkpoint.write_json(output / "metrics.json", {**document, "rows": figures})
+        with checkpoint.csv_writer(output / "scores.csv", columns(model.signal_names)) as write:
+            for score in scores_of(model, images, evaluation):
+                write(row(score, model.signal_names))
+        print(format_table(evaluation), flush=True)
+        if images.failures:
+            print(f"{len(images.failures)} of {len(records)} files could not be read (reasons in scores.csv)")
+        title = f"simsid: {self.data.resolve().name}, {split or 'all images'}"
+        with saved(f"the figures are in {output / 'metrics.json'}"):
+            write_evaluation_report(model, images, evaluation, output / "report.html", title)
+        print(f"report: {output / 'report.html'}")
+        return 1 if images.failures else 0
+
+
+def _refuse_missing(records: list) -> None:
+    """Name the files of a list that do not exist: evaluated without them, a class could be empty."""
+    from simsid.data import missing_files
+
+    missing = missing_files(records)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UsageError(f"{missing[0]}{more} of {len(records)} listed files do not exist")

@@ -1,0 +1,156 @@
+"""Maps decoded grey values to what a model takes: one range, one size, and 8 or 16 bits that become -1..1."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from simsid.data.reading import DecodedImage
+from simsid.errors import InputError, NonFiniteError, ReadError
+
+ASPECTS = ("stretch", "pad", "crop")
+INTENSITIES = ("auto", "range", "minmax")
+# Percentage of the pixels that "auto" may clip at either end where a file declares no display range.
+CLIPPED = 0.1
+# Values may leave -1..1 by this much: interpolation and half precision round.
+TOLERANCE = 1e-3
+
+ImageSize = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How grey values of any size and depth become the image that a model takes.
+
+    Args:
+        image_size: height and width in pixels, one number for a square, or (height, width).
+        aspect: how another shape fits: `"stretch"` (the papers), `"pad"` with black, `"crop"` to the center.
+        intensity: which values become black and white:
+            `"auto"`: the range that the file declares for display: 0 and 255 for 8 bits, the ends of the VOI LUT or
+            window for DICOM; otherwise (16-bit PNG and TIFF, DICOM without a window, floats) the image's own 0.1 and
+            99.9 percentiles, because such files use an unknown part of their range and a few hot pixels must not
+            decide.
+            `"range"`: all values that a sample can hold (65535 for 16 bits), or the window; an error for 32 bits.
+            `"minmax"`: the image's own minimum and maximum.
+
+    Raises:
+        InputError: an image size that is not positive whole numbers, or an unknown `aspect` or `intensity`.
+    """
+
+    image_size: ImageSize = 128
+    aspect: str = "stretch"
+    intensity: str = "auto"
+
+    def __post_init__(self) -> None:
+        size = self.image_size
+        sides = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else (size, size)
+        if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+            raise InputError(f"image_size must be one or two positive whole numbers, got {size!r}")
+        if not isinstance(size, int):
+            object.__setattr__(self, "image_size", sides)
+        for name, value, choices in (
+            ("aspect", self.aspect, ASPECTS),
+            ("intensity", self.intensity, INTENSITIES),
+        ):
+            if value not in choices:
+                raise InputError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    def quantize(self, image: DecodedImage) -> np.ndarray:
+        """Return the image as `[H, W]`, uint8, or uint16 where it is deeper than 8 bits; 0 is black.
+
+        Values are mapped and clipped at full size and depth, resized in float32 with an antialiased bilinear filter,
+        and rounded once.
+
+        Raises:
+            ReadError: intensity `"range"` for an image that declares no range.
+        """
+        values = _resize(_normalize(image, self.intensity), self.size, self.aspect)
+        top, dtype = (255, np.uint8) if image.bits <= 8 else (65535, np.uint16)
+        return np.rint(np.clip(values, 0, 1) * np.float32(top)).astype(dtype)
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """Turn uint8 or uint16 into float32 in -1..1, both ends exact; floats become float32 and keep their values.
+
+    8-bit values are first widened to 16 bits, and the scale is a product (a quotient rounds differently on CUDA), so
+    that the result depends neither on the stored depth nor on the device.
+    """
+    if pixels.is_floating_point():
+        return pixels.to(torch.float32)
+    if pixels.dtype == torch.uint8:
+        wide = pixels.to(torch.int32) * 257
+    else:
+        # int16 has every operation on every device, uint16 has few.
+        wide = pixels.view(torch.int16).to(torch.int32) & 0xFFFF
+    return (wide.to(torch.float32) - 32767.5) * (1 / 32767.5)
+
+
+def value_range(images: Tensor, name: str = "images") -> tuple[float, float]:
+    """Return the least and greatest value of float images, which must lie in -1..1.
+
+    Raises:
+        InputError: a value outside -1..1 by more than 0.001; the message has the observed range and the remedy.
+        NonFiniteError: a NaN or infinite value.
+    """
+    if not images.numel():
+        return 0.0, 0.0
+    low, high = (float(value) for value in torch.stack(images.aminmax()).tolist())
+    if not np.isfinite((low, high)).all():
+        raise NonFiniteError(f"{name} must be finite, got NaN or infinite pixels")
+    if low < -1 - TOLERANCE or high > 1 + TOLERANCE:
+        remedy = "use images / 127.5 - 1" if low >= 0 and high <= 255 else "simsid.data.read maps raw grey values"
+        raise InputError(f"{name} must lie in -1..1, from black to white, got {low:g} to {high:g}; {remedy}")
+    return low, high
+
+
+def _normalize(image: DecodedImage, intensity: str) -> np.ndarray:
+    """Map grey values to float32 `[H, W]` in 0..1."""
+    measured = image.pixels if image.padding is None else image.pixels[~image.padding]
+    if intensity == "minmax":
+        low, high = float(measured.min()), float(measured.max())
+    elif intensity == "range" or image.for_display:
+        if image.declared is None:
+            raise ReadError(f"{image.bits}-bit samples declare no range; use intensity 'auto' or 'minmax'")
+        low, high = image.declared
+    else:
+        low, high = (float(value) for value in np.percentile(measured, (CLIPPED, 100 - CLIPPED)))
+        if high <= low:  # nearly all pixels are equal
+            low, high = float(measured.min()), float(measured.max())
+    if high <= low:
+        return np.zeros(image.pixels.shape, np.float32)
+    # float32 holds 16-bit differences exactly, so the order of grey values survives.
+    values = (image.pixels.astype(np.float32) - np.float32(low)) / np.float32(high - low)
+    values = np.clip(values, 0, 1, out=values)
+    if image.padding is not None:
+        values[image.padding] = 0
+    return values
+
+
+def _resize(values: np.ndarray, size: tuple[int, int], aspect: str) -> np.ndarray:
+    """Resize float32 `[H, W]` to `size`; Pillow's bilinear filter is antialiased when it shrinks."""
+    rows, columns = values.shape
+    height, width = size
+    image = Image.fromarray(values)
+    if aspect == "pad":
+        scale = min(height / rows, width / columns)
+        inner = max(1, round(rows * scale)), max(1, round(columns * scale))
+        top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+        padded = np.zeros(size, np.float32)
+        padded[top : top + inner[0], left : left + inner[1]] = image.resize(inner[::-1], Image.Resampling.BILINEAR)
+        return padded
+    box = (0.0, 0.0, float(columns), float(rows))
+    if aspect == "crop":
+        scale = max(height / rows, width / columns)
+        across, down = width / scale, height / scale
+        left, top = (columns - across) / 2, (rows - down) / 2
+        # Rounding may pass the border by 1e-13, which Pillow refuses.
+        box = (max(left, 0.0), max(top, 0.0), min(left + across, columns), min(top + down, rows))
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box))

@@ -1,0 +1,249 @@
+"""The interface that every anomaly model implements; scoring, evaluation, reports and commands know nothing else."""
+
+import abc
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from simsid import checkpoint
+from simsid.data import Preprocessing, as_batches
+from simsid.errors import CalibrationError, CheckpointError, InputError, InputTypeError
+from simsid.models.calibration import Calibration
+from simsid.models.signals import SIGNALS, check_signals, upsampled
+
+BATCH = 16
+"""Images of a forward pass. Fewer are padded to it: libraries sum in another order for another batch size, which would
+change the last digits of a score."""
+
+
+class Scorer(abc.ABC):
+    """What computes signals, maps and scores: a model, or a frozen copy of one.
+
+    `images` is `[B, 1, H, W]` in -1..1 (a floating-point tensor or array), or whatever `simsid.data.as_batches` takes:
+    an `ImageSet`, a torch `Dataset`, a `DataLoader`, an iterable of such batches.
+    """
+
+    calibration: Calibration | None = None
+
+    @property
+    @abc.abstractmethod
+    def preprocessing(self) -> Preprocessing:
+        """How files become the images this model takes."""
+
+    @property
+    @abc.abstractmethod
+    def signal(self) -> str:
+        """The name of the signal that `score` and thresholds use by default."""
+
+    @property
+    @abc.abstractmethod
+    def signal_names(self) -> tuple[str, ...]:
+        """The signals of this model, names of `simsid.models.signals.SIGNALS`."""
+
+    @abc.abstractmethod
+    def outputs(self, images: Tensor) -> dict[str, Any]:
+        """Compute what the signals need of one batch `[B, 1, H, W]` on the model's device, in inference mode."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return torch.device("cpu")
+
+    def freeze(self) -> "Scorer":
+        """Return an inference copy that is faster where there is something to gain, else the model itself."""
+        return self
+
+    def pictures(self, images: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        """Return images worth showing beside the input by name, `[B, H, W]` each; none by default."""
+        return {}
+
+    def batch_signals(self, images: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Return signals of one batch on the model's device: name to `[B]`, float64, on that device."""
+        outputs = self.outputs(images)
+        return {name: SIGNALS[name].compute(outputs).to(torch.float64) for name in names}
+
+    @property
+    def map_names(self) -> tuple[str, ...]:
+        """The signals that have a map."""
+        return tuple(name for name in self.signal_names if SIGNALS[name].map is not None)
+
+    def signals(
+        self, images: object, names: Iterable[str] | None = None, *, batch_size: int = BATCH
+    ) -> dict[str, np.ndarray]:
+        """Return the raw signals of `images`: name to `[B]`, float64, higher is more anomalous.
+
+        Nothing is normalized across images, so an image's values do not depend on its neighbors. Every batch has one
+        size, the last is padded: the values do not depend on the number of images either.
+
+        Args:
+            images: see the class.
+            names: the signals wanted; None is every one of `signal_names`.
+            batch_size: images of a forward pass. Another size moves the last digits, as libraries then sum in another
+                order: scores that are compared need one size.
+
+        Raises:
+            InputError: a signal that the model does not have, images of another size or outside -1..1.
+        """
+        return self.launch_signals(images, names, batch_size=batch_size)()
+
+    @torch.inference_mode()
+    def launch_signals(
+        self, images: object, names: Iterable[str] | None = None, *, batch_size: int = BATCH
+    ) -> Callable[[], dict[str, np.ndarray]]:
+        """Start computing what `signals` returns; the function returned waits for a GPU and returns it."""
+        names = self.signal_names if names is None else check_signals(names, self.signal_names)
+        columns: dict[str, list[Tensor]] = {name: [] for name in names}
+        frozen = self._inference_copy()
+        for batch, count in frozen._padded_batches(images, batch_size):
+            found = frozen.batch_signals(batch, names)
+            for name in names:
+                columns[name].append(found[name][:count])
+        joined = {name: torch.cat(values) if values else torch.zeros(0) for name, values in columns.items()}
+        return lambda: {name: values.double().cpu().numpy() for name, values in joined.items()}
+
+    @torch.inference_mode()
+    def maps(self, images: object, name: str, *, batch_size: int = BATCH) -> Tensor:
+        """Return where in each image signal `name` comes from: float32 `[B, H, W]` on the CPU, higher is anomalous.
+
+        Raises:
+            InputError: a signal without a map (`map_names` lists those that have one).
+        """
+        check_signals(name, self.map_names)
+        frozen, found = self._inference_copy(), []
+        for batch, count in frozen._padded_batches(images, batch_size):
+            values = SIGNALS[name].map(frozen.outputs(batch))  # type: ignore[misc]  # checked by map_names
+            found.append(upsampled(values[:count], (batch.shape[2], batch.shape[3])).cpu())
+        return torch.cat(found)
+
+    def calibrated(self) -> Calibration:
+        """Return the calibration, or raise `CalibrationError` with the remedy."""
+        if self.calibration is None:
+            raise CalibrationError(
+                "the model is not calibrated: call calibrate(images) with normal images, or finish its training"
+            )
+        return self.calibration
+
+    def score(self, images: object, *, signal: str | None = None) -> Tensor:
+        """Return the anomaly score of `images`: `[B]` float64 in 0..1, 1 is anomalous.
+
+        The score is a signal, by default the model's own, standardized on normal images. Rank and threshold on
+        `signals` instead: the sigmoid ties scores far from the mean.
+
+        Raises:
+            CalibrationError: the model has not been calibrated.
+        """
+        name = signal or self.signal
+        raw = self.signals(images, [name])[name]
+        score = torch.from_numpy(self.calibrated().probability(name, raw))
+        return score.to(images.device) if isinstance(images, Tensor) else score
+
+    def _inference_copy(self) -> "Scorer":
+        """Return what one call computes with; it may share weights with the model."""
+        return self
+
+    def _padded_batches(self, images: object, size: int) -> Iterator[tuple[Tensor, int]]:
+        """Yield batches of `size` images on the model's device, and how many images of each are not padding."""
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise InputTypeError(f"batch_size must be a whole number, got {size!r}")
+        if size < 1:
+            raise InputError(f"batch_size must be at least 1, got {size}")
+        side = self.preprocessing.image_size
+        for part in as_batches(images):
+            if tuple(part.shape[1:]) != (1, side, side) or not len(part):
+                raise InputError(f"images must have shape [B, 1, {side}, {side}], B at least 1, got {list(part.shape)}")
+            for start in range(0, len(part), size):
+                batch = part[start : start + size]
+                if self.device.type == "cuda" and not batch.is_cuda:
+                    # From pinned memory, or the host would wait for all that the device still has to do.
+                    batch = batch.pin_memory()
+                batch = batch.to(self.device, self._input_dtype, non_blocking=True)
+                count = len(batch)
+                if count < size:
+                    batch = torch.cat([batch, batch[-1:].expand(size - count, -1, -1, -1)])
+                yield batch, count
+
+    @property
+    def _input_dtype(self) -> torch.dtype:
+        return torch.float32
+
+
+class AnomalyModel(Scorer):
+    """A detector that learns from normal images and scores others: a higher signal is more anomalous."""
+
+    kind: ClassVar[str]
+    """What `model.json` calls this class of models."""
+
+    @abc.abstractmethod
+    def fit(self, train: object, val: object = None, *, progress: bool = False) -> Self:
+        """Learn from normal images, then calibrate; the normal images of `val` are held out for thresholds."""
+
+    @abc.abstractmethod
+    def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """Return what `save` writes beside kind and calibration: tensors, and values for JSON."""
+
+    @classmethod
+    @abc.abstractmethod
+    def from_state(cls, tensors: dict[str, Tensor], document: dict[str, Any], source: str, **options: object) -> Self:
+        """Rebuild a model from `state`; values that do not fit are an `InputError` or `CheckpointError`."""
+
+    def to_device(self, device: torch.device | str) -> Self:
+        """Move the model to a device, in place."""
+        if torch.device(device).type != "cpu":
+            raise InputError(f"a model of kind {self.kind!r} runs on the CPU only, got device {str(device)!r}")
+        return self
+
+    def calibrate(self, images: object, holdout: object = None) -> None:
+        """Measure mean and deviation of every signal on normal images, un-augmented.
+
+        Args:
+            images: normal images that the model was trained on; see the class.
+            holdout: normal images that it was not trained on, for thresholds at a chosen false positive rate.
+        """
+        kept = None if holdout is None else self.signals(holdout)
+        self.calibration = Calibration.fit(self.signals(images), kept)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write the model and its calibration to `folder`, atomically: tensors as safetensors, the rest as JSON."""
+        tensors, document = self.state()
+        calibration = self.calibration.to_dict() if self.calibration else None
+        checkpoint.write(folder, "model", tensors, {"kind": self.kind, "calibration": calibration, **document})
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, *, device: torch.device | str = "cpu", **options: object) -> Self:
+        """Read a model that `save` or a training run wrote, in inference mode; nothing in the files is executed.
+
+        Args:
+            folder: the model's folder.
+            device: where it will compute.
+            **options: keyword arguments of the class that are not saved.
+
+        Raises:
+            CheckpointError: the folder holds no model, a damaged one, or one of another kind.
+        """
+        source = f"{os.fspath(folder)}/model.json"
+        tensors, document = checkpoint.read(folder, "model")
+        if document.get("kind") != cls.kind:
+            raise CheckpointError(f"{source}: kind must be {cls.kind!r}, got {document.get('kind')!r}")
+        try:
+            calibration = document["calibration"]
+            model = cls.from_state(tensors, document, source, **options)
+            model.calibration = Calibration.from_dict(calibration) if calibration else None
+            if model.calibration is not None and model.signal not in model.calibration.mean:
+                raise InputError(f"calibration lacks the model's signal {model.signal!r}")
+        except KeyError as error:
+            raise CheckpointError(f"{source} is not a model: it has no {error}") from None
+        except InputError as error:
+            raise CheckpointError(f"{source} is not a model: {error}") from None
+        return model.to_device(device)
+
+    def identity(self) -> str:
+        """Return a hash of all that decides a score: configuration, calibration, tensors and their layout."""
+        tensors, document = self.state()
+        calibration = self.calibration.to_dict() if self.calibration else None
+        return checkpoint.digest(json.dumps([self.kind, document, calibration], sort_keys=True), tensors)
