@@ -149,7 +149,8 @@ def _ridge(square: Tensor, product: Tensor, count: Tensor, penalty: float) -> Te
     """Solve `(square + penalty count I) W = product` for each location, the bias (the last input) not penalized."""
     diagonal = torch.full_like(square[0, 0], penalty).mul_(count)
     diagonal[-1] = 0
-    return torch.linalg.solve(square + torch.diag(diagonal), product)
+    # Contiguous, as a loaded tensor is: a product sums in another order for another layout.
+    return torch.linalg.solve(square + torch.diag(diagonal), product).contiguous()
 
 
 @torch.no_grad()

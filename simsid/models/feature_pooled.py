@@ -122,7 +122,7 @@ class PooledMemory(nn.Module):
             parts = []
             for start in range(0, len(query), CHUNK):
                 part = slice(start, start + CHUNK)
-                # Differences, not |a|^2 - 2ab + |b|^2: exact for near rows, and no row depends on its batch.
+                # Differences, not |a|^2 - 2ab + |b|^2, which is inexact for near rows.
                 d = torch.cdist(query[part], rows, compute_mode="donot_use_mm_for_euclid_dist")
                 if owner is not None:
                     d = d.masked_fill(owner[part, None] == self.owner, torch.inf)
@@ -164,4 +164,5 @@ class PooledMemory(nn.Module):
         self._set("owner", torch.zeros(0, dtype=torch.int64))
 
     def _set(self, name: str, value: Tensor) -> None:
-        setattr(self, name, value.detach().to(self.normal_mean.device))
+        # Contiguous, as a loaded tensor is: a product sums in another order for another layout.
+        setattr(self, name, value.detach().contiguous().to(self.normal_mean.device))
