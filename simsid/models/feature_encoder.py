@@ -156,6 +156,9 @@ class FeatureEncoder(nn.Module):
         InputError: a layer that `network` does not have.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, network: nn.Module | None, layers: Sequence[str] = (), inputs: str = "imagenet") -> None:
         super().__init__()
         if network is not None and not isinstance(network, nn.Module):
