@@ -396,7 +396,9 @@ def _check_type(entry: dataclasses.Field, value: object) -> None:
     elif choices:
         _require(value in choices, entry.name, f"one of {', '.join(map(repr, choices))}", value)
     elif entry.type is float:
-        _require(isinstance(value, (int, float)) and not isinstance(value, bool), entry.name, "a number", value)
+        number = isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool))
+        # A whole number beyond the floats compares as smaller than infinity and then overflows.
+        _require(number and not 2**1000 < abs(value) < math.inf, entry.name, "a number", value)
     else:
         is_bool = isinstance(value, bool)
         fits = is_bool if entry.type is bool else isinstance(value, int) and not is_bool

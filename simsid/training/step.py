@@ -170,9 +170,8 @@ class TrainingStep:
             finally:
                 model.discriminator.requires_grad_(True)
             losses |= terms
-            queue: Any = model.queue
-            if queue is not None and outputs.query is not None:
-                queue.push(self.group.gather(outputs.query.detach()), unless=self.guard.flag.bool())
+            if model.queue is not None and outputs.query is not None:
+                model.queue.push(self.group.gather(outputs.query.detach()), unless=self.guard.flag.bool())
         names = self._trained(with_generator)
         values = torch.stack([losses[name].detach() for name in names]).double()
         self._sums[: len(names)] += self.group.mean(values)

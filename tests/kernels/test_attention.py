@@ -1,13 +1,17 @@
-"""Neighbour attention in plain PyTorch: against a float64 loop, against nn.MultiheadAttention, and its errors."""
+"""Neighbor attention in plain PyTorch: against a float64 loop, against nn.MultiheadAttention, and its errors."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from simsid.kernels import neighbor_attention
+from simsid.kernels.attention import reference
 from simsid.kernels.attention.reference import OFFSETS, neighbor_index
 
 GRIDS = [(1, 1), (1, 5), (4, 1), (2, 2), (3, 3), (2, 5), (4, 4)]
@@ -25,7 +29,7 @@ def inputs(batch, grid, features, *, pads, dtype=torch.float64):
 
 
 def loop(query, key, value, grid, heads, pad_key, pad_value):
-    """The definition, one location and head at a time."""
+    """Compute the definition one location and head at a time."""
     rows, columns = grid
     width = query.shape[-1] // heads
     out = torch.zeros_like(query)
@@ -61,7 +65,7 @@ def test_reference_equals_the_loop_forward_and_backward(grid, pads):
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 2), (3, 4)])
-def test_projections_once_a_location_equal_multihead_attention_over_zero_bordered_windows(grid):
+def test_op_with_projections_equals_multihead_attention_over_padded_windows(grid):
     batch, features, heads = 2, 8, 4
     rows, columns = grid
     attention = nn.MultiheadAttention(features, heads, batch_first=True, dtype=torch.float64)
@@ -84,7 +88,7 @@ def test_projections_once_a_location_equal_multihead_attention_over_zero_bordere
     torch.testing.assert_close(got_gradients, want_gradients, rtol=1e-10, atol=1e-10)
 
 
-def test_a_location_sees_its_eight_neighbours_and_never_itself():
+def test_location_sees_its_eight_neighbors_and_not_itself():
     index = neighbor_index((3, 4))
     assert index[5].tolist() == [0, 1, 2, 4, 6, 8, 9, 10]
     assert index[0].tolist() == [12, 12, 12, 12, 1, 12, 4, 5]
@@ -92,7 +96,7 @@ def test_a_location_sees_its_eight_neighbours_and_never_itself():
 
 
 @pytest.mark.parametrize("pads", [False, True])
-def test_one_location_alone_gives_zeros_or_the_pad_value(pads):
+def test_single_location_gives_zeros_or_the_pad_value(pads):
     query, key, value, pad_key, pad_value = inputs(2, (1, 1), 8, pads=pads)
     out = neighbor_attention(query, key, value, (1, 1), 2, pad_key=pad_key, pad_value=pad_value)
     want = pad_value.expand_as(out) if pads else torch.zeros_like(out)
@@ -103,7 +107,7 @@ def test_one_location_alone_gives_zeros_or_the_pad_value(pads):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_low_precision_inputs_are_computed_in_float32_under_autocast_too(dtype):
+def test_16_bit_inputs_are_computed_in_float32_also_under_autocast(dtype):
     query, key, value, pad_key, pad_value = (x.detach() for x in inputs(2, (3, 3), 8, pads=True, dtype=dtype))
     call = {"grid": (3, 3), "heads": 2}
     wide = neighbor_attention(
@@ -118,7 +122,7 @@ def test_low_precision_inputs_are_computed_in_float32_under_autocast_too(dtype):
     assert torch.equal(got, again)
 
 
-def test_views_give_what_their_copies_give():
+def test_views_equal_their_copies():
     packed = draw(2, 6, 3 * 8)
     query, key, value = packed.chunk(3, dim=-1)
     turned = draw(8, 6, 2).permute(2, 1, 0)
@@ -128,12 +132,92 @@ def test_views_give_what_their_copies_give():
     assert key.shape == query.shape
 
 
-def test_an_image_does_not_depend_on_the_batch_around_it():
+def test_image_alone_equals_image_in_a_batch():
     query, key, value, _, _ = (None if x is None else x.detach() for x in inputs(5, (3, 3), 8, pads=False))
-    whole = neighbor_attention(query, key, value, (3, 3), 2)
+    together = neighbor_attention(query, key, value, (3, 3), 2)
     alone = neighbor_attention(query[2:3], key[2:3], value[2:3], (3, 3), 2)
-    torch.testing.assert_close(whole[2:3], alone, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(together[2:3], alone, rtol=1e-13, atol=1e-13)
     assert neighbor_attention(query[:0], key[:0], value[:0], (3, 3), 2).shape == (0, 9, 8)
+
+
+@pytest.mark.parametrize("grid", [[2, 3], torch.Size([2, 3]), np.array([2, 3])], ids=["list", "Size", "array"])
+def test_grid_of_any_sequence_of_integers_equals_tuple(grid):
+    query = draw(2, 6, 8)
+    want = neighbor_attention(query, query, query, (2, 3), 2)
+    assert neighbor_attention(query, query, query, grid, np.int64(2)).equal(want)
+
+
+class CountKernels(TorchDispatchMode):
+    """Count the ATen operations that run."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count = getattr(self, "count", 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_neighbor_index_is_made_once_for_a_grid_and_device(monkeypatch):
+    monkeypatch.setattr(reference, "_stored", {})
+    query = draw(2, 6, 8)
+    counts = []
+    for _ in range(2):
+        with CountKernels() as mode:
+            neighbor_attention(query, query, query, (2, 3), 2)
+        counts.append(mode.count)
+    assert counts[1] < counts[0] / 2
+    neighbor_attention(query, query, query, (3, 2), 2)
+    assert set(reference._stored) == {((2, 3), query.device), ((3, 2), query.device)}
+
+
+@pytest.mark.parametrize(
+    "first_call",
+    [
+        lambda call, x: torch.inference_mode()(call)(x),
+        lambda call, x: torch.func.grad(lambda x: call(x).sum())(x),
+        lambda call, x: torch.compile(call, fullgraph=True, backend="eager")(x),
+        lambda call, x: torch.export.export(Call(call), (x,)),
+        lambda call, x: on_fake(call, x),
+    ],
+    ids=["inference mode", "torch.func", "compile", "export", "fake tensors"],
+)
+def test_first_call_in_any_mode_leaves_a_usable_index(monkeypatch, first_call):
+    monkeypatch.setattr(reference, "_stored", {})
+    torch._dynamo.reset()
+    query = draw(2, 6, 8)
+
+    def call(x):
+        return neighbor_attention(x, x, x, (2, 3), 2)
+
+    first_call(call, query)
+    got = query.clone().requires_grad_()
+    call(got).square().sum().backward()
+    monkeypatch.setattr(reference, "_stored", {})
+    want = query.clone().requires_grad_()
+    call(want).square().sum().backward()
+    assert got.grad.equal(want.grad)
+
+
+def test_fake_tensors_and_exports_after_a_stored_index_work():
+    query = draw(2, 6, 8)
+
+    def call(x):
+        return neighbor_attention(x, x, x, (2, 3), 2)
+
+    want = call(query)
+    assert on_fake(call, query).shape == want.shape
+    assert torch.export.export(Call(call), (query,)).module()(query).equal(want)
+
+
+def on_fake(call, x):
+    with FakeTensorMode() as mode:
+        return call(mode.from_tensor(x))
+
+
+class Call(nn.Module):
+    """A function as a module, for export."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
 
 
 GOOD = {"query": draw(2, 6, 8), "key": draw(2, 6, 8), "value": draw(2, 6, 8), "grid": (2, 3), "heads": 2}
@@ -153,8 +237,14 @@ GOOD = {"query": draw(2, 6, 8), "key": draw(2, 6, 8), "value": draw(2, 6, 8), "g
         ({"grid": (2, 2)}, ValueError, r"grid must be \(rows, columns\) of 6 locations, got \(2, 2\)"),
         ({"grid": (-2, -3)}, ValueError, r"grid must be \(rows, columns\) of 6 locations, got \(-2, -3\)"),
         ({"grid": (6,)}, ValueError, r"grid must be \(rows, columns\) of 6 locations, got \(6,\)"),
+        ({"grid": 4}, TypeError, r"grid must be \(rows, columns\) of 6 locations, two integers, got 4"),
+        ({"grid": (2.0, 3)}, TypeError, r"grid must be .* two integers, got \(2.0, 3\)"),
+        ({"grid": "23"}, TypeError, r"grid must be .* two integers, got '23'"),
+        ({"heads": 2.0}, TypeError, r"heads must be an integer of at least 1, got 2.0"),
+        ({"heads": True}, TypeError, r"heads must be an integer of at least 1, got True"),
+        ({"pad_key": 0.0, "pad_value": draw(8)}, TypeError, r"pad_key must be a tensor of shape \[8\], got float"),
         ({"heads": 3}, ValueError, r"heads must divide the 8 features, got 3"),
-        ({"heads": 0}, ValueError, r"heads must divide the 8 features, got 0"),
+        ({"heads": 0}, ValueError, r"heads must be an integer of at least 1, got 0"),
         ({"pad_key": draw(8)}, ValueError, r"pad_key and pad_value must be given together"),
         ({"pad_value": draw(8)}, ValueError, r"pad_key and pad_value must be given together"),
         ({"pad_key": draw(7), "pad_value": draw(8)}, ValueError, r"pad_key must have shape \[8\], got \[7\]"),
@@ -162,6 +252,6 @@ GOOD = {"query": draw(2, 6, 8), "key": draw(2, 6, 8), "value": draw(2, 6, 8), "g
         ({"backend": "cuda"}, ValueError, r"backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
     ],
 )
-def test_a_wrong_argument_is_one_clear_sentence(change, kind, message):
+def test_wrong_argument_raises_one_sentence(change, kind, message):
     with pytest.raises(kind, match=message):
         neighbor_attention(**{**GOOD, **change})

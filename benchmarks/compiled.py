@@ -1,13 +1,14 @@
 """Compile the kernels ahead of time and report what the compiler made of them; no GPU is needed.
 
-    python -m simsid.kernels.inspect --op memory --arch 90
+    python benchmarks/compiled.py --op memory --arch 90
 
-Each op's `fused.py` has `inspect_cases()`: names and host calls, and the architectures they are for where that matters.
-The calls are run on meta tensors with launching switched off. What they would have launched is compiled with the
-specialisations that Triton's launcher would choose.
+Each op's `variants.py` has `cases()`: names, host calls, and the architectures they are for. The calls run on meta
+tensors with launching switched off. What they would have launched is compiled with the specializations that Triton's
+launcher would choose.
 """
 
 import argparse
+import ast
 import dataclasses
 import hashlib
 import importlib
@@ -19,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,15 +28,15 @@ import torch
 from torch import Tensor
 
 from simsid.kernels.backend import interpreter_on
-from simsid.kernels.launch import Launch, record_launches
+from simsid.kernels.launch import ARCHITECTURES, Launch, record_launches
 
 OPS = ("memory", "attention", "layer_norm")
-ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory one program may ask for
-# Bytes of stack and instructions that use it, at most, by Triton's version and architecture. ptxas parks a few values
-# around the loop to fit another program on a multiprocessor, even where it then uses 72 registers; told to use up to
-# 224 it parks none, at the price of that program. A version not listed is held to the last.
-PARKED = {
+# Register spills that are allowed, by Triton's version and architecture: bytes of stack, and instructions that use it.
+# ptxas spills a few values around the loop to fit one more program on a multiprocessor, even where it then uses only 72
+# registers; with a limit of 224 registers it spills none and fits one program less. A version that is not listed has
+# the limits of the last.
+SPILL_LIMIT = {
     "3.6": {80: (8, 2), 90: (8, 2), 100: (8, 3)},
     "3.7": {80: (8, 2), 90: (0, 0), 100: (24, 12)},
     "3.8": {80: (8, 5), 90: (16, 8), 100: (16, 9)},
@@ -65,11 +67,11 @@ class Variant:
     divisible: tuple[str, ...]
     num_warps: int
     num_stages: int
-    architectures: tuple[int, ...] = ARCHITECTURES
+    architectures: tuple[int, ...]
 
     @property
-    def key(self) -> tuple:
-        """What two variants with the same machine code have in common."""
+    def key(self) -> tuple[Any, ...]:
+        """Everything that decides the machine code: two variants of one key compile to the same."""
         return (
             self.kernel.__name__,
             *self.signature.items(),
@@ -100,9 +102,11 @@ class Report:
     instructions: int
 
 
-def specialise(name: str, launched: Launch) -> Variant:
-    """Specialise as Triton's launcher does: 1 and None become constants, multiples of 16 say so."""
-    signature, constexprs, divisible = {}, {}, []
+def specialize(name: str, launched: Launch, architectures: tuple[int, ...]) -> Variant:
+    """Specialize as Triton's launcher does: 1 and None become constants, multiples of 16 are marked."""
+    signature: dict[str, str] = {}
+    constexprs: dict[str, Any] = {}
+    divisible: list[str] = []
     for parameter in launched.kernel.params:
         argument, value = parameter.name, launched.arguments[parameter.name]
         plain = parameter.do_not_specialize
@@ -119,7 +123,14 @@ def specialise(name: str, launched: Launch) -> Variant:
             if value % 16 == 0 and not plain:
                 divisible.append(argument)
     return Variant(
-        name, launched.kernel, signature, constexprs, tuple(divisible), launched.num_warps, launched.num_stages
+        name,
+        launched.kernel,
+        signature,
+        constexprs,
+        tuple(divisible),
+        launched.num_warps,
+        launched.num_stages,
+        architectures,
     )
 
 
@@ -147,17 +158,20 @@ def compile_ahead(variant: Variant, arch: int) -> Report:
         sass = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
     code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.M)
 
+    def used(resource: str) -> int:
+        return int(re.findall(rf"{resource}:(\d+)", usage)[0])
+
     def count(pattern: str) -> int:
         return sum(re.match(pattern, instruction) is not None for instruction in code)
 
     return Report(
         name=variant.name,
         arch=arch,
-        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
-        stack=int(re.search(r"STACK:(\d+)", usage).group(1)),
+        registers=used("REG"),
+        stack=used("STACK"),
         shared=compiled.metadata.shared,
         spills=count(r"LDL|STL"),
-        # sm_100 books its tensor memory with ATOMS.OR and .AND, which is no arithmetic.
+        # sm_100 allocates its tensor memory with ATOMS.OR and .AND, which are not arithmetic.
         atomics=count(r"(ATOM|ATOMG|RED|REDG)(\.|$)|ATOMS(?!\.(OR|AND))"),
         hgmma=count(r"HGMMA"),
         hmma=count(r"HMMA"),
@@ -170,18 +184,27 @@ def compile_ahead(variant: Variant, arch: int) -> Report:
 
 
 def variants(op: str) -> list[Variant]:
-    """Return every distinct variant that the inspection cases of `op` would launch."""
-    found: dict[tuple, Variant] = {}
-    for case, call, *architectures in importlib.import_module(f"simsid.kernels.{op}.fused").inspect_cases():
+    """Return every distinct variant that the cases of `op` would launch, under the name of its first case."""
+    variants: dict[tuple[Any, ...], Variant] = {}
+    for case, call, architectures in importlib.import_module(f"simsid.kernels.{op}.variants").cases():
         with record_launches(run=False) as launches:
             call()
         for launched in launches:
-            variant = specialise(f"{launched.kernel.__name__.strip('_')} [{case}]", launched)
-            if architectures:
-                earlier = found[variant.key].architectures if variant.key in found else ()
-                variant = dataclasses.replace(variant, architectures=tuple(sorted({*earlier, *architectures[0]})))
-            found[variant.key] = dataclasses.replace(variant, name=found.get(variant.key, variant).name)
-    return list(found.values())
+            variant = specialize(f"{launched.kernel.__name__} [{case}]", launched, architectures)
+            first = variants.get(variant.key, variant)
+            variants[variant.key] = dataclasses.replace(
+                first, architectures=tuple(sorted({*first.architectures, *architectures}))
+            )
+    return list(variants.values())
+
+
+def code_of(function: Any) -> str:
+    """Return the source of a function without comments, docstring and layout, which do not change machine code."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    assert isinstance(tree, ast.FunctionDef)
+    if ast.get_docstring(tree) is not None:
+        del tree.body[0]
+    return ast.unparse(tree)
 
 
 def digest(variant: Variant, arch: int) -> str:
@@ -192,7 +215,7 @@ def digest(variant: Variant, arch: int) -> str:
     parts = [triton.__version__, str(arch), repr(variant.key)]
     for name, value in sorted(vars(module).items()):
         if isinstance(value, triton.runtime.JITFunction) and (name.startswith("_") or value is variant.kernel):
-            parts.append(inspect.getsource(value.fn))
+            parts.append(code_of(value.fn))
         elif isinstance(value, triton.language.constexpr):
             parts.append(f"{name} = {value.value}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
@@ -224,9 +247,9 @@ def load(path: str) -> dict[str, Report]:
 
 
 def problems(report: Report) -> list[str]:
-    """Name what no kernel may have: a stack for more than parked values, atomics, too much shared memory."""
+    """Name what no kernel may have: register spills above the limit, atomics, too much shared memory."""
     version = ".".join(importlib.metadata.version("triton").split(".")[:2])
-    stack, spills = PARKED.get(version, PARKED["3.9"])[report.arch]
+    stack, spills = SPILL_LIMIT.get(version, SPILL_LIMIT["3.9"])[report.arch]
     limits = {"stack": stack, "spills": spills, "atomics": 0, "shared": SHARED_LIMIT[report.arch]}
     return [f"{name} {getattr(report, name)} > {most}" for name, most in limits.items() if getattr(report, name) > most]
 
@@ -246,9 +269,9 @@ def table(reports: Iterable[Report]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table of compiled variants, or JSON; return 1 if a kernel has a problem."""
-    parser = argparse.ArgumentParser(prog="python -m simsid.kernels.inspect", description=__doc__.splitlines()[0])
-    parser.add_argument("--op", action="append", choices=OPS, help="default: all")
-    parser.add_argument("--arch", action="append", type=int, choices=ARCHITECTURES, help="default: all")
+    parser = argparse.ArgumentParser(prog="benchmarks/compiled.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--op", action="append", choices=OPS, help="all by default")
+    parser.add_argument("--arch", action="append", type=int, choices=ARCHITECTURES, help="all by default")
     parser.add_argument("--match", default="", help="only the variants whose name contains this")
     parser.add_argument("--known", metavar="FILE", help="take the reports of unchanged variants from this JSON")
     parser.add_argument("--update", metavar="FILE", help="like --known, and write the reports back to it")

@@ -1,17 +1,14 @@
-"""LayerNorm + residual + ReLU: the reference against a float64 loop, the Triton kernels against the reference."""
+"""Residual + LayerNorm + ReLU: the reference against a float64 loop, the Triton kernels against the reference."""
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from harness import DEVICE, assert_as_close_as_torch, inspect, needs_compiler, needs_kernels
+from harness import DEVICE, assert_as_close_as_torch, needs_compiler, needs_kernels, reports_of
 from hypothesis import HealthCheck, given, settings
 
 from simsid.kernels import residual_layer_norm
-from simsid.kernels.backend import TRITON_INSTALLED
 from simsid.kernels.launch import record_launches
-
-if TRITON_INSTALLED:
-    from simsid.kernels.residual_layer_norm import fused
+from simsid.kernels.layer_norm import plan
 
 NAMES = ("x", "residual", "weight", "bias")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,13 +38,13 @@ def run(tensors, cotangent=None, backend="triton"):
     return {"out": out, **dict(zip(leaves, gradients))}
 
 
-def assert_fused_is_right(tensors, scale=4.0):
+def assert_agrees(tensors, scale=4.0):
     cotangent = draw(*tensors["x"].shape, dtype=tensors["x"].dtype, seed=9)
     got, same = run(tensors, cotangent), run(tensors, cotangent, backend="torch")
     exact = run({name: x.double() for name, x in tensors.items()}, cotangent, backend="torch")
     sign_is_sure = exact["out"].sub(same["out"].double()).abs() < 0.5 * exact["out"] + (exact["out"] == same["out"])
-    assert sign_is_sure.float().mean() > 0.99, "the inputs put too many outputs next to ReLU's corner"
-    for name in got:  # a gradient to x may be the small difference of numbers as large as the scale
+    assert sign_is_sure.float().mean() > 0.99, "too many outputs are close to 0, where ReLU has no derivative"
+    for name in got:  # a gradient of x may be a small difference of numbers as large as the scale
         assert_as_close_as_torch(name, got[name], same[name], exact[name], slack=8.0, scale=scale)
 
 
@@ -62,7 +59,7 @@ def test_reference_equals_a_loop():
         torch.testing.assert_close(got[index], want, rtol=1e-12, atol=1e-12)
 
 
-def test_reference_gradient():
+def test_reference_passes_gradcheck():
     leaves = [tensor.double().requires_grad_() for tensor in inputs((4, 5)).values()]
     assert torch.autograd.gradcheck(lambda *x: residual_layer_norm(*x, backend="torch"), leaves)
 
@@ -82,10 +79,13 @@ GOOD = inputs((2, 6), torch.float64)
         ({"bias": draw(1, 6)}, ValueError, r"bias must have shape \[6\], got \[1, 6\]"),
         ({"bias": draw(6).to("meta")}, ValueError, r"bias must be on c.* like x, got meta"),
         ({"eps": 0.0}, ValueError, "eps must be a positive number, got 0.0"),
+        ({"eps": torch.tensor(1e-5)}, TypeError, "eps must be a positive number, got a tensor"),
+        ({"eps": None}, TypeError, "eps must be a positive number, got None"),
+        ({"weight": None}, TypeError, r"weight must be a tensor of shape \[6\], got NoneType"),
         ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
     ],
 )
-def test_a_wrong_argument_is_one_clear_sentence(change, kind, message):
+def test_wrong_argument_raises_one_sentence(change, kind, message):
     with pytest.raises(kind, match=message):
         residual_layer_norm(**{**GOOD, **change})
 
@@ -93,14 +93,14 @@ def test_a_wrong_argument_is_one_clear_sentence(change, kind, message):
 @needs_kernels
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(4, 3, 64), (5, 100), (1,), (7,), (2, 513)])
-def test_fused_forward_and_backward(poisoned, shape, dtype):
-    assert_fused_is_right(inputs(shape, dtype))
+def test_shapes_and_dtypes_agree_with_the_reference(poisoned, shape, dtype):
+    assert_agrees(inputs(shape, dtype))
 
 
 @needs_kernels
-def test_programs_of_more_than_one_row(poisoned, monkeypatch):
-    monkeypatch.setattr(fused, "PARTS", 3)
-    assert_fused_is_right(inputs((7, 16)))
+def test_programs_of_several_rows_agree_with_the_reference(poisoned, monkeypatch):
+    monkeypatch.setattr(plan, "MAX_PARTS", 3)
+    assert_agrees(inputs((7, 16)))
 
 
 @needs_kernels
@@ -112,19 +112,21 @@ def test_programs_of_more_than_one_row(poisoned, monkeypatch):
     residual_dtype=st.sampled_from(FLOATS),
     weight_dtype=st.sampled_from(FLOATS),
 )
-def test_any_shape_and_mixture_of_dtypes(poisoned, rows, features, dtype, residual_dtype, weight_dtype):
-    assert_fused_is_right(inputs((rows, features), dtype, residual_dtype, weight_dtype))
+def test_any_shape_and_mixture_of_dtypes_agree_with_the_reference(
+    poisoned, rows, features, dtype, residual_dtype, weight_dtype
+):
+    assert_agrees(inputs((rows, features), dtype, residual_dtype, weight_dtype))
 
 
 @needs_kernels
-def test_a_large_mean_costs_no_more_than_its_own_rounding(poisoned):
+def test_large_mean_costs_only_its_own_rounding(poisoned):
     tensors = inputs((4, 64))
     tensors["x"] = tensors["x"] + 1000.0
-    assert_fused_is_right(tensors, scale=1000.0)
+    assert_agrees(tensors, scale=1000.0)
 
 
 @needs_kernels
-def test_views_and_unaligned_starts(poisoned):
+def test_views_and_unaligned_starts_equal_their_copies(poisoned):
     copies = inputs((2, 3, 20))
     flat = torch.zeros(121, device=DEVICE)
     flat[1:] = copies["residual"].flatten()
@@ -141,20 +143,20 @@ def test_views_and_unaligned_starts(poisoned):
 
 
 @needs_kernels
-def test_two_runs_and_any_batch_give_the_same_bits():
+def test_two_runs_and_every_batch_give_the_same_bits():
     tensors, cotangent = inputs((5, 21)), draw(5, 21, seed=9)
-    whole, again = run(tensors, cotangent), run(tensors, cotangent)
+    first, second = run(tensors, cotangent), run(tensors, cotangent)
     alone = {name: x[3:4] if x.dim() == 2 else x for name, x in tensors.items()}
     single = run(alone, cotangent[3:4])
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
-    assert all(torch.equal(whole[name][3:4], single[name]) for name in ("out", "x", "residual"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(first[name][3:4], single[name]) for name in ("out", "x", "residual"))
 
 
 @needs_kernels
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["x", "residual"])
 @pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")
-def test_what_is_not_finite_stays_visible_and_in_its_row(name, bad):
+def test_nonfinite_value_reaches_only_its_row(name, bad):
     tensors = inputs((3, 16))
     tensors[name][1, 4] = bad
     got, want = run(tensors)["out"], run(tensors, backend="torch")["out"]
@@ -188,14 +190,14 @@ def test_one_launch_forward_and_one_backward():
         (inputs((1, 8193)), "rows of 8193 features are longer than the 8192 that one program can hold"),
     ],
 )
-def test_what_no_kernel_can_do_is_refused_with_the_reason_and_left_to_torch(tensors, reason):
+def test_unsupported_argument_raises_its_reason_and_auto_takes_torch(tensors, reason):
     with pytest.raises(RuntimeError, match=reason):
         run(tensors)
     assert run(tensors, backend="auto")["out"].isfinite().all()
 
 
 @needs_kernels
-def test_opcheck():
+def test_ops_pass_opcheck():
     tensors = inputs((3, 8), torch.bfloat16)
     out, statistics = torch.ops.simsid.residual_layer_norm(*tensors.values(), 1e-5)
     torch.library.opcheck(torch.ops.simsid.residual_layer_norm.default, (*tensors.values(), 1e-5))
@@ -204,7 +206,7 @@ def test_opcheck():
 
 
 @needs_kernels
-def test_compiles_as_one_graph_and_exports():
+def test_compiled_and_exported_op_is_one_graph_and_agrees():
     class Block(torch.nn.Module):
         def forward(self, *tensors):
             return residual_layer_norm(*tensors, backend="triton") * 2
@@ -221,26 +223,23 @@ def test_compiles_as_one_graph_and_exports():
     assert "simsid.residual_layer_norm" in exported.graph_module.code
 
 
-@needs_kernels
-def test_a_second_derivative_is_one_clear_error():
-    leaves = [x.requires_grad_() for x in inputs((2, 8)).values()]
-    out = residual_layer_norm(*leaves, backend="triton")
-    (gradient,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match='no second derivative in Triton; use backend="torch"'):
-        gradient.sum().backward()
-
-
-@needs_kernels
-def test_the_plan_holds_a_row_in_at_most_16_registers_a_thread():
+def test_plan_holds_a_row_in_at_most_16_registers_a_thread():
     for features in range(1, 8193):
-        block, num_warps = fused.plan(features)
-        assert features <= block < 2 * features and num_warps in (1, 2, 4, 8, 16)
-        assert block <= 16 * 32 * num_warps
+        row = plan.plan_row(features)
+        assert features <= row.block_d < 2 * features and row.num_warps in (1, 2, 4, 8, 16)
+        assert row.block_d <= 16 * 32 * row.num_warps
+
+
+def test_plan_gives_every_row_to_one_program():
+    for rows in (0, 1, 127, 128, 129, 1000, 4096):
+        sums = plan.plan_parts(rows)
+        assert (sums.parts - 1) * sums.rows_per_program < max(rows, 1) and rows <= sums.parts * sums.rows_per_program
+        assert sums.parts <= plan.MAX_PARTS
 
 
 @needs_compiler
 def test_compiled_kernels_do_not_spill():
-    reports, _ = inspect("--op", "layer_norm", "--arch", "90", "--match", "D=8192 float32")
+    reports = reports_of("layer_norm", "D=8192 float32", (90,))
     assert len(reports) == 2, "forward and backward"
     for report in reports:
         assert report["stack"] == report["spills"] == report["atomics"] == 0, report["name"]

@@ -1,20 +1,17 @@
-"""The Triton kernels of the neighbour attention: interpreted where there is no GPU, and compiled ahead of time."""
+"""The fused neighbor attention against its reference: on a GPU, or in Triton's interpreter; its compiled code."""
 
 import itertools
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from harness import DEVICE, assert_as_close_as_torch, inspect, needs_compiler, needs_kernels, terms
+from harness import DEVICE, assert_as_close_as_torch, needs_compiler, needs_kernels, reports_of, terms
 from hypothesis import HealthCheck, given, settings
 
 from simsid.kernels import neighbor_attention
+from simsid.kernels.attention.plan import plan_grid
 from simsid.kernels.attention.reference import neighbor_index
-from simsid.kernels.backend import TRITON_INSTALLED
 from simsid.kernels.launch import record_launches
-
-if TRITON_INSTALLED:
-    from simsid.kernels.attention.fused import plan
 
 NAMES = ("query", "key", "value", "pad_key", "pad_value")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,7 +43,7 @@ def run(tensors, grid, heads, cotangent=None, backend="triton"):
 
 
 def sizes(tensors, grid, heads, cotangent):
-    """The largest results there would be if nothing cancelled, by name, and the largest score."""
+    """Return, by name, the largest results there would be without cancellation, and the largest score."""
     index = neighbor_index(grid, DEVICE)
     leaves = {name: tensor.double().abs().requires_grad_() for name, tensor in tensors.items()}
 
@@ -62,7 +59,7 @@ def sizes(tensors, grid, heads, cotangent):
     scale = (plain["query"].shape[-1] // heads) ** -0.5
     inside = torch.tensor(True, device=DEVICE) if "pad_key" in plain else (index < len(index))[:, None]
     logits = scale * products(plain["query"], windows(plain, "key"))
-    # A location without neighbours has no probabilities.
+    # A location without neighbors has no probabilities.
     p = torch.softmax(logits.masked_fill(~inside, -torch.inf), dim=-1).nan_to_num(0.0)
     ds = scale * terms(p, products(cotangent.double(), windows(plain, "value")))
     scores = ds * products(leaves["query"], windows(leaves, "key"))
@@ -72,13 +69,13 @@ def sizes(tensors, grid, heads, cotangent):
     return {name: value.amax().item() for name, value in results.items()}, (logits * inside).abs().amax().item()
 
 
-def assert_fused_is_right(tensors, grid, heads):
+def assert_agrees(tensors, grid, heads):
     cotangent = draw(*tensors["query"].shape, dtype=tensors["query"].dtype, seed=9)
     fused = run(tensors, grid, heads, cotangent)
     same = run(tensors, grid, heads, cotangent, backend="torch")
     exact = run({name: x.double() for name, x in tensors.items()}, grid, heads, cotangent, backend="torch")
     scale, score = sizes(tensors, grid, heads, cotangent)
-    # Two products, and the one behind the scores, whose error is that of the exponent.
+    # Two products, and the one that makes the scores, whose error is an error of the exponent.
     slack = 1.5 * (2.0 + score)
     for name in fused:
         assert_as_close_as_torch(name, fused[name], same[name], exact[name], slack, scale[name])
@@ -89,21 +86,21 @@ def assert_fused_is_right(tensors, grid, heads):
     ("grid", "features", "heads"),
     [((4, 4), 128, 8), ((2, 2), 256, 1), ((3, 3), 64, 2), ((4, 4), 40, 8), ((8, 8), 16, 1), ((16, 16), 16, 2)],
 )
-def test_presets_forward_and_backward(poisoned, grid, features, heads, pads):
-    assert_fused_is_right(inputs(2, grid, features, pads=pads), grid, heads)
+def test_presets_agree_with_the_reference(poisoned, grid, features, heads, pads):
+    assert_agrees(inputs(2, grid, features, pads=pads), grid, heads)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pads", [False, True])
-def test_16_bit_inputs(poisoned, dtype, pads):
-    assert_fused_is_right(inputs(2, (3, 4), 48, pads=pads, dtype=dtype), (3, 4), 2)
+def test_16_bit_inputs_agree_with_the_reference(poisoned, dtype, pads):
+    assert_agrees(inputs(2, (3, 4), 48, pads=pads, dtype=dtype), (3, 4), 2)
 
 
 def test_float32_pads_of_16_bit_inputs_keep_their_dtype(poisoned):
     tensors = inputs(2, (3, 3), 16, dtype=torch.bfloat16, pad_dtype=torch.float32)
-    assert_fused_is_right(tensors, (3, 3), 2)
+    assert_agrees(tensors, (3, 3), 2)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        assert_fused_is_right(tensors, (3, 3), 2)
+        assert_agrees(tensors, (3, 3), 2)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -115,11 +112,11 @@ def test_float32_pads_of_16_bit_inputs_keep_their_dtype(poisoned):
     pads=st.booleans(),
     dtype=st.sampled_from(FLOATS),
 )
-def test_any_shape(poisoned, batch, grid, heads, width, pads, dtype):
-    assert_fused_is_right(inputs(batch, grid, heads * width, pads=pads, dtype=dtype), grid, heads)
+def test_any_shape_agrees_with_the_reference(poisoned, batch, grid, heads, width, pads, dtype):
+    assert_agrees(inputs(batch, grid, heads * width, pads=pads, dtype=dtype), grid, heads)
 
 
-def test_views_and_unaligned_starts(poisoned):
+def test_views_and_unaligned_starts_equal_their_copies(poisoned):
     grid, features, heads = (2, 3), 24, 2
     copies = inputs(2, grid, features)
     packed = torch.cat([copies[name] for name in NAMES[:3]], dim=-1)
@@ -141,21 +138,21 @@ def test_views_and_unaligned_starts(poisoned):
 
 
 @pytest.mark.parametrize("pads", [False, True])
-def test_two_runs_and_any_batch_give_the_same_bits(pads):
+def test_two_runs_and_every_batch_give_the_same_bits(pads):
     grid, features, heads = (3, 3), 21, 3  # 189 numbers an image: most images of a batch start unaligned
     tensors, cotangent = inputs(3, grid, features, pads=pads), draw(3, 9, features, seed=9)
-    whole, again = run(tensors, grid, heads, cotangent), run(tensors, grid, heads, cotangent)
+    first, second = run(tensors, grid, heads, cotangent), run(tensors, grid, heads, cotangent)
     alone = {name: x if name.startswith("pad") else x[1:2] for name, x in tensors.items()}
     single = run(alone, grid, heads, cotangent[1:2])
-    for name in whole:
-        assert torch.equal(whole[name], again[name]), name
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
         if not name.startswith("pad"):
-            assert torch.equal(whole[name][1:2], single[name]), name
+            assert torch.equal(first[name][1:2], single[name]), name
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_reaches_the_locations_that_see_it_and_no_other(bad):
+def test_nonfinite_value_reaches_only_the_locations_that_see_it(bad):
     for name, pads in itertools.product(NAMES[:3], (False, True)):
         tensors = inputs(2, (4, 4), 16, pads=pads)
         tensors[name][1, 5, 3] = bad
@@ -164,7 +161,7 @@ def test_what_is_not_finite_reaches_the_locations_that_see_it_and_no_other(bad):
         assert not fused.isfinite().all() and fused[0].isfinite().all(), name
 
 
-def test_pads_that_are_not_finite_stay_at_the_border():
+def test_nonfinite_pad_reaches_only_the_border():
     tensors = inputs(1, (3, 3), 8)
     tensors["pad_value"][:] = float("nan")
     finite = run(tensors, (3, 3), 1)["out"].isfinite().all(-1)
@@ -174,16 +171,16 @@ def test_pads_that_are_not_finite_stay_at_the_border():
 def test_huge_logits_do_not_overflow(poisoned):
     tensors = inputs(1, (3, 3), 16)
     tensors["query"] = 1e4 * tensors["query"]
-    assert_fused_is_right(tensors, (3, 3), 2)
+    assert_agrees(tensors, (3, 3), 2)
 
 
-def test_equal_locations_share_the_weight():
+def test_equal_locations_get_equal_weights():
     tensors = {name: torch.ones(1, 9, 8, device=DEVICE) for name in NAMES[:3]}
     torch.testing.assert_close(run(tensors, (3, 3), 2)["out"], torch.ones(1, 9, 8, device=DEVICE))
 
 
 @pytest.mark.parametrize("pads", [False, True])
-def test_an_empty_batch_launches_nothing(pads):
+def test_empty_batch_launches_nothing(pads):
     tensors = inputs(0, (2, 2), 8, pads=pads)
     with record_launches() as launches:
         got = run(tensors, (2, 2), 2, draw(0, 4, 8))
@@ -205,7 +202,7 @@ def test_one_launch_forward_and_one_backward(pads):
     ]
 
 
-def test_only_the_inputs_that_want_a_gradient_get_one():
+def test_only_inputs_that_require_a_gradient_get_one():
     tensors = inputs(1, (2, 2), 8)
     tensors["value"].requires_grad_()
     out = neighbor_attention(grid=(2, 2), heads=2, backend="triton", **tensors)
@@ -213,7 +210,7 @@ def test_only_the_inputs_that_want_a_gradient_get_one():
     assert tensors["value"].grad is not None and tensors["pad_key"].grad is None
 
 
-def test_auto_takes_the_kernel_on_cuda_alone():
+def test_auto_launches_only_on_cuda():
     tensors = inputs(1, (2, 2), 8)
     with record_launches() as launches:
         run(tensors, (2, 2), 2, backend="auto")
@@ -227,13 +224,13 @@ def test_auto_takes_the_kernel_on_cuda_alone():
         (inputs(1, (1, 257), 8), (1, 257), "257 locations are more than the 256 that one program can hold"),
     ],
 )
-def test_what_no_kernel_can_do_is_refused_with_the_reason_and_left_to_torch(tensors, grid, reason):
+def test_unsupported_argument_raises_its_reason_and_auto_takes_torch(tensors, grid, reason):
     with pytest.raises(RuntimeError, match=reason):
         run(tensors, grid, 2)
     assert run(tensors, grid, 2, backend="auto")["out"].isfinite().all()
 
 
-def test_opcheck():
+def test_ops_pass_opcheck():
     tensors = tuple(inputs(2, (2, 3), 8).values())
     ops = torch.ops.simsid
     for pads in (tensors[3:], (None, None)):
@@ -243,7 +240,7 @@ def test_opcheck():
 
 
 @pytest.mark.parametrize("pads", [False, True])
-def test_compiles_as_one_graph_forward_and_backward(pads):
+def test_compiled_op_is_one_graph_and_agrees(pads):
     torch._dynamo.reset()
     leaves = [x.requires_grad_() for x in inputs(2, (2, 3), 8, pads=pads).values()]
 
@@ -257,14 +254,14 @@ def test_compiles_as_one_graph_forward_and_backward(pads):
     torch.testing.assert_close(got, torch.autograd.grad(want, leaves, cotangent))
 
 
-def test_compiles_with_inductor():
+def test_inductor_output_agrees():
     torch._dynamo.reset()
     tensors = inputs(2, (2, 3), 8)
     call = torch.compile(lambda **x: neighbor_attention(grid=(2, 3), heads=2, backend="triton", **x), fullgraph=True)
     torch.testing.assert_close(call(**tensors), run(tensors, (2, 3), 2)["out"])
 
 
-def test_exports():
+def test_exported_op_is_one_call_and_agrees():
     class Attention(torch.nn.Module):
         def forward(self, query, key, value):
             return neighbor_attention(query, key, value, (2, 3), 2, backend="triton")
@@ -275,23 +272,9 @@ def test_exports():
     torch.testing.assert_close(exported.module()(*tensors), Attention()(*tensors))
 
 
-def test_a_second_derivative_is_one_clear_error():
-    leaves = {name: x.requires_grad_() for name, x in inputs(1, (2, 2), 8).items()}
-    out = neighbor_attention(grid=(2, 2), heads=2, backend="triton", **leaves)
-    (gradient,) = torch.autograd.grad(out.square().sum(), leaves["query"], create_graph=True)
-    with pytest.raises(RuntimeError, match='no second derivative in Triton; use backend="torch"'):
-        gradient.sum().backward()
-
-
-def test_torch_func_is_one_clear_error():
-    tensors = inputs(1, (2, 2), 8, pads=False)
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda query: run({**tensors, "query": query}, (2, 2), 2)["out"].sum())(tensors["query"])
-
-
-def test_the_plan_covers_the_grid_with_one_vector_a_thread():
+def test_plan_covers_the_grid_with_one_vector_a_thread():
     for locations, width, size in itertools.product(range(1, 257), (1, 5, 8, 16, 32, 64, 100, 256, 1024), (2, 4)):
-        tile = plan(locations, width, size)
+        tile = plan_grid(locations, width, size)
         vector = 16 // size
         assert tile.block_l >= locations and tile.block_l < 2 * locations
         assert tile.num_warps in (1, 2, 4, 8) and tile.block_w & (tile.block_w - 1) == 0
@@ -310,14 +293,13 @@ def test_the_plan_covers_the_grid_with_one_vector_a_thread():
         ("16x16 D=512 bfloat16 pads", (90,)),
     ],
 )
-def test_compiled_kernels_keep_to_registers_and_wide_accesses(shape, architectures):
-    chosen = (word for arch in architectures for word in ("--arch", str(arch)))
-    reports, _ = inspect("--op", "attention", "--match", shape, *chosen)
+def test_compiled_kernels_stay_in_registers_with_wide_accesses(shape, architectures):
+    reports = reports_of("attention", shape, architectures)
     assert len(reports) == 2 * len(architectures), "forward and backward"
     for report in reports:
         name = f"{report['name']} sm_{report['arch']}"
         assert report["stack"] == report["spills"] == report["atomics"] == 0, name
-        assert report["hmma"] == report["hgmma"] == report["utcmma"] == 0, f"{name}: float32 must stay float32"
+        assert report["hmma"] == report["hgmma"] == report["utcmma"] == 0, f"{name}: products must be exact in float32"
         assert report["registers"] <= 192, name
         if "forward" in name:
             assert report["barriers"] == report["shared"] == report["narrow"] == 0, name
