@@ -258,20 +258,12 @@ class FeatureMemory(AnomalyModel):
     ) -> "FeatureMemory":
         """Rebuild a model from `state`; the option `encoder` is the module of a model with a foreign encoder."""
         config, saved = FeatureConfig.from_dict(document["config"]), document["encoder"]
-        if not isinstance(saved, dict):
-            raise InputError("encoder must be a dictionary")
-        encoder = options.pop("encoder", None)
-        if saved.get("foreign") and encoder is None:
-            raise CheckpointError(
-                f"{source} was fitted to the features of {saved.get('network')}, which is not part of simsid: "
-                "load it with encoder=module"
-            )
+        encoder = _known(options.pop("encoder", None), saved, source)
         model = cls(config, encoder=encoder, **options)  # type: ignore[arg-type]  # __init__ checks them
         if model.encoder.fingerprint() != saved:
-            found = model.encoder.fingerprint()["network"]
             raise CheckpointError(
-                f"{source} was fitted to the features of {saved.get('network')} with other weights than those of the "
-                f"encoder {found}"
+                f"{source} was fitted to the features of {saved['network']} with other weights than those of the "
+                f"encoder {model.encoder.fingerprint()['network']}"
             )
         channels, images = _sizes(document["channels"], 65536), _sizes([document["images"]], 1 << 24)[0]
         # On the meta device first: sizes from a foreign file are compared before any memory is taken for them.
@@ -302,6 +294,18 @@ class FeatureMemory(AnomalyModel):
                     bar.update(count)
 
         return gather(batches(), self._describe, self.config, painted=painted)
+
+
+def _known(encoder: object, saved: object, source: str) -> object:
+    """Return the encoder for a saved model, or raise the error that asks for it."""
+    if not isinstance(saved, dict) or saved.keys() != {"foreign", "network", "sha256"}:
+        raise InputError("encoder must hold foreign, network and sha256")
+    if saved["foreign"] and encoder is None:
+        raise CheckpointError(
+            f"{source} was fitted to the features of {saved['network']}, which is not part of simsid: "
+            "load it with encoder=module"
+        )
+    return encoder
 
 
 def _checked_original(original: object, parts: FeatureParts) -> dict[str, Any] | None:

@@ -175,7 +175,7 @@ def test_foreign_encoder_must_be_given_again(saved):
         ("channels", "many", "whole numbers"),
         ("config", {"grid": 10**6}, "grid must be in 2 to 32"),
         ("config", {"depth": 3}, "fields must be"),
-        ("encoder", None, "dictionary"),
+        ("encoder", None, "encoder must hold"),
         ("original", {"images": 3}, "original must hold"),
         ("original", {"images": 3, "units": {}, "calibration": None}, "units must be"),
     ],
