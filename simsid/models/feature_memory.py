@@ -1,27 +1,22 @@
 """The feature memory: a frozen pretrained encoder with memories of what normal images look like to it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simsid import checkpoint
-from simsid.data import ImageSet, Preprocessing, as_image_set
-from simsid.errors import CheckpointError, ConfigError, InputError
-from simsid.models.base import BATCH, AnomalyModel
+from simsid.data import ImageSet
+from simsid.errors import InputError
+from simsid.models.base import BATCH
 from simsid.models.calibration import Calibration
 from simsid.models.feature_config import FeatureConfig
-from simsid.models.feature_encoder import FeatureEncoder
-from simsid.models.feature_inpainting import to_grid
+from simsid.models.feature_model import FEWEST, FeatureModel, checked_sizes
 from simsid.models.feature_parts import FeatureParts
-from simsid.models.feature_pooled import pool
-from simsid.models.feature_sample import FeatureSample, gather
 
-FEWEST = 8
-"""Normal images that fitting and adapting need: means, deviations and two folds of fewer say nothing."""
 ABNORMAL = 3.5  # robust deviations above the median from which `adapt` names an image
 
 
@@ -43,7 +38,7 @@ class Adaptation:
     abnormal: tuple[tuple[str, float], ...]
 
 
-class FeatureMemory(AnomalyModel):
+class FeatureMemory(FeatureModel):
     """Normal images as a frozen pretrained network sees them: fitted in two minutes on a CPU, without training.
 
         pooled_memory = distance of the image's mean features to the nearest normal ones (`PooledMemory`)
@@ -59,19 +54,7 @@ class FeatureMemory(AnomalyModel):
 
     The scores of an image are the same, bit for bit, whatever images are scored with it, for one batch size.
 
-    Args:
-        config: a `FeatureConfig`; None is `FeatureConfig()`.
-        encoder: a module that yields feature maps `[B, C, h, w]`; None is EfficientNet-Lite0 with the ImageNet weights
-            that ship with simsid. It is frozen in place. A saved model holds the encoder's class and a hash of its
-            weights, not the weights: `simsid.load(folder, encoder=module)` needs it again.
-        layers: names of submodules of the encoder whose outputs are the feature maps, collected by hooks; empty where
-            the encoder returns its maps (one, or a list, tuple or dictionary).
-        **overrides: single fields of the configuration, as in `FeatureMemory(weight="uniform")`.
-
-    Raises:
-        ConfigError: a configuration that cannot be built; the message names the field.
-        InputTypeError: an encoder that is not a module.
-        InputError: a layer that the encoder does not have.
+    Arguments and errors are those of `FeatureModel`.
 
     Examples:
         Other networks, which the caller downloads::
@@ -87,30 +70,12 @@ class FeatureMemory(AnomalyModel):
 
     kind: ClassVar[str] = "feature_memory"
 
-    def __init__(
-        self,
-        config: FeatureConfig | None = None,
-        *,
-        encoder: nn.Module | None = None,
-        layers: Sequence[str] | None = None,
-        **overrides: object,
-    ) -> None:
-        if config is not None and not isinstance(config, FeatureConfig):
-            raise ConfigError(f"config must be a FeatureConfig, got {config!r}")
-        if layers is not None:
-            overrides["layers"] = layers
-        self.config = (config or FeatureConfig()).replace(**overrides)
-        self.encoder = FeatureEncoder(encoder, self.config.layers, self.config.inputs)
-        self.calibration: Calibration | None = None
-        self.parts: FeatureParts | None = None
-        """What was fitted; None before `fit`."""
+    parts: FeatureParts | None
+
+    def __init__(self, config: FeatureConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
         self.original: dict[str, Any] | None = None
         """What `revert` restores; None in a model that is not adapted."""
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """How files become the images this model takes."""
-        return Preprocessing(self.config.image_size, self.config.aspect, self.config.intensity)
 
     @property
     def signal(self) -> str:
@@ -122,23 +87,11 @@ class FeatureMemory(AnomalyModel):
         """`pooled_memory`, `inpainting`, `combined`, and `synthetic` where configured."""
         return self.config.signal_names
 
-    @property
-    def device(self) -> torch.device:
-        """Where the encoder and the memories are."""
-        return self.encoder.mean.device
-
-    def to_device(self, device: torch.device | str) -> "FeatureMemory":
-        """Move encoder and memories to a device, in place."""
-        self.encoder.to(device)
-        if self.parts is not None:
-            self.parts.to(device)
-        return self
-
     @torch.no_grad()
     def outputs(self, images: Tensor) -> dict[str, Any]:
         """Return `pooled_memory`, `inpainting`, `synthetic` where configured, and `combined`, `[B]` float64 each, and
         `inpainting_map` `[B, grid, grid]`."""
-        return {"images": images, **self._fitted()(*self._describe(images))}
+        return {"images": images, **self._fitted()(*self.describe(images))}
 
     @torch.no_grad()
     def fit(self, train: object, val: object = None, *, progress: bool = False) -> "FeatureMemory":
@@ -157,18 +110,12 @@ class FeatureMemory(AnomalyModel):
         Raises:
             InputError: fewer than 8 images, or images of another size.
         """
-        sample = self._sample(train, painted=self.config.synthetic, progress=progress)
-        if sample.count < FEWEST:
-            raise InputError(f"train must have at least {FEWEST} normal images, got {sample.count}")
+        copies = ("jittered", "painted") if self.config.synthetic else ("jittered",)
+        sample = self.training_sample(train, copies, progress=progress)
         self.parts = FeatureParts(self.config, [x.shape[1] for x in sample.clean]).to(self.device)
-        train_signals = _arrays(self.parts.fit(sample, self.config), self.signal_names)
+        signals = _arrays(self.parts.fit(sample, self.config), self.signal_names)
         self.original = None
-        held = train_signals
-        if val is not None:
-            val_set = as_image_set(val, name="val", preprocessing=self.preprocessing)
-            normal = np.flatnonzero(val_set.labels != 1)
-            held = self.signals(val_set.select(normal)) if len(normal) else held
-        self.calibration = Calibration.fit(train_signals, held)
+        self.calibrate_fitted(signals, val)
         return self
 
     @torch.no_grad()
@@ -192,7 +139,7 @@ class FeatureMemory(AnomalyModel):
             InputError: fewer than 8 images that are not in the memory yet.
         """
         parts = self._fitted()
-        sample = self._sample(images, painted=False, progress=progress)
+        sample = self.sample(images, ("jittered",), progress=progress)
         new = (parts.pooled.own_rows(sample.clean) < 0).nonzero()[:, 0] if sample.count else torch.zeros(0)
         if len(new) < FEWEST:
             raise InputError(f"images must have at least {FEWEST} images that the memory lacks, got {len(new)}")
@@ -232,7 +179,7 @@ class FeatureMemory(AnomalyModel):
         parts = self._fitted()
         columns: dict[str, list[Tensor]] = {name: [] for name in self.signal_names}
         for batch, count in self._padded_batches(images, BATCH):
-            pooled, grid = self._describe(batch)
+            pooled, grid = self.describe(batch)
             judged = parts(pooled, grid, parts.pooled.own_rows(pooled))
             for name, values in columns.items():
                 values.append(judged[name][:count])
@@ -244,8 +191,7 @@ class FeatureMemory(AnomalyModel):
         """Return the memories, and configuration, sizes and what identifies the encoder."""
         parts = self._fitted()
         document = {
-            "config": self.config.to_dict(),
-            "encoder": self.encoder.fingerprint(),
+            **self.document(),
             "channels": list(parts.pooled.channels),
             "images": parts.pooled.images,
             "original": self.original,
@@ -257,19 +203,12 @@ class FeatureMemory(AnomalyModel):
         cls, tensors: dict[str, Tensor], document: dict[str, Any], source: str, **options: object
     ) -> "FeatureMemory":
         """Rebuild a model from `state`; the option `encoder` is the module of a model with a foreign encoder."""
-        config, saved = FeatureConfig.from_dict(document["config"]), document["encoder"]
-        encoder = _known(options.pop("encoder", None), saved, source)
-        model = cls(config, encoder=encoder, **options)  # type: ignore[arg-type]  # __init__ checks them
-        if model.encoder.fingerprint() != saved:
-            raise CheckpointError(
-                f"{source} was fitted to the features of {saved['network']} with other weights than those of the "
-                f"encoder {model.encoder.fingerprint()['network']}"
-            )
-        channels, images = _sizes(document["channels"], 65536), _sizes([document["images"]], 1 << 24)[0]
+        model = cls.from_document(document, source, options)
+        channels, images = checked_sizes(document["channels"], 65536), checked_sizes([document["images"]], 1 << 24)[0]
         # On the meta device first: sizes from a foreign file are compared before any memory is taken for them.
         with torch.device("meta"):
-            checkpoint.check_shapes(FeatureParts(config, channels, images), tensors, source)
-        model.parts = FeatureParts(config, channels, images)
+            checkpoint.check_shapes(FeatureParts(model.config, channels, images), tensors, source)
+        model.parts = FeatureParts(model.config, channels, images)
         checkpoint.load_state(model.parts, tensors, source)
         model.original = _checked_original(document["original"], model.parts)
         return model
@@ -279,34 +218,6 @@ class FeatureMemory(AnomalyModel):
             raise InputError("the feature memory is empty: call fit(images) with normal images first")
         return self.parts
 
-    def _describe(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return pooled features `[B, C]` of each layer and the in-painting's `[B, L, C]`."""
-        maps = self.encoder(images)
-        return pool(maps, self.config.weight), to_grid(maps, self.config.grid)
-
-    def _sample(self, source: object, *, painted: bool, progress: bool) -> FeatureSample:
-        def batches() -> Iterator[Tensor]:
-            from tqdm import tqdm
-
-            with tqdm(desc="encoding", unit="image", disable=not progress, dynamic_ncols=True) as bar:
-                for batch, count in self._padded_batches(source, BATCH):
-                    yield batch[:count]
-                    bar.update(count)
-
-        return gather(batches(), self._describe, self.config, painted=painted)
-
-
-def _known(encoder: object, saved: object, source: str) -> object:
-    """Return the encoder for a saved model, or raise the error that asks for it."""
-    if not isinstance(saved, dict) or saved.keys() != {"foreign", "network", "sha256"}:
-        raise InputError("encoder must hold foreign, network and sha256")
-    if saved["foreign"] and encoder is None:
-        raise CheckpointError(
-            f"{source} was fitted to the features of {saved['network']}, which is not part of simsid: "
-            "load it with encoder=module"
-        )
-    return encoder
-
 
 def _checked_original(original: object, parts: FeatureParts) -> dict[str, Any] | None:
     """Return what `revert` restores, from a file, after a check that it can."""
@@ -314,19 +225,13 @@ def _checked_original(original: object, parts: FeatureParts) -> dict[str, Any] |
         return None
     if not isinstance(original, dict) or original.keys() != {"images", "units", "calibration"}:
         raise InputError("original must hold images, units and calibration")
-    _sizes([original["images"]], parts.pooled.images)
+    checked_sizes([original["images"]], parts.pooled.images)
     adapted = parts.units()
     parts.set_units(original["units"])
     parts.set_units(adapted)
     if original["calibration"] is not None:
         Calibration.from_dict(original["calibration"])
     return original
-
-
-def _sizes(values: object, largest: int) -> list[int]:
-    if not isinstance(values, list) or not values or not all(type(n) is int and 0 < n <= largest for n in values):
-        raise InputError(f"sizes must be whole numbers in 1 to {largest}, got {values!r}")
-    return values
 
 
 def _arrays(scores: dict[str, Tensor], names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -37,6 +37,7 @@ class FeatureParts(nn.Module):
 
     def fit(self, sample: FeatureSample, config: FeatureConfig) -> dict[str, Tensor]:
         """Fit every part and return the images' signals, `[n]` each, each image judged without itself."""
+        assert sample.jittered is not None
         weight = location_weight(config.weight, (config.grid, config.grid)).flatten()
         scores = {
             "pooled_memory": self.pooled.fit(sample.clean, sample.jittered),
@@ -51,6 +52,7 @@ class FeatureParts(nn.Module):
 
         Each image is judged without its own rows.
         """
+        assert sample.jittered is not None
         clean, jittered = ([x[chosen] for x in layers] for layers in (sample.clean, sample.jittered))
         raw = torch.cat([self.inpainting(part.float())[0] for part in sample.grid[chosen].split(64)])
         scores = {

@@ -1,6 +1,6 @@
 """Features of normal images, gathered from a stream of any length in bounded memory."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,11 @@ from torch import Tensor
 from simsid.models import feature_jitter, feature_synthetic
 from simsid.models.feature_config import FeatureConfig
 from simsid.models.feature_pooled import lung_mask
+
+KINDS = ("jittered", "painted")
+
+Entry = dict[str, tuple[list[Tensor], Tensor]]
+"""Pooled features of each layer and the in-painting's features of one image, by kind of copy."""
 
 Describe = Callable[[Tensor], tuple[list[Tensor], Tensor]]
 """Images `[B, 1, H, W]` to pooled features, `[B, C]` for each layer, and the in-painting's, `[B, L, C]`."""
@@ -21,14 +26,14 @@ class FeatureSample:
 
     Args:
         clean: pooled features of the images, `[n, C]` for each layer.
-        jittered: those of one jittered copy of each.
+        jittered: those of one jittered copy of each, or None.
         painted: those of another jittered copy with painted opacities, or None.
-        grid: float16 `[2 n, L, C]`, the in-painting's features: the images, then the jittered copies.
+        grid: float16 `[n, L, C]`, the in-painting's features; with jittered copies `[2 n, L, C]`, the images first.
         seen: images that the stream had.
     """
 
     clean: list[Tensor]
-    jittered: list[Tensor]
+    jittered: list[Tensor] | None
     painted: list[Tensor] | None
     grid: Tensor
     seen: int
@@ -38,9 +43,15 @@ class FeatureSample:
         """Number of images, n."""
         return len(self.clean[0])
 
+    def select(self, chosen: Tensor) -> "FeatureSample":
+        """Return the images of the indices `chosen`, without their copies."""
+        return FeatureSample([x[chosen] for x in self.clean], None, None, self.grid[chosen], self.seen)
 
-def gather(batches: Iterable[Tensor], describe: Describe, config: FeatureConfig, *, painted: bool) -> FeatureSample:
-    """Encode a uniform sample of at most `config.most_images` images and one jittered copy of each.
+
+def gather(
+    batches: Iterable[Tensor], describe: Describe, config: FeatureConfig, copies: Collection[str] = ("jittered",)
+) -> FeatureSample:
+    """Encode a uniform sample of at most `config.most_images` images, and copies of each.
 
     Which images are kept is decided as they come (reservoir sampling): a stream of N images, M kept, is encoded
     M (1 + ln(N / M)) times and read once. The same images in the same order give the same sample.
@@ -49,15 +60,11 @@ def gather(batches: Iterable[Tensor], describe: Describe, config: FeatureConfig,
         batches: images `[b, 1, H, W]` in -1..1 on the device of the encoder.
         describe: computes the features of a batch.
         config: limits, seed and lung weight.
-        painted: whether to encode a copy with painted opacities too.
+        copies: `"jittered"` and `"painted"`, those that are wanted.
     """
     choose = np.random.default_rng(config.seed)
-    jitter_draws = torch.Generator().manual_seed(config.seed)
-    paint_draws = torch.Generator().manual_seed(config.seed + 1)
-    everywhere = config.weight == "uniform" or not isinstance(config.weight, str)
-    size = (config.image_size, config.image_size)
-    mask = torch.ones(size, dtype=torch.bool) if everywhere else lung_mask(*size)
-    slots: list[tuple[Tensor, ...]] = []
+    copier = _Copier(config, copies)
+    slots: list[Entry] = []
     seen = 0
     for batch in batches:
         targets, rows = [], []
@@ -70,30 +77,48 @@ def gather(batches: Iterable[Tensor], describe: Describe, config: FeatureConfig,
         if not rows:
             continue
         images = batch[rows]
-        jittered = feature_jitter.jitter(images, torch.rand(len(rows), feature_jitter.DRAWS, generator=jitter_draws))
-        (clean, grid), (moved, moved_grid) = describe(images), describe(jittered)
-        columns = [*clean, *moved, grid.half(), moved_grid.half()]
-        if painted:
-            # A copy of its own: against the very same jittered image the classifier would learn the difference alone.
-            draws = torch.rand(len(rows), feature_jitter.DRAWS + feature_synthetic.DRAWS, generator=paint_draws)
-            copies = feature_jitter.jitter(images, draws[:, : feature_jitter.DRAWS])
-            columns += describe(feature_synthetic.paint(copies, draws[:, feature_jitter.DRAWS :], mask))[0]
-        for target, values in zip(targets, zip(*columns)):
+        described = {kind: describe(copy) for kind, copy in copier.copies(images)}
+        for i, target in enumerate(targets):
             # Clones: a view would keep its whole batch in memory.
-            entry = tuple(value.clone() for value in values)
+            entry = {
+                kind: ([x[i].clone() for x in pooled], grid[i].half()) for kind, (pooled, grid) in described.items()
+            }
             if target < len(slots):
                 slots[target] = entry
             else:
                 slots.append(entry)
-    return _stacked(slots, seen, painted)
+    return _stacked(slots, seen)
 
 
-def _stacked(slots: list[tuple[Tensor, ...]], seen: int, painted: bool) -> FeatureSample:
+class _Copier:
+    """Makes the copies of an image from random numbers that do not depend on the batches or on the other copies."""
+
+    def __init__(self, config: FeatureConfig, kinds: Collection[str]) -> None:
+        self.kinds = kinds
+        self.generators = {kind: torch.Generator().manual_seed(config.seed + i) for i, kind in enumerate(KINDS)}
+        size = (config.image_size, config.image_size)
+        self.mask = lung_mask(*size) if config.weight == "lungs" else torch.ones(size, dtype=torch.bool)
+
+    def copies(self, images: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield each kind and its images."""
+        yield "clean", images
+        split = feature_jitter.DRAWS
+        if "jittered" in self.kinds:
+            yield "jittered", feature_jitter.jitter(images, self._draws("jittered", len(images), split))
+        if "painted" in self.kinds:
+            # Of another jittered copy: against the very same one the classifier would learn the difference alone.
+            draws = self._draws("painted", len(images), split + feature_synthetic.DRAWS)
+            moved = feature_jitter.jitter(images, draws[:, :split])
+            yield "painted", feature_synthetic.paint(moved, draws[:, split:], self.mask)
+
+    def _draws(self, kind: str, images: int, numbers: int) -> Tensor:
+        return torch.rand(images, numbers, generator=self.generators[kind])
+
+
+def _stacked(slots: list[Entry], seen: int) -> FeatureSample:
     if not slots:
-        return FeatureSample([torch.zeros(0, 0)], [torch.zeros(0, 0)], None, torch.zeros(0, 0, 0), seen)
-    # Clean and jittered, and painted where wanted, of each layer, and two grids.
-    layers = (len(slots[0]) - 2) // (3 if painted else 2)
-    columns = [torch.stack(values) for values in zip(*(entry[: 2 * layers] for entry in slots))]
-    grid = torch.stack([entry[2 * layers] for entry in slots] + [entry[2 * layers + 1] for entry in slots])
-    last = [torch.stack(values) for values in zip(*(entry[2 * layers + 2 :] for entry in slots))]
-    return FeatureSample(columns[:layers], columns[layers:], last if painted else None, grid, seen)
+        return FeatureSample([torch.zeros(0, 0)], None, None, torch.zeros(0, 0, 0), seen)
+    pooled = {kind: [torch.stack(values) for values in zip(*(entry[kind][0] for entry in slots))] for kind in slots[0]}
+    kinds = [kind for kind in ("clean", "jittered") if kind in slots[0]]
+    grid = torch.stack([entry[kind][1] for kind in kinds for entry in slots])
+    return FeatureSample(pooled["clean"], pooled.get("jittered"), pooled.get("painted"), grid, seen)

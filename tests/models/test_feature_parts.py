@@ -280,7 +280,7 @@ def test_sample_holds_images_first_and_copies_after_in_the_same_order(monkeypatc
     monkeypatch.setattr(feature_synthetic, "paint", lambda images, draws, mask: torch.ones_like(images))
     images = normal(30)
     config = FeatureConfig(image_size=32, most_images=30, weight="uniform")
-    sample = gather([images[:14], images[14:]], pixel_mean, config, painted=True)
+    sample = gather([images[:14], images[14:]], pixel_mean, config, ("jittered", "painted"))
     torch.testing.assert_close(sample.clean[0], images.mean((2, 3)))
     assert (sample.count, sample.seen, len(sample.grid), sample.grid.dtype) == (30, 30, 60, torch.float16)
     torch.testing.assert_close(sample.grid[:30, :, 0].float(), images.flatten(1), rtol=1e-3, atol=1e-3)
@@ -293,7 +293,7 @@ def test_every_image_of_a_long_stream_has_the_same_chance():
     counts = torch.zeros(40)
     for seed in range(10):
         config = FeatureConfig(image_size=32, most_images=8, weight="uniform", seed=seed)
-        sample = gather(images.split(25), lambda x: ([x[:, :, 0, 0]], x[:, :, 0]), config, painted=False)
+        sample = gather(images.split(25), lambda x: ([x[:, :, 0, 0]], x[:, :, 0]), config)
         assert (sample.count, sample.seen) == (8, 40)
         counts[(sample.clean[0][:, 0] * 40).round().long()] += 1
     # 40 expected in each half of the stream, with a deviation of 4.
