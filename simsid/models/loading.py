@@ -9,9 +9,10 @@ from simsid import checkpoint
 from simsid.errors import CheckpointError
 from simsid.models.base import AnomalyModel
 from simsid.models.baselines import PixelKNN, PixelPCA
+from simsid.models.feature_memory import FeatureMemory
 from simsid.models.model import Model
 
-KINDS: dict[str, type[AnomalyModel]] = {kind.kind: kind for kind in (Model, PixelKNN, PixelPCA)}
+KINDS: dict[str, type[AnomalyModel]] = {kind.kind: kind for kind in (Model, FeatureMemory, PixelKNN, PixelPCA)}
 """Every class of models that can be saved, by its kind."""
 
 

@@ -102,6 +102,11 @@ _RESIDUAL_MAP: dict[str, Any] = {
     "unit": _GRAY_UNIT,
 }
 
+_INPAINTING_MAP = {
+    "map": lambda outputs: outputs["inpainting_map"],
+    "unit": "root mean square error of the prediction, 1 for a normal image",
+}
+
 SIGNALS: dict[str, Signal] = {
     signal.name: signal
     for signal in (
@@ -160,6 +165,33 @@ SIGNALS: dict[str, Signal] = {
             lambda outputs: outputs["pixel_pca_error"].mean((1, 2)),
             map=lambda outputs: outputs["pixel_pca_error"],
             unit=_GRAY_UNIT,
+        ),
+        Signal(
+            "pooled_memory",
+            "distance of the image's mean features to the nearest normal ones, in deviations of normal images",
+            ("pooled_memory",),
+            lambda outputs: outputs["pooled_memory"],
+        ),
+        Signal(
+            "inpainting",
+            "error of predicting the features of each location from its neighbors' memory look-ups, in deviations of "
+            "normal images",
+            ("inpainting", "inpainting_map"),
+            lambda outputs: outputs["inpainting"],
+            **_INPAINTING_MAP,
+        ),
+        Signal(
+            "synthetic",
+            "logit of a linear classifier of features against painted opacities, in deviations of normal images",
+            ("synthetic",),
+            lambda outputs: outputs["synthetic"],
+        ),
+        Signal(
+            "combined",
+            "weighted sum of the feature memory's other signals; its map is the in-painting's",
+            ("combined", "inpainting_map"),
+            lambda outputs: outputs["combined"],
+            **_INPAINTING_MAP,
         ),
     )
 }
