@@ -1,6 +1,5 @@
 """Reads one DICOM file: only the elements that the image needs, within limits that the header is checked against."""
 
-import os
 import zlib
 from typing import BinaryIO
 
@@ -8,7 +7,7 @@ from pydicom.dataset import Dataset
 from pydicom.filereader import read_partial
 from pydicom.tag import BaseTag, Tag
 
-from simsid.data.decoded import BUDGET, DecodedImage, allowed_bytes, check_memory, check_size, validated
+from simsid.data.decoded import BUDGET, DecodedImage, allowed_bytes, check_memory, check_size, file_length, validated
 from simsid.data.dicom_display import display, samples
 from simsid.data.dicom_elements import element_name, integer, text, uid_name
 from simsid.data.dicom_pixels import is_compressed, is_justified, peak_bytes, stored_words, transfer_syntax
@@ -170,7 +169,7 @@ def _parse(file: BinaryIO, max_pixels: int, keywords: tuple[str, ...], *, with_p
 
 def _bytes_beside(file: BinaryIO, header: Dataset) -> int:
     """Return the bytes of the file that are read beside the samples: twice what is compressed, else the rest."""
-    length = os.fstat(file.fileno()).st_size
+    length = file_length(file)
     if is_compressed(transfer_syntax(header)):
         return 2 * length
     samples = integer(header, "Rows", 0) * integer(header, "Columns", 0) * integer(header, "BitsAllocated", 16) // 8

@@ -1,7 +1,6 @@
 """Reads PNG, JPEG, TIFF and BMP files with Pillow."""
 
 import io
-import os
 import re
 from collections.abc import Callable
 from typing import Any, BinaryIO
@@ -17,6 +16,7 @@ from simsid.data.decoded import (
     bands,
     check_memory,
     check_size,
+    file_length,
     one_sentence,
     validated,
 )
@@ -93,7 +93,7 @@ def _checked_jpeg(file: BinaryIO, max_pixels: int) -> tuple[BinaryIO, int, float
     Pillow would parse EXIF and MPO directories while it opens the file, at a cost that the file chooses. The alternates
     of a phone's MPO, behind the end of the first image, go with them.
     """
-    if os.fstat(file.fileno()).st_size > MAX_BYTES // 4:
+    if file_length(file) > MAX_BYTES // 4:
         raise ReadError(f"the JPEG file is larger than the {MAX_BYTES / 4e6:.0f} MB allowed")
     data = file.read()
     header = jpeg_header(data)
