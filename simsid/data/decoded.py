@@ -120,9 +120,9 @@ if hasattr(os, "register_at_fork"):
 
 def file_length(file: BinaryIO) -> int:
     """Return the bytes of a file, which stays where it is."""
-    place = file.tell()
+    position = file.tell()
     length = file.seek(0, os.SEEK_END)
-    file.seek(place)
+    file.seek(position)
     return length
 
 

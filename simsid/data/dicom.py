@@ -1,7 +1,7 @@
 """Reads one DICOM file: only the elements that the image needs, within limits that the header is checked against."""
 
 import zlib
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_partial
@@ -120,14 +120,14 @@ class _CheckedFile:
 def check_inflated_size(data: bytes, limit: int) -> None:
     """Raise ReadError unless raw deflate data is complete and inflates to at most `limit` bytes."""
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    size = place = 0
+    size = position = 0
     try:
         # Until the end of the stream: what follows it stays in `unconsumed_tail` for ever.
         while not inflater.eof:
             chunk = inflater.unconsumed_tail
             if not chunk:
-                chunk = data[place : place + 2**16]
-                place += len(chunk)
+                chunk = data[position : position + 2**16]
+                position += len(chunk)
             inflated = len(inflater.decompress(chunk, 2**20))
             if not chunk and not inflated:
                 raise ReadError("the deflated DICOM data set is cut off")
@@ -155,7 +155,7 @@ def _parse(file: BinaryIO, max_pixels: int, keywords: tuple[str, ...], *, with_p
 
     try:
         return read_partial(
-            _CheckedFile(file, limit),
+            cast(BinaryIO, _CheckedFile(file, limit)),
             stop_when=stop,
             force=True,
             specific_tags=[Tag(keyword) for keyword in keywords],

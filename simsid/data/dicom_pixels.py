@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -139,7 +140,7 @@ def _decode_function(
     return functools.partial(_with_pydicom, dataset, decoder, plugin, options)
 
 
-def _with_pydicom(dataset: Dataset, decoder: Decoder, plugin: str, options: dict[str, bool]) -> np.ndarray:
+def _with_pydicom(dataset: Dataset, decoder: Decoder, plugin: str, options: dict[str, Any]) -> np.ndarray:
     return decoder.as_array(dataset, index=0, decoding_plugin=plugin, **options)[0]
 
 

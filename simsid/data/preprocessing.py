@@ -169,7 +169,7 @@ def _resize(image: DecodedImage, limits: tuple[float, float], size: tuple[int, i
         for band in bands(rows, columns):
             strip = Image.fromarray(_normalized(image, band, *limits))
             box = (left, 0.0, right, float(strip.height))
-            narrow[band] = strip.resize((width, strip.height), Image.Resampling.BILINEAR, box=box)
+            narrow[band] = np.asarray(strip.resize((width, strip.height), Image.Resampling.BILINEAR, box=box))
         source, left, right = Image.fromarray(narrow), 0.0, float(width)
     box = (left, top, right, bottom)
     resized = np.asarray(source.resize((width, height), Image.Resampling.BILINEAR, box=box))
