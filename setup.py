@@ -27,7 +27,7 @@ setup(
         *(f"simsid.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"simsid.kernels": "kernels"},
-    package_data={"simsid.report": ["templates/*"]},
+    package_data={"simsid.models": ["weights/*", "shipped/*/*"], "simsid.report": ["templates/*"]},
     install_requires=[
         "torch>=2.10",
         "triton; platform_system == 'Linux'",

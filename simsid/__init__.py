@@ -32,6 +32,8 @@ _EXPORTS = {
     "Model": "simsid.models.model",
     "Reconstruction": "simsid.models.model",
     "AnomalyModel": "simsid.models.base",
+    "FeatureMemory": "simsid.models.feature_memory",
+    "FeatureConfig": "simsid.models.feature_config",
     "freeze": "simsid.models.inference",
     "load": "simsid.models.loading",
     "SimsidError": "simsid.errors",

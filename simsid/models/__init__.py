@@ -3,6 +3,8 @@
 from simsid.models.base import AnomalyModel
 from simsid.models.baselines import PixelKNN, PixelPCA
 from simsid.models.calibration import Calibration
+from simsid.models.feature_config import FeatureConfig
+from simsid.models.feature_memory import Adaptation, FeatureMemory
 from simsid.models.inference import FrozenModel, freeze
 from simsid.models.loading import load
 from simsid.models.model import Model, Reconstruction
@@ -10,8 +12,11 @@ from simsid.models.signals import SIGNALS, Signal
 
 __all__ = [
     "SIGNALS",
+    "Adaptation",
     "AnomalyModel",
     "Calibration",
+    "FeatureConfig",
+    "FeatureMemory",
     "FrozenModel",
     "Model",
     "PixelKNN",

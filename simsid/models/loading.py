@@ -6,12 +6,14 @@ import pathlib
 import torch
 
 from simsid import checkpoint
+from simsid.arguments import require_path
 from simsid.errors import CheckpointError
 from simsid.models.base import AnomalyModel
 from simsid.models.baselines import PixelKNN, PixelPCA
+from simsid.models.feature_memory import FeatureMemory
 from simsid.models.model import Model
 
-KINDS: dict[str, type[AnomalyModel]] = {kind.kind: kind for kind in (Model, PixelKNN, PixelPCA)}
+KINDS: dict[str, type[AnomalyModel]] = {kind.kind: kind for kind in (Model, FeatureMemory, PixelKNN, PixelPCA)}
 """Every class of models that can be saved, by its kind."""
 
 
@@ -26,7 +28,7 @@ def load(folder: str | os.PathLike, *, device: torch.device | str = "cpu", **opt
     Raises:
         CheckpointError: the folder holds no model, a damaged one, or one of an unknown kind.
     """
-    path = pathlib.Path(folder)
+    path = pathlib.Path(require_path("folder", folder))
     kind = checkpoint.read_json(path / "model.json").get("kind")
     found = KINDS.get(kind) if isinstance(kind, str) else None
     if found is None:
