@@ -3,6 +3,7 @@
 from simsid.models.base import AnomalyModel
 from simsid.models.baselines import PixelKNN, PixelPCA
 from simsid.models.calibration import Calibration
+from simsid.models.feature_baselines import FeatureKNN, LocationKNN, PaDiM, PatchCore
 from simsid.models.feature_config import FeatureConfig
 from simsid.models.feature_memory import Adaptation, FeatureMemory
 from simsid.models.inference import FrozenModel, freeze
@@ -16,9 +17,13 @@ __all__ = [
     "AnomalyModel",
     "Calibration",
     "FeatureConfig",
+    "FeatureKNN",
     "FeatureMemory",
     "FrozenModel",
+    "LocationKNN",
     "Model",
+    "PaDiM",
+    "PatchCore",
     "PixelKNN",
     "PixelPCA",
     "Reconstruction",

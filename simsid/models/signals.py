@@ -98,6 +98,13 @@ def _of_memory(measure: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Outputs
 
 _RESIDUAL_MAP = {"map": _of_reconstruction(residual_map), "unit": "squared difference of grey values in -1..1"}
 
+
+def _of_locations(name: str, description: str) -> Signal:
+    """Return the signal of a baseline on features, which has a distance for each location."""
+    entries = (name, f"{name}_map")
+    return Signal(name, description, entries, lambda outputs: outputs[name], lambda outputs: outputs[f"{name}_map"])
+
+
 _INPAINTING_MAP = {
     "map": lambda outputs: outputs["inpainting_map"],
     "unit": "root mean square error of the prediction, 1 for a normal image",
@@ -189,6 +196,15 @@ SIGNALS: dict[str, Signal] = {
             lambda outputs: outputs["combined"],
             **_INPAINTING_MAP,
         ),
+        Signal(
+            "feature_knn",
+            "mean distance of pooled features to the nearest normal training images",
+            ("feature_knn",),
+            lambda outputs: outputs["feature_knn"],
+        ),
+        _of_locations("location_knn", "distance of each location's features to the nearest normal ones there"),
+        _of_locations("padim", "Mahalanobis distance of each location's features from the normal distribution there"),
+        _of_locations("patchcore", "largest distance of a location's features from a coreset of normal ones"),
     )
 }
 
