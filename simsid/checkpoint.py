@@ -231,7 +231,7 @@ def digest(text: str, values: dict[str, Tensor]) -> str:
     found = hashlib.sha256(text.encode())
     for name, tensor in values.items():
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)} {tensor.stride()}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
@@ -244,9 +244,10 @@ def _tensor_entry(document: dict[str, object], folder: pathlib.Path, name: str) 
     if document.get("format") != FORMAT:
         raise CheckpointError(f"{folder / name}.json must be of format {FORMAT}, got {document.get('format')!r}")
     entry = document.get("tensors")
-    file = entry.get("file") if isinstance(entry, dict) else None
+    entry = entry if isinstance(entry, dict) else {}
+    file = entry.get("file")
     if not isinstance(file, str) or not re.fullmatch(_tensor_file(name), file):
         raise CheckpointError(
             f"{folder / name}.json must name a file {name}-<hash>.safetensors beside it, got {file!r}"
         )
-    return entry
+    return {str(key): str(value) for key, value in entry.items()}

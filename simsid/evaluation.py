@@ -1,5 +1,6 @@
 """A model measured on labelled images: every signal, its figures and the table of them."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -204,7 +205,8 @@ def format_table(evaluation: Evaluation) -> str:
     lines = []
     for row, previous in zip(rows, [None, *rows]):
         first = previous is None or previous.signal != row.signal
-        cells = [row.signal if first else "", row.finding or "all abnormal", str(row.abnormal), str(row.normal)]
+        finding = "all abnormal" if row.finding is None else row.finding
+        cells = [row.signal if first else "", finding, str(row.abnormal), str(row.normal)]
         cells += [f"{row.auc:.3f}", f"{row.low:.3f} - {row.high:.3f}", f"{row.average_precision:.3f}"]
         if held_out:
             cells += [_figure(value) for value in (row.sensitivity, row.specificity, row.accuracy, row.f1)]
@@ -227,7 +229,9 @@ def _row(finding: str | None, signal: str, labels: np.ndarray, scores: np.ndarra
     area = metrics.auc(labels, scores)
     best_threshold = metrics.best_threshold(labels, scores)
     best = metrics.rates(labels, scores, best_threshold)
-    held_out = None if threshold is None else metrics.rates(labels, scores, threshold)
+    held_out: dict[str, float | None] = dict.fromkeys(field.name for field in dataclasses.fields(metrics.Rates))
+    if threshold is not None:
+        held_out |= dataclasses.asdict(metrics.rates(labels, scores, threshold))
     return Row(
         finding=finding,
         signal=signal,
@@ -241,11 +245,7 @@ def _row(finding: str | None, signal: str, labels: np.ndarray, scores: np.ndarra
         best_accuracy=best.accuracy,
         best_f1=best.f1,
         threshold=threshold,
-        false_positive_rate=held_out and held_out.false_positive_rate,
-        accuracy=held_out and held_out.accuracy,
-        f1=held_out and held_out.f1,
-        sensitivity=held_out and held_out.sensitivity,
-        specificity=held_out and held_out.specificity,
+        **held_out,
     )
 
 

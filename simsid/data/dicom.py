@@ -48,8 +48,9 @@ _STOPS = frozenset(Tag(keyword) for keyword in (*_PIXELS, "PerFrameFunctionalGro
 _UNDEFINED = 0xFFFFFFFF
 # Bytes of one element: of a number or short text, and of a sequence, whose items cost 50 times their bytes as objects.
 _LONGEST = {Tag(keyword): 2**16 for keyword in _HEADER} | {Tag(keyword): 2**22 for keyword in _DISPLAY}
-# Every element takes a read at least. Sequences of undefined length are parsed in full, needed or not.
-_MOST_READS = 200_000
+# Every element, and every fragment of compressed data, takes a read at least and becomes an object. Sequences of
+# undefined length are parsed in full, needed or not.
+_MOST_READS = 100_000
 # Beside the samples in a deflated data set.
 _DEFLATED_HEADER = 64 * 2**20
 
@@ -110,7 +111,7 @@ class _CheckedFile:
     def read(self, size: int = -1) -> bytes:
         self._reads += 1
         if self._reads > _MOST_READS:
-            raise ReadError("the DICOM header has too many elements")
+            raise ReadError("the DICOM file has too many elements")
         data = self._file.read(size)
         if size is None or size < 0:
             check_inflated_size(data, self._limit)

@@ -57,8 +57,6 @@ GDCM_SECONDS = 60.0
 
 # Bytes that each decoder holds for a byte of a sample; tests/data/test_memory.py compares them with measured peaks.
 _DECODER_BYTES = {"pydicom": 4.0, "pillow": 4.0, "pyjpegls": 3.0, "pylibjpeg": 5.0, "gdcm": 3.0}
-# Data of tiny fragments costs a Python object for each.
-_MOST_FRAGMENTS = 100_000
 
 
 def transfer_syntax(dataset: Dataset) -> UID:
@@ -154,8 +152,6 @@ def _with_gdcm(dataset: Dataset, syntax: int) -> np.ndarray:
 
 def _checked_header(dataset: Dataset, syntax: UID) -> Codestream | None:
     """Return the header of compressed data; raise ReadError where it does not fit, since decoders would believe it."""
-    if dataset.PixelData.count(b"\xfe\xff\x00\xe0") > _MOST_FRAGMENTS:
-        raise ReadError(f"the DICOM pixel data has more than {_MOST_FRAGMENTS} fragments")
     try:
         header = codestream_header(get_frame(dataset.PixelData, 0, number_of_frames=1))
     except ReadError:

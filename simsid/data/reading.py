@@ -32,7 +32,7 @@ def read_image(path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX
     images whose pixels all have one value.
 
     Decoding one file holds at most `decoded.MAX_BYTES` (480 MB), its result included, and all threads of the process
-    together hold no more at a time: a reader waits until there is room. A larger `max_pixels` raises the limit of a
+    together at most four times that: a reader waits until there is room. A larger `max_pixels` raises the limit of a
     file in proportion.
 
     Args:

@@ -4,6 +4,7 @@ import abc
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +21,24 @@ from simsid.models.signals import SIGNALS, check_signals, upsampled
 BATCH = 16
 """Images of a forward pass. Fewer are padded to it: libraries sum in another order for another batch size, which would
 change the last digits of a score."""
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What `AnomalyModel.adapt` did.
+
+    Args:
+        added: images added to the memory.
+        known: images that were in the memory already and were left out.
+        fitted: images of the memory before any adaptation.
+        abnormal: the added images that look abnormal among the others, most abnormal first: name (the file, or the
+            index as text) and robust deviations of the combined signal above the median.
+    """
+
+    added: int
+    known: int
+    fitted: int
+    abnormal: tuple[tuple[str, float], ...]
 
 
 class Scorer(abc.ABC):
@@ -207,6 +226,16 @@ class AnomalyModel(Scorer):
         """
         kept = None if holdout is None else self.signals(holdout)
         self.calibration = Calibration.fit(self.signals(images), kept)
+
+    def adapt(self, images: object, *, progress: bool = False) -> Adaptation:  # noqa: ARG002
+        """Add a site's own normal images to the model and recalibrate on them, where its class can.
+
+        Raises:
+            InputError: the class cannot, or the images cannot be used.
+        """
+        raise InputError(
+            f"a model of kind {self.kind!r} cannot be adapted; recalibrate it with: simsid calibrate --local"
+        )
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the model and its calibration to `folder`, atomically: tensors as safetensors, the rest as JSON."""

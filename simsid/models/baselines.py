@@ -33,7 +33,7 @@ class PixelBaseline(AnomalyModel):
         config = self.config_type() if config is None else config
         if not isinstance(config, self.config_type):
             raise ConfigError(f"config must be a {self.config_type.__name__}, got {config!r}")
-        self.config = replaced(config, overrides)
+        self.config: Any = replaced(config, overrides)
         self.calibration: Calibration | None = None
         self.tensors: dict[str, Tensor] = {}
         """What was learned; empty before `fit`."""

@@ -1,7 +1,6 @@
 """The feature memory: a frozen pretrained encoder with memories of what normal images look like to it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,31 +10,13 @@ from torch import Tensor
 from simsid import checkpoint
 from simsid.data import ImageSet
 from simsid.errors import InputError
-from simsid.models.base import BATCH
+from simsid.models.base import BATCH, Adaptation
 from simsid.models.calibration import Calibration
 from simsid.models.feature_config import FeatureConfig
 from simsid.models.feature_model import FEWEST, FeatureModel, checked_sizes
 from simsid.models.feature_parts import FeatureParts
 
 ABNORMAL = 3.5  # robust deviations above the median from which `adapt` names an image
-
-
-@dataclass(frozen=True)
-class Adaptation:
-    """What `FeatureMemory.adapt` did.
-
-    Args:
-        added: images added to the memory.
-        known: images that were in the memory already and were left out.
-        fitted: images of the memory before any adaptation.
-        abnormal: the added images that look abnormal among the others, most abnormal first: name (the file, or the
-            index as text) and robust deviations of the combined signal above the median.
-    """
-
-    added: int
-    known: int
-    fitted: int
-    abnormal: tuple[tuple[str, float], ...]
 
 
 class FeatureMemory(FeatureModel):

@@ -96,7 +96,11 @@ def _of_memory(measure: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Outputs
     return lambda outputs: measure(outputs["query"], outputs["retrieved"])
 
 
-_RESIDUAL_MAP = {"map": _of_reconstruction(residual_map), "unit": "squared difference of grey values in -1..1"}
+_GRAY_UNIT = "squared difference of gray values in -1..1"
+_RESIDUAL_MAP: dict[str, Any] = {
+    "map": _of_reconstruction(residual_map),
+    "unit": _GRAY_UNIT,
+}
 
 
 def _of_locations(name: str, description: str) -> Signal:
@@ -167,7 +171,7 @@ SIGNALS: dict[str, Signal] = {
             ("pixel_pca_error",),
             lambda outputs: outputs["pixel_pca_error"].mean((1, 2)),
             map=lambda outputs: outputs["pixel_pca_error"],
-            unit="squared difference of grey values in -1..1",
+            unit=_GRAY_UNIT,
         ),
         Signal(
             "pooled_memory",
