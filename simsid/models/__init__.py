@@ -7,7 +7,7 @@ from simsid.models.feature_baselines import FeatureKNN, LocationKNN, PaDiM, Patc
 from simsid.models.feature_config import FeatureConfig
 from simsid.models.feature_memory import Adaptation, FeatureMemory
 from simsid.models.inference import FrozenModel, freeze
-from simsid.models.loading import load
+from simsid.models.loading import load, shipped_models
 from simsid.models.model import Model, Reconstruction
 from simsid.models.signals import SIGNALS, Signal
 
@@ -30,4 +30,5 @@ __all__ = [
     "Signal",
     "freeze",
     "load",
+    "shipped_models",
 ]

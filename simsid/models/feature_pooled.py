@@ -1,5 +1,6 @@
 """A memory of whole images: the mean features of normal images, in units of what jittering an image changes."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,8 @@ CANVAS = 224
 CHUNK = 256  # queries compared with the memory at a time; bounds the distance matrix
 
 
-def location_weight(choice: str | Sequence[Sequence[float]], grid: tuple[int, int]) -> Tensor:
+@functools.lru_cache(maxsize=32)
+def location_weight(choice: str | tuple[tuple[float, ...], ...], grid: tuple[int, int]) -> Tensor:
     """Return how much each location of a grid counts, `[h, w]` with sum 1.
 
     Args:
@@ -38,7 +40,7 @@ def lung_mask(height: int, width: int) -> Tensor:
     return mask
 
 
-def pool(maps: Sequence[Tensor], choice: str | Sequence[Sequence[float]]) -> list[Tensor]:
+def pool(maps: Sequence[Tensor], choice: str | tuple[tuple[float, ...], ...]) -> list[Tensor]:
     """Return the weighted mean over the locations of each map: `[B, C, h, w]` to `[B, C]`."""
     return [(x * location_weight(choice, (x.shape[2], x.shape[3])).to(x)).sum((2, 3)) for x in maps]
 
