@@ -55,6 +55,11 @@ class SyntheticClassifier(nn.Module):
     2011.04197); here they only train a linear layer on frozen features.
     """
 
+    mean: Tensor
+    std: Tensor
+    coefficients: Tensor
+    normal: Tensor
+
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
         size = sum(channels[-2:])

@@ -106,13 +106,15 @@ _RESIDUAL_MAP: dict[str, Any] = {
 def _of_locations(name: str, description: str) -> Signal:
     """Return the signal of a baseline on features, which has a distance for each location."""
     entries = (name, f"{name}_map")
-    return Signal(name, description, entries, lambda outputs: outputs[name], lambda outputs: outputs[f"{name}_map"])
+    value, where = (lambda outputs: outputs[name]), (lambda outputs: outputs[f"{name}_map"])
+    return Signal(name, description, entries, value, where, unit="distance of features")
 
 
-_INPAINTING_MAP = {
-    "map": lambda outputs: outputs["inpainting_map"],
-    "unit": "root mean square error of the prediction, 1 for a normal image",
-}
+def _inpainting_map(outputs: Outputs) -> Tensor:
+    return outputs["inpainting_map"]
+
+
+_INPAINTING_UNIT = "root mean square error of the prediction, 1 for a normal image"
 
 SIGNALS: dict[str, Signal] = {
     signal.name: signal
@@ -185,7 +187,8 @@ SIGNALS: dict[str, Signal] = {
             "normal images",
             ("inpainting", "inpainting_map"),
             lambda outputs: outputs["inpainting"],
-            **_INPAINTING_MAP,
+            map=_inpainting_map,
+            unit=_INPAINTING_UNIT,
         ),
         Signal(
             "synthetic",
@@ -198,7 +201,8 @@ SIGNALS: dict[str, Signal] = {
             "weighted sum of the feature memory's other signals; its map is the in-painting's",
             ("combined", "inpainting_map"),
             lambda outputs: outputs["combined"],
-            **_INPAINTING_MAP,
+            map=_inpainting_map,
+            unit=_INPAINTING_UNIT,
         ),
         Signal(
             "feature_knn",
