@@ -1,6 +1,7 @@
 """The feature memory as a model: fitting, scoring, saving, adapting to a site, and what is refused."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -193,6 +194,34 @@ def test_missing_entry_is_a_checkpoint_error(saved):
     (saved / "model.json").write_text(json.dumps(document))
     with pytest.raises(CheckpointError, match="has no 'encoder'"):
         load(saved)
+
+
+def test_shipped_model_is_opened_by_name_and_a_folder_by_path(tmp_path, monkeypatch):
+    assert simsid.models.shipped_models() == ("zhanglab",)
+    model = simsid.load("zhanglab")
+    assert isinstance(model, FeatureMemory) and model.calibration.count == 1241
+    assert len(model.calibration.holdout["combined"]) == 100
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"^zhanglab/model\.json does not exist$"):
+        simsid.load(pathlib.Path("zhanglab"))
+    with pytest.raises(
+        CheckpointError, match=r"adults/model\.json does not exist, and the shipped models are zhanglab"
+    ):
+        simsid.load("adults")
+
+
+@needs_zhanglab
+def test_shipped_model_scores_validation_films_as_its_card_says():
+    """The thresholds are those of the card; every tenth film keeps the test short."""
+    model = simsid.load("zhanglab")
+    records = [record for record in ZhangLab(ZHANGLAB).records if record.split == "val"][::10]
+    films = load_images(records, 224, workers=1)
+    scores = model.signals(films)["combined"]
+    low, high = scores[films.labels == 0], scores[films.labels == 1]
+    assert auc(low, high) > 0.9
+    # These normal films are among those that set the threshold, so the values must be found there.
+    held = np.asarray(model.calibration.holdout["combined"])
+    assert np.abs(low[:, None] - held).min(1).max() < 1e-3
 
 
 # Adapting to a site.
