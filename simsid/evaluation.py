@@ -1,7 +1,9 @@
 """A model measured on labelled images: every signal, its figures and the table of them."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -227,7 +229,9 @@ def _row(finding: str | None, signal: str, labels: np.ndarray, scores: np.ndarra
     area = metrics.auc(labels, scores)
     best_threshold = metrics.best_threshold(labels, scores)
     best = metrics.rates(labels, scores, best_threshold)
-    held_out = None if threshold is None else metrics.rates(labels, scores, threshold)
+    held_out: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(metrics.Rates))
+    if threshold is not None:
+        held_out = dataclasses.asdict(metrics.rates(labels, scores, threshold))
     return Row(
         finding=finding,
         signal=signal,
@@ -241,11 +245,7 @@ def _row(finding: str | None, signal: str, labels: np.ndarray, scores: np.ndarra
         best_accuracy=best.accuracy,
         best_f1=best.f1,
         threshold=threshold,
-        false_positive_rate=held_out and held_out.false_positive_rate,
-        accuracy=held_out and held_out.accuracy,
-        f1=held_out and held_out.f1,
-        sensitivity=held_out and held_out.sensitivity,
-        specificity=held_out and held_out.specificity,
+        **held_out,
     )
 
 

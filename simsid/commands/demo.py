@@ -4,6 +4,7 @@ import pathlib
 import shlex
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 from tyro.conf import OmitArgPrefixes
 
@@ -57,7 +58,7 @@ class Demo:
                 f"DigitAnatomy: {len(train)} normal images to train on; {len(val)} to validate, {len(test)} to test",
                 flush=True,
             )
-            model = seeded_model(config, self.seed, device)
+            model: Any = seeded_model(config, self.seed, device)
             history = Trainer(model, training, run=folder, progress=True).fit(train, val)
             if history.interrupted:
                 print("stopped; run the demo again to start over", file=sys.stderr)
