@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from simsid import metrics
-from simsid.data import ImageSet
+from simsid.data import ImageSet, Record
 from simsid.errors import InputError
 from simsid.metrics import check_labels, check_rate, check_scores
 from simsid.models.base import AnomalyModel
@@ -182,8 +182,26 @@ def evaluate(
     )
 
 
-def scores_of(model: AnomalyModel, images: ImageSet, evaluation: Evaluation) -> Iterator[Score]:
-    """Yield a result for every image evaluated, then for every file that could not be read, as scoring gives them."""
+def scores_of(
+    model: AnomalyModel, images: ImageSet, evaluation: Evaluation, records: Iterable[Record] | None = None
+) -> Iterator[Score]:
+    """Yield a result for every image evaluated and for every file that could not be read, as scoring gives them.
+
+    Args:
+        records: what was to be read, in whose order the results come. None: the failed files come last, without labels.
+    """
+    reasons = {failure.path: failure.reason for failure in images.failures}
+    if records is None:
+        records = [*images.records, *(Record(path) for path in reasons)]
+    scored = _scored(model, images, evaluation)
+    for record in records:
+        if record.path in reasons:
+            yield Score(record.path, record.label, record.finding, reason=reasons[record.path])
+        else:
+            yield next(scored)
+
+
+def _scored(model: AnomalyModel, images: ImageSet, evaluation: Evaluation) -> Iterator[Score]:
     name = evaluation.default
     threshold = evaluation.thresholds().get(name)
     probability = model.calibrated().probability(name, evaluation.signals[name])
@@ -191,8 +209,6 @@ def scores_of(model: AnomalyModel, images: ImageSet, evaluation: Evaluation) -> 
         signals = {key: float(values[i]) for key, values in evaluation.signals.items()}
         flagged = None if threshold is None else signals[name] > threshold
         yield Score(record.path, record.label, record.finding, float(probability[i]), flagged, signals)
-    for failure in images.failures:
-        yield Score(failure.path, reason=failure.reason)
 
 
 def format_table(evaluation: Evaluation) -> str:
