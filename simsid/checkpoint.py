@@ -195,7 +195,7 @@ def read(folder: str | os.PathLike, name: str) -> tuple[dict[str, Tensor], dict[
 
 def tensors(module: torch.nn.Module) -> dict[str, Tensor]:
     """Return the parameters and persistent buffers of a module by name: its `state_dict` without extra state."""
-    return {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    return {name: value for name, value in module.state_dict().items() if not name.endswith("_extra_state")}
 
 
 def check_shapes(module: torch.nn.Module, values: dict[str, Tensor], source: object) -> None:

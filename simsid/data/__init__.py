@@ -3,7 +3,8 @@
 from simsid.data.augmentation import augment
 from simsid.data.datasets import CheXpert, COVIDx, Dataset, Radiographs, ZhangLab, iter_records, open_dataset
 from simsid.data.digits import DigitAnatomy
-from simsid.data.images import ImageSet, load_images, read, stream_images
+from simsid.data.files import read
+from simsid.data.images import ImageSet, load_images, stream_images
 from simsid.data.preprocessing import Preprocessing
 from simsid.data.reading import DecodedImage, read_image
 from simsid.data.records import Failure, Record, missing_files, read_csv, write_csv

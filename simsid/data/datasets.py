@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils import data
 
+from simsid.data.files import FileReader
 from simsid.data.folders import excluded, is_image, iter_images, list_images, patterns
-from simsid.data.images import FileReader, ImageSet, load_images, stream_images
+from simsid.data.images import ImageSet, load_images, stream_images
 from simsid.data.preprocessing import ImageSize, Preprocessing, to_float
 from simsid.data.records import SPLITS, Record, failure_summary, iter_csv, missing_files, read_csv, split_from_name
 from simsid.errors import InputError, ReadError
@@ -62,9 +63,7 @@ class Dataset(data.Dataset):
         Raises:
             ReadError: a file cannot be read; its image would be missing from the results without notice.
         """
-        chosen = self.preprocessing
-        options = {"aspect": chosen.aspect, "intensity": chosen.intensity, "batch_size": size}
-        for images, _, failures in stream_images(self.records, chosen.image_size, **options):
+        for images, _, failures in stream_images(self.records, **self.preprocessing.to_dict(), batch_size=size):
             if failures:
                 raise ReadError(failure_summary(failures, len(self)))
             yield images
@@ -80,8 +79,9 @@ class Dataset(data.Dataset):
         Raises:
             InputError: the split has no image, or no file of it can be read.
         """
-        options = {"aspect": self.preprocessing.aspect, "intensity": self.preprocessing.intensity, **options}
-        return load_images(self.select(split), image_size or self.preprocessing.image_size, **options)
+        if image_size is not None:
+            options["image_size"] = image_size
+        return load_images(self.select(split), **{**self.preprocessing.to_dict(), **options})
 
     def select(self, split: str | None = None) -> list[Record]:
         """Return the records of one split (`""`: those without a split), or all.
@@ -194,8 +194,7 @@ class CheXpert(Dataset):
     marks, and left out where it has none. `finding` is `"No Finding"`, the finding's name where it is the only one, or
     `"several"`. `valid` becomes split `"val"`.
 
-    Source: Irvin et al., CheXpert, arXiv 1901.07031; the selection is that of the SQUID paper, arXiv 2111.13495,
-    section 4.
+    Source: Irvin et al., CheXpert, arXiv 1901.07031.
 
     Raises:
         InputError: files, columns or values are not as published.
@@ -285,6 +284,8 @@ def open_dataset(
         if kind.fits(_folder(path)):
             dataset = kind(path, preprocessing=preprocessing)
             dataset.records = tuple(_kept(dataset.records, path, exclude))
+            if not dataset.records:
+                raise InputError(f"{path} has no image that exclude leaves")
             return dataset
     return Radiographs(path, exclude=exclude, preprocessing=preprocessing)
 

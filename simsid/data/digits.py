@@ -1,4 +1,4 @@
-"""DigitAnatomy: digits in a fixed arrangement stand for anatomy, departures from it for disease."""
+"""DigitAnatomy: digits in a fixed arrangement stand for anatomy, deviations from it for disease."""
 
 import gzip
 import os
@@ -25,14 +25,14 @@ SCALES = (0.6, 1.3)
 
 _RIGHT_ORDER = np.arange(1, GRID * GRID + 1)
 _BLANK = -1
-# Width of a digit at scale 1. scikit-learn's fill their 8 x 8 image, so 24 keeps the largest (31) inside its cell;
-# MNIST's leave a margin of 4 in 28.
+# Width of a digit at scale 1, pixels. Digits of scikit-learn fill their 8 x 8 image, so that 24 keeps the largest (31)
+# inside its cell; those of MNIST have a margin of 4 in 28.
 _WIDTH_OF_SMALL, _WIDTH_OF_MNIST = 24.0, 28.0
-# Mirrored (left and right) or upside down, these still look like themselves or like a careless hand's.
+# Digits that mirroring (left and right) or turning upside down does not change visibly.
 _SAME_MIRRORED, _SAME_UPSIDE_DOWN = (1, 8), (1, 3, 8)
-# Grids drawn together: the filters of more would not fit into the processor's cache.
-_AT_ONCE = 16
-_SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
+# Grids drawn together; the filters of more would not fit into the cache of a CPU.
+_CHUNK = 16
+_FRACTIONS = {"train": 0.6, "val": 0.15, "test": 0.25}
 
 
 class DigitAnatomy(Dataset):
@@ -110,8 +110,8 @@ class DigitAnatomy(Dataset):
         unknown = options.keys() - shaping.keys() - {"workers", "progress", "max_pixels"}
         if unknown:
             raise InputTypeError(f"load() got an unexpected option {sorted(unknown)[0]!r}")
-        size = {"image_size": image_size} if image_size is not None else {}
-        return self._images(self.select(split), replace(self.preprocessing, **size, **shaping))
+        size = self.preprocessing.image_size if image_size is None else image_size
+        return self._images(self.select(split), replace(self.preprocessing, image_size=size, **shaping))
 
     def _images(self, records: Sequence[Record], preprocessing: Preprocessing) -> ImageSet:
         images = (self._pixels[self._index[record.path]] for record in records)
@@ -124,31 +124,31 @@ def _as_decoded(image: np.ndarray) -> DecodedImage:
 
 
 def _bundled_digits(rng: np.random.Generator) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return `{split: (images [n, 8, 8] in [0, 1], digits [n])}`, disjoint, each digit shared out alike."""
+    """Return `{split: (images [n, 8, 8] in [0, 1], digits [n])}`, disjoint, every digit equally frequent in each."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    return _share_out(bunch.images.astype(np.float32) / 16, bunch.target, _SHARES, rng)
+    return _divide(bunch.images.astype(np.float32) / 16, bunch.target, _FRACTIONS, rng)
 
 
 def _mnist_digits(folder: str, rng: np.random.Generator) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    shares = {name: _SHARES[name] for name in ("train", "val")}
-    digits = _share_out(*_read_mnist(folder, "train"), shares, rng)
+    fractions = {name: _FRACTIONS[name] for name in ("train", "val")}
+    digits = _divide(*_read_mnist(folder, "train"), fractions, rng)
     return {**digits, "test": _read_mnist(folder, "t10k")}
 
 
-def _share_out(
-    images: np.ndarray, digits: np.ndarray, shares: dict[str, float], rng: np.random.Generator
+def _divide(
+    images: np.ndarray, digits: np.ndarray, fractions: dict[str, float], rng: np.random.Generator
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Divide the images of every digit among the splits by their shares."""
-    places: dict[str, list[np.ndarray]] = {name: [] for name in shares}
-    edges = np.cumsum(list(shares.values())) / sum(shares.values())
+    """Divide the images of every digit among the splits in the given proportions."""
+    chosen: dict[str, list[np.ndarray]] = {name: [] for name in fractions}
+    edges = np.cumsum(list(fractions.values())) / sum(fractions.values())
     for digit in range(10):
-        mine = rng.permutation(np.flatnonzero(digits == digit))
-        cuts = np.round(edges[:-1] * len(mine)).astype(int)
-        for name, part in zip(shares, np.split(mine, cuts)):
-            places[name].append(part)
-    joined = {name: np.concatenate(parts) for name, parts in places.items()}
+        indices = rng.permutation(np.flatnonzero(digits == digit))
+        cuts = np.round(edges[:-1] * len(indices)).astype(int)
+        for name, part in zip(fractions, np.split(indices, cuts)):
+            chosen[name].append(part)
+    joined = {name: np.concatenate(parts) for name, parts in chosen.items()}
     return {name: (images[index], digits[index]) for name, index in joined.items()}
 
 
@@ -178,7 +178,7 @@ def _parse_idx(path: str, opener: Callable[..., Any], axes: int) -> np.ndarray:
             raise InputError("wrong magic number")
         return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(sizes)
     except (OSError, EOFError, ValueError, struct.error) as error:
-        raise InputError(f"{path} is no idx file of {axes} axes of bytes: {error}") from error
+        raise InputError(f"{path} is not an idx file of {axes} axes of bytes: {error}") from error
 
 
 def _draw(
@@ -191,16 +191,16 @@ def _draw(
     upside_down = np.zeros((len(findings), cells), bool)
     for i, finding in enumerate(findings):
         if finding != "NORMAL":
-            _depart(finding, shown[i], mirrored[i], upside_down[i], rng)
+            _make_anomalous(finding, shown[i], mirrored[i], upside_down[i], rng)
     sample = np.zeros((len(findings), cells), int)
     for digit in range(10):
-        here = shown == digit
-        sample[here] = rng.choice(np.flatnonzero(digits == digit), here.sum())
+        cells_with_digit = shown == digit
+        sample[cells_with_digit] = rng.choice(np.flatnonzero(digits == digit), cells_with_digit.sum())
     widths = width * rng.uniform(*SCALES, shown.shape)
 
     grids = np.empty((len(findings), GRID * CELL, GRID * CELL), np.uint8)
-    for start in range(0, len(findings), _AT_ONCE):
-        part = slice(start, start + _AT_ONCE)
+    for start in range(0, len(findings), _CHUNK):
+        part = slice(start, start + _CHUNK)
         glyphs = images[sample[part]]
         glyphs = np.where(mirrored[part, :, None, None], glyphs[..., :, ::-1], glyphs)
         glyphs = np.where(upside_down[part, :, None, None], glyphs[..., ::-1, :], glyphs)
@@ -212,17 +212,17 @@ def _draw(
     return grids
 
 
-def _depart(
+def _make_anomalous(
     finding: str, shown: np.ndarray, mirrored: np.ndarray, upside_down: np.ndarray, rng: np.random.Generator
 ) -> None:
-    """Change one grid, in place, into an anomaly of this kind."""
+    """Turn one normal grid into an anomaly of this kind, in place."""
     cells = np.arange(len(shown))
     if finding == "missing":
         shown[rng.choice(cells, rng.integers(1, 4), replace=False)] = _BLANK
     elif finding == "zero":
         shown[rng.choice(cells, rng.integers(1, 4), replace=False)] = 0
     elif finding == "misordered":
-        # A cyclic exchange leaves none of them in its place.
+        # A cyclic exchange leaves none of them in its cell.
         chosen = rng.choice(cells, rng.integers(2, 4), replace=False)
         shown[chosen] = shown[np.roll(chosen, 1)]
     else:
@@ -233,15 +233,15 @@ def _depart(
 
 
 def _resampling(size: int, width: np.ndarray) -> np.ndarray:
-    """Return matrices `[..., 32, size]` that draw `size` samples `width` pixels wide, centred in a cell.
+    """Return matrices `[..., 32, size]` that draw `size` samples `width` pixels wide, centered in a cell.
 
-    Keys' cubic kernel (a = -1/2), widened where the digit shrinks, so that it neither shows steps nor aliases. What
-    lies outside the digit's image is black.
+    Keys' cubic kernel (a = -1/2), widened where the digit shrinks, so that it shows no steps and does not alias. Pixels
+    outside the digit's image are black.
     """
     step = (size / width[..., None, None]).astype(np.float32)
-    at = (np.arange(CELL, dtype=np.float32)[:, None] - (CELL - 1) / 2) * step + (size - 1) / 2
-    # As many samples of black on each side as the digit has, so that every row's weights can be made to sum to one.
-    x = np.abs(at - np.arange(-size, 2 * size, dtype=np.float32)) / np.maximum(step, 1)
+    position = (np.arange(CELL, dtype=np.float32)[:, None] - (CELL - 1) / 2) * step + (size - 1) / 2
+    # Black samples on both sides, as many as the digit has, let the weights of every row sum to one.
+    x = np.abs(position - np.arange(-size, 2 * size, dtype=np.float32)) / np.maximum(step, 1)
     near = 1 + x * x * (1.5 * x - 2.5)
     far = 2 + x * (x * (2.5 - 0.5 * x) - 4)
     weights = np.where(x < 1, near, np.where(x < 2, far, np.float32(0)))

@@ -1,13 +1,10 @@
 """Finds the images below a folder."""
 
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import BinaryIO
 
 from simsid.data.reading import identify_file
-from simsid.errors import ReadError
 
 # Includes kinds that the reader refuses, so that each such file is reported instead of passed over.
 IMAGE_EXTENSIONS = frozenset(
@@ -76,30 +73,14 @@ def patterns(exclude: str | Sequence[str]) -> tuple[str, ...]:
     return (exclude,) if isinstance(exclude, str) else tuple(exclude)
 
 
-def open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file that is not empty.
-
-    Raises:
-        ReadError: anything else, with the reason; a pipe or a device would block for ever.
-    """
-    try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            os.scandir(path).close()
-            raise ReadError("the path is a folder, not a file")
-        if not stat.S_ISREG(status.st_mode):
-            raise ReadError("the path is not a regular file")
-        if status.st_size == 0:
-            raise ReadError("the file is empty")
-        return open(path, "rb")
-    except OSError as error:
-        what = "folder cannot be listed" if os.path.isdir(path) else "file cannot be read"
-        raise ReadError(f"the {what}: {error.strerror or error}") from error
-
-
 def is_image(path: str) -> bool:
-    """Return whether a file is an image by its extension, or by its first bytes (DICOM often has no extension)."""
-    return os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS or bool(identify_file(path))
+    """Return whether a file is to be read: an image by its extension or first bytes (DICOM often has no extension).
+
+    So is a file that exists but cannot be opened: it may be an image, and must not be skipped without notice.
+    """
+    if os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS or identify_file(path):
+        return True
+    return os.path.isfile(path) and not os.access(path, os.R_OK)
 
 
 def iter_images(folder: str, exclude: Sequence[str] = ()) -> Iterator[str]:

@@ -1,22 +1,19 @@
 """Decodes images in parallel, brings them to one size, and holds them in memory as 8 or 16 bits."""
 
-import hashlib
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import data
 
-from simsid.data.folders import open_file
+from simsid.data.files import Decoded, FileReader
 from simsid.data.preprocessing import ImageSize, Preprocessing, to_float, value_range
-from simsid.data.reading import MAX_PIXELS, DecodedImage, one_sentence, read_image
+from simsid.data.reading import MAX_PIXELS
 from simsid.data.records import Failure, Record, failure_summary
-from simsid.errors import InputError, InputTypeError, NonFiniteError, ReadError
+from simsid.errors import InputError, InputTypeError
 from simsid.parallel import in_order, thread_count, with_progress
 
 # Failures per batch of `stream_images`: a folder of broken files must neither fill the memory nor look stuck.
@@ -24,13 +21,8 @@ FAILURES_AT_ONCE = 256
 
 Source = Record | str | os.PathLike[str]
 Index = Tensor | np.ndarray | Sequence[int] | slice
-
-
-class Decoded(NamedTuple):
-    """One file that was read: `[H, W]` uint8 or uint16, and the SHA-256 of the file's bytes."""
-
-    pixels: np.ndarray
-    sha256: str
+# How `load_images` applies a reader to all files: (reader, records, threads) to (record, result) in order.
+Decode = Callable[[FileReader, list[Record], int], Iterable[tuple[Record, Decoded | Failure]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,11 +126,11 @@ def load_images(
     workers: int | None = None,
     progress: bool = False,
     max_pixels: int = MAX_PIXELS,
-    decode: Callable[[Callable, list[Record], int], Iterable[tuple[Record, object]]] = in_order,
+    decode: Decode = in_order,
 ) -> ImageSet:
     """Decode images in parallel threads and keep them in memory, in the given order.
 
-    Each file is read once: `ImageSet.sha256` is the hash of the same bytes that were decoded.
+    Each file is opened once and hashed on the way: `ImageSet.sha256`, and `Failure.sha256` for those that fail.
 
     Args:
         records: records, or paths.
@@ -155,15 +147,15 @@ def load_images(
         InputTypeError: `records` is a single path.
         InputError: an unknown option, no image, or every file fails.
     """
-    records = [_as_record(source) for source in _sequence_of_files(records)]
-    if not records:
+    files = [_as_record(source) for source in _sequence_of_files(records)]
+    if not files:
         raise InputError("records must name at least one image, got none")
-    reader = FileReader(Preprocessing(image_size, aspect, intensity), max_pixels)
-    decoded = decode(reader, records, thread_count(workers))
+    reader = FileReader(Preprocessing(image_size, aspect, intensity), max_pixels, hash_files=True)
+    decoded = decode(reader, files, thread_count(workers))
     if progress:
-        decoded = with_progress(decoded, len(records), "reading")
+        decoded = with_progress(decoded, len(files), "reading")
 
-    pixels = np.empty((len(records), 1, *reader.preprocessing.size), np.uint8)
+    pixels = np.empty((len(files), 1, *reader.preprocessing.size), np.uint8)
     loaded: list[Record] = []
     hashes: list[str] = []
     failures: list[Failure] = []
@@ -177,7 +169,7 @@ def load_images(
         loaded.append(record)
         hashes.append(result.sha256)
     if not loaded:
-        raise InputError(failure_summary(failures, len(records)))
+        raise InputError(failure_summary(failures, len(files)))
     return ImageSet(torch.from_numpy(pixels[: len(loaded)]), tuple(loaded), tuple(failures), tuple(hashes))
 
 
@@ -207,101 +199,6 @@ def stream_images(
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     reader = FileReader(Preprocessing(image_size, aspect, intensity), max_pixels)
     return _batches(map(_as_record, _sequence_of_files(paths_or_records)), reader, thread_count(workers), batch_size)
-
-
-def read(
-    path_or_array: str | os.PathLike[str] | np.ndarray | Tensor,
-    model_or_preprocessing: object = None,
-    *,
-    image_size: ImageSize = 128,
-    aspect: str = "stretch",
-    intensity: str = "auto",
-) -> Tensor:
-    """Prepare one image, a file or an array of grey values, for a model: float32 `[1, 1, H, W]` in -1..1.
-
-    The result is bitwise that of `load_images` for the same grey values and options.
-
-    Args:
-        path_or_array: an image file, or grey values `[H, W]`, larger is brighter: uint8 and uint16 have the display
-            range of their dtype, other integers and floats none (intensity `"auto"` uses their percentiles).
-        model_or_preprocessing: a `Preprocessing`, or a model, whose `preprocessing` is used.
-        image_size, aspect, intensity: used where `model_or_preprocessing` is None; see `Preprocessing`.
-
-    Raises:
-        ReadError: the file cannot be read; the message has its path.
-        InputTypeError, InputError, NonFiniteError: an array or an argument that cannot be used.
-    """
-    own = Preprocessing(image_size, aspect, intensity)
-    preprocessing = getattr(model_or_preprocessing, "preprocessing", model_or_preprocessing)
-    if preprocessing is None:
-        preprocessing = own
-    elif not isinstance(preprocessing, Preprocessing):
-        got = type(model_or_preprocessing).__name__
-        raise InputTypeError(f"model_or_preprocessing must be a model or a Preprocessing, got {got}")
-    elif own != Preprocessing():
-        raise InputError("image_size, aspect and intensity must be left out where model_or_preprocessing gives them")
-    if isinstance(path_or_array, (np.ndarray, Tensor)):
-        pixels = preprocessing.quantize(_decoded_from_array(path_or_array))
-    elif isinstance(path_or_array, (str, os.PathLike)):
-        pixels = FileReader(preprocessing).decode(Record(os.fspath(path_or_array))).pixels
-    else:
-        raise InputTypeError(f"path_or_array must be a path or a 2-D array, got {type(path_or_array).__name__}")
-    return to_float(torch.from_numpy(pixels))[None, None]
-
-
-class FileReader:
-    """Reads, hashes and preprocesses one file at a time; called with a record, it returns failures as values."""
-
-    def __init__(self, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> None:
-        self.preprocessing = preprocessing
-        self.max_pixels = max_pixels
-
-    def __call__(self, record: Record) -> Decoded | Failure:
-        """Return the decoded file, or why it could not be read, whatever went wrong."""
-        digest = ""
-        try:
-            content, digest = _read_and_hash(record.path)
-            return Decoded(self.preprocessing.quantize(read_image(content, max_pixels=self.max_pixels)), digest)
-        except ReadError as error:
-            return Failure(record.path, str(error), digest)
-        except Exception as error:  # a defect of one file must not stop a run over thousands
-            return Failure(record.path, f"the image cannot be prepared: {one_sentence(error)}", digest)
-
-    def decode(self, record: Record) -> Decoded:
-        """Return the decoded file.
-
-        Raises:
-            ReadError: the file cannot be read; the message has its path.
-        """
-        result = self(record)
-        if isinstance(result, Failure):
-            raise ReadError(f"{result.path}: {result.reason}")
-        return result
-
-
-def _read_and_hash(path: str) -> tuple[io.BytesIO, str]:
-    """Read a file once, so that the hash is that of the bytes which are decoded."""
-    try:
-        with open_file(path) as file:
-            content = file.read()
-    except MemoryError as error:
-        raise ReadError("there is not enough memory to read the file") from error
-    return io.BytesIO(content), hashlib.sha256(content).hexdigest()
-
-
-def _decoded_from_array(array: np.ndarray | Tensor) -> DecodedImage:
-    """Describe an array of grey values as if it had been decoded from a file."""
-    pixels = array.detach().cpu().numpy() if isinstance(array, Tensor) else array
-    if pixels.ndim != 2 or not pixels.size:
-        raise InputError(f"path_or_array must have shape [H, W], got {list(pixels.shape)}")
-    if pixels.dtype in (np.uint8, np.uint16):
-        bits = 8 * pixels.dtype.itemsize
-        return DecodedImage(pixels, (0.0, 2.0**bits - 1), for_display=bits == 8, bits=bits, format="")
-    if pixels.dtype.kind not in "iuf":
-        raise InputTypeError(f"path_or_array must hold integers or floats, got dtype {pixels.dtype}")
-    if not np.isfinite(pixels).all():
-        raise NonFiniteError("path_or_array must be finite, got NaN or infinite grey values")
-    return DecodedImage(pixels.astype(np.float32), None, for_display=False, bits=32, format="")
 
 
 def _batches(

@@ -1,34 +1,39 @@
-"""Says what a folder of images holds and what keeps any of it from being read."""
+"""Reports what a folder of images holds, and what keeps any of it from being read."""
 
 import os
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from simsid.data.datasets import Path, open_dataset
-from simsid.data.folders import is_image, walk
+from simsid.data.files import open_file
+from simsid.data.folders import is_image, patterns, walk
 from simsid.data.reading import MAX_PIXELS, one_sentence, read_image
 from simsid.data.records import Failure
-from simsid.errors import ReadError
+from simsid.errors import ReadError, printable
 from simsid.parallel import in_order, thread_count, with_progress
 
-# Lines of the text that list sizes, and files that are no images.
+# Lines of the text that list sizes, and names of files that are listed.
 _SHOWN = 10
 
 
 @dataclass(frozen=True)
 class ScanReport:
-    """What `scan` found; ``print`` it, or take `as_dict`.
+    """What `scan` found; `print` it, or take `as_dict`.
 
-    Arguments:
+    Args:
         folder: what was scanned.
-        formats: images by format, such as ``{"JPEG": 5}``.
+        formats: images by format, such as `{"JPEG": 5}`.
         sizes: images by (width, height) in pixels, upright.
         bits: images by the bits of a stored sample.
-        without_range: images deeper than 8 bits that say no display range; see `load_images` on ``"auto"``.
-        failures: the files that cannot be read, each with its reason.
-        ignored: files that are no images.
+        without_range: images deeper than 8 bits that declare no display range; see `Preprocessing` on `"auto"`.
+        failures: the files, and folders that cannot be listed, each with its reason.
+        ignored: files that are not images.
+        masks: images of exactly two gray values, which are segmentation masks rather than radiographs.
+        for_processing: DICOM images stored FOR PROCESSING, whose gray values are not those meant for display.
     """
 
     folder: str
@@ -38,6 +43,8 @@ class ScanReport:
     without_range: int
     failures: tuple[Failure, ...]
     ignored: tuple[str, ...]
+    masks: tuple[str, ...] = ()
+    for_processing: tuple[str, ...] = ()
 
     @property
     def readable(self) -> int:
@@ -45,7 +52,7 @@ class ScanReport:
         return sum(self.formats.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as JSON has it: sizes as ``"WxH"``, bits as text."""
+        """Return the report for JSON: sizes as `"WxH"`, bits as text."""
         return {
             "folder": self.folder,
             "readable": self.readable,
@@ -56,10 +63,12 @@ class ScanReport:
             "without_range": self.without_range,
             "failures": [{"path": failure.path, "reason": failure.reason} for failure in self.failures],
             "ignored": list(self.ignored),
+            "masks": list(self.masks),
+            "for_processing": list(self.for_processing),
         }
 
     def __str__(self) -> str:
-        lines = [f"{self.folder}: {self.readable} readable images, {len(self.failures)} rejected"]
+        lines = [f"{printable(self.folder)}: {self.readable} readable images, {len(self.failures)} rejected"]
         lines += _table("format", self.formats)
         lines += _table("bits", {str(bits): count for bits, count in self.bits.items()})
         lines += _table("size", {f"{width} x {height}": count for (width, height), count in self.sizes.items()})
@@ -71,52 +80,70 @@ class ScanReport:
         if self.failures:
             lines.append("rejected:")
             lines += [f"  {self._inside(failure.path)}: {failure.reason}" for failure in self.failures]
-        if self.ignored:
-            more = len(self.ignored) - _SHOWN
-            names = [self._inside(path) for path in self.ignored[:_SHOWN]]
-            lines.append(f"not images, ignored: {', '.join(names)}" + (f" and {more} more" if more > 0 else ""))
+        lines += self._listed("two gray values only, probably masks (leave them out with exclude)", self.masks)
+        lines += self._listed("stored FOR PROCESSING, not for display", self.for_processing)
+        lines += self._listed("not images, ignored", self.ignored)
         return "\n".join(lines)
 
+    def _listed(self, what: str, paths: Sequence[str]) -> list[str]:
+        more = len(paths) - _SHOWN
+        names = ", ".join(self._inside(path) for path in paths[:_SHOWN])
+        return [f"{what}: {names}" + (f" and {more} more" if more > 0 else "")] if paths else []
+
     def _inside(self, path: str) -> str:
-        return os.path.relpath(path, self.folder) if os.path.isdir(self.folder) else path
+        return printable(os.path.relpath(path, self.folder) if os.path.isdir(self.folder) else path)
 
 
 def scan(
-    folder: Path, *, workers: int | None = None, progress: bool = False, max_pixels: int = MAX_PIXELS
+    folder: Path,
+    *,
+    exclude: str | Sequence[str] = (),
+    workers: int | None = None,
+    progress: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> ScanReport:
     """Read every image of a folder (or of a CSV list) in full, and count.
 
     Files with an image's extension or an image's first bytes are read; all others are listed as ignored. Hidden files,
-    ``__MACOSX`` and ``DICOMDIR`` are passed over.
+    `__MACOSX` and `DICOMDIR` are skipped. A folder below that cannot be listed is a failure.
 
-    Raises: ValueError where the path is neither; OSError where it cannot be listed.
+    Args:
+        exclude: shell patterns of paths to leave out; see `Radiographs`.
+        workers, progress, max_pixels: see `load_images`.
+
+    Raises:
+        InputError: the path is neither a folder nor a list nor an image.
+        OSError: the folder cannot be listed.
     """
     folder = os.path.abspath(os.fspath(folder))
     if os.path.isdir(folder):
-        files = list(walk(folder))
-        images = [path for path in files if is_image(path)]
+        files = list(walk(folder, patterns(exclude)))
+        images = [path for path in files if is_image(path) or os.path.isdir(path)]
         ignored = tuple(sorted(set(files) - set(images)))
     else:
-        images = [record.path for record in open_dataset(folder).records]
+        images = [record.path for record in open_dataset(folder, exclude=exclude).records]
         ignored = ()
-    facts = in_order(lambda path: _facts(path, max_pixels), images, thread_count(workers))
+    results: Iterable[tuple[str, _Facts | Failure]]
+    results = in_order(lambda path: _facts(path, max_pixels), images, thread_count(workers))
     if progress:
-        facts = with_progress(facts, len(images), "scanning")
-    good: list[_Facts] = []
+        results = with_progress(results, len(images), "scanning")
+    good: dict[str, _Facts] = {}
     failures: list[Failure] = []
-    for _, fact in facts:
-        if isinstance(fact, Failure):
-            failures.append(fact)
+    for path, result in results:
+        if isinstance(result, Failure):
+            failures.append(result)
         else:
-            good.append(fact)
+            good[path] = result
     return ScanReport(
         folder=folder,
-        formats=_counted(fact.format for fact in good),
-        sizes=_counted(fact.size for fact in good),
-        bits=_counted(fact.bits for fact in good),
-        without_range=sum(not fact.for_display for fact in good),
+        formats=_counted(facts.format for facts in good.values()),
+        sizes=_counted(facts.size for facts in good.values()),
+        bits=_counted(facts.bits for facts in good.values()),
+        without_range=sum(not facts.for_display for facts in good.values()),
         failures=tuple(failures),
         ignored=ignored,
+        masks=tuple(path for path, facts in good.items() if facts.two_valued),
+        for_processing=tuple(path for path, facts in good.items() if facts.for_processing),
     )
 
 
@@ -126,21 +153,32 @@ class _Facts:
     size: tuple[int, int]
     bits: int
     for_display: bool
+    two_valued: bool
+    for_processing: bool
 
 
-def _facts(path: str, max_pixels: int) -> "_Facts | Failure":
+def _facts(path: str, max_pixels: int) -> _Facts | Failure:
     try:
-        image = read_image(path, max_pixels=max_pixels)
+        with open_file(path) as file:
+            image = read_image(file, max_pixels=max_pixels)
     except ReadError as error:
         return Failure(path, str(error))
     except Exception as error:  # a scan exists to name the files that break things
         return Failure(path, f"the image cannot be read: {one_sentence(error)}")
     rows, columns = image.pixels.shape
-    return _Facts(image.format, (columns, rows), image.bits, image.for_display)
+    low, high = image.pixels.min(), image.pixels.max()
+    return _Facts(
+        image.format,
+        (columns, rows),
+        image.bits,
+        image.for_display,
+        two_valued=bool(low < high and np.isin(image.pixels, (low, high)).all()),
+        for_processing=bool(getattr(image, "for_processing", False)),
+    )
 
 
 def _counted(values: Iterable[Hashable]) -> dict[Any, int]:
-    """Count, the most frequent first and equal ones in their own order."""
+    """Count values, the most frequent first and equally frequent ones in their own order."""
     return dict(sorted(Counter(values).items(), key=lambda item: (-item[1], item[0])))
 
 

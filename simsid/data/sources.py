@@ -12,12 +12,14 @@ from torch.utils import data
 from simsid.data.datasets import Dataset
 from simsid.data.images import ImageSet
 from simsid.data.preprocessing import Preprocessing, value_range
-from simsid.data.records import Record
+from simsid.data.records import Record, failure_summary
 from simsid.errors import InputError, InputTypeError
 
 ACCEPTED = (
     "a float array [n, 1, H, W] in -1..1, an ImageSet, a torch Dataset, a DataLoader or an iterable of such batches"
 )
+# Images scaled to 0..1 have a pixel this dark somewhere; bright details in -1..1 almost never end just there.
+DARKEST_SCALED = 0.02
 
 
 def as_batches(source: object, size: int = 256, *, name: str = "images") -> Iterator[Tensor]:
@@ -39,8 +41,8 @@ def as_batches(source: object, size: int = 256, *, name: str = "images") -> Iter
         ReadError: a file of a data set of `simsid.data` cannot be read.
 
     Warns:
-        UserWarning: no value of the whole source is negative although its values differ. Images scaled to 0..1 look
-            like that, and their black would be taken for mid-gray; but so may a very bright detail, so it is no error.
+        UserWarning: the darkest value of the whole source lies in 0..0.02. Images scaled to 0..1 look like that, and
+            their black would be taken for mid-gray; it is not an error, because a very bright image might as well.
     """
     if size < 1:
         raise InputError(f"size must be at least 1, got {size}")
@@ -67,17 +69,22 @@ def as_image_set(
 
     Raises:
         InputError: no image, or a label other than 0, 1 and -1 (unknown).
+
+    Warns:
+        UserWarning: files of a data set of `simsid.data` could not be read; `ImageSet.failures` has them all.
     """
     if isinstance(source, ImageSet):
         return source
     if isinstance(source, Dataset):
-        chosen = preprocessing or source.preprocessing
-        return source.load(image_size=chosen.image_size, aspect=chosen.aspect, intensity=chosen.intensity)
+        loaded = source.load(**(preprocessing or source.preprocessing).to_dict())
+        if loaded.failures:
+            warnings.warn(failure_summary(loaded.failures, len(source)), UserWarning, stacklevel=2)
+        return loaded
     labels: list[int | None] = []
 
     def images() -> Iterator[Tensor]:
-        for batch, found in _parts(source, name):
-            labels.extend([label] * len(batch) if found is None else _labels(found, len(batch), name))
+        for batch, own in _parts(source, name):
+            labels.extend([label] * len(batch) if own is None else _labels(own, len(batch), name))
             yield batch
 
     batches = list(_checked(images(), name))
@@ -85,7 +92,7 @@ def as_image_set(
         raise InputError(f"{name} must hold at least one image, got none")
     _check_one_size(batches, name)
     pixels = batches[0] if len(batches) == 1 else torch.cat(batches)
-    return ImageSet(pixels, tuple(Record(f"{name}/{i}", label=found) for i, found in enumerate(labels)))
+    return ImageSet(pixels, tuple(Record(f"{name}/{i}", label=value) for i, value in enumerate(labels)))
 
 
 def _parts(source: object, name: str) -> Iterator[tuple[Tensor, object]]:
@@ -140,32 +147,32 @@ def _images(images: Tensor | np.ndarray, name: str, axes: int) -> Tensor:
         return images.detach().to(torch.float32)
     raise InputError(
         f"{name} must be floating point in -1..1, from black to white, got {images.dtype}; "
-        "for uint8 use images / 127.5 - 1; simsid.data.read maps raw grey values"
+        "for uint8 use images / 127.5 - 1; simsid.data.read maps raw gray values"
     )
 
 
 def _labels(labels: object, count: int, name: str) -> list[int | None]:
     """Return one of 0, 1 and None (unknown) per image."""
-    found = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else labels
-    found = list(found) if isinstance(found, Iterable) and not isinstance(found, str) else [found]
-    numbers = [-1 if label is None else label for label in found]
-    if len(numbers) != count or not all(label in (-1, 0, 1) for label in numbers):
-        raise InputError(f"the labels of {name} must be one of 0, 1 and -1 for each image, got {found!r:.60}")
-    return [None if label == -1 else int(label) for label in numbers]
+    values = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else labels
+    values = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
+    numbers = [-1 if value is None else value for value in values]
+    if len(numbers) != count or not all(number in (-1, 0, 1) for number in numbers):
+        raise InputError(f"the labels of {name} must be one of 0, 1 and -1 for each image, got {values!r:.60}")
+    return [None if number == -1 else int(number) for number in numbers]
 
 
 def _checked(batches: Iterable[Tensor], name: str) -> Iterator[Tensor]:
-    """Check the values of every batch, and warn at the end when none of them was negative."""
+    """Check the values of every batch, and warn at the end when they look scaled to 0..1."""
     low, high = np.inf, -np.inf
     for batch in batches:
         if len(batch):
             least, greatest = value_range(batch, name)
             low, high = min(low, least), max(high, greatest)
             yield batch
-    if 0 <= low < high:
+    if 0 <= low <= DARKEST_SCALED and low < high:
         warnings.warn(
-            f"{name} have no negative value ({low:g} to {high:g}), so nothing is darker than mid-gray; images scaled "
-            "to 0..1 need images * 2 - 1",
+            f"{name} lie in {low:g} to {high:g}, nothing darker than mid-gray in -1..1; if they are scaled to 0..1, "
+            "use images * 2 - 1",
             UserWarning,
             stacklevel=3,
         )

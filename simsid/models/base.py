@@ -107,7 +107,7 @@ class Scorer(abc.ABC):
         joined = {name: torch.cat(values) if values else torch.zeros(0) for name, values in columns.items()}
         return lambda: {name: values.double().cpu().numpy() for name, values in joined.items()}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def maps(self, images: object, name: str, *, batch_size: int = BATCH) -> Tensor:
         """Return where in each image signal `name` comes from: float32 `[B, H, W]` on the CPU, higher is anomalous.
 

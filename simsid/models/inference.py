@@ -3,6 +3,7 @@
 import copy
 import threading
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -78,10 +79,8 @@ class FrozenModel(ConfiguredNetwork):
     def __init__(self, model: ConfiguredNetwork, *, capture: bool = True, share: bool = False) -> None:
         super().__init__()
         self.config, self.calibration = model.config, model.calibration
-        tensors = [*model.parameters(), *model.buffers()] if share else []
         self.encoder, self.student, self.discriminator = (
-            copy.deepcopy(part, {id(tensor): tensor for tensor in tensors})
-            for part in (model.encoder, model.student, model.discriminator)
+            copy.deepcopy(part, _kept(part, share)) for part in (model.encoder, model.student, model.discriminator)
         )
         self.eval()
         for part in (self.encoder, self.student):
@@ -93,7 +92,8 @@ class FrozenModel(ConfiguredNetwork):
             self.requires_grad_(False)
         self._graphs: dict[tuple[int, ...], cuda_graph.CapturedGraph] = {}
         self._capture = capture and self.device.type == "cuda"
-        self._lock = threading.Lock()
+        # Only where graphs are captured, since a lock can neither be copied nor pickled.
+        self._lock = threading.Lock() if self._capture else nullcontext()
 
     def forward(self, images: Tensor) -> dict[str, Any]:
         """Return the outputs of `[B, 1, H, W]`: `images`, `reconstruction`, `query`, `retrieved`, `discriminator`."""
@@ -116,7 +116,7 @@ class FrozenModel(ConfiguredNetwork):
         """Return the reconstructions, `[B, H, W]`."""
         return {"reconstruction": self.reconstruct(images)[:, 0]}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """Return the student's reconstruction of `[B, 1, H, W]`, on the images' device."""
         found = [
@@ -162,6 +162,17 @@ def freeze(model: ConfiguredNetwork, *, capture: bool = True) -> FrozenModel:
     if isinstance(model, FrozenModel):
         return model
     return FrozenModel(model, capture=capture)
+
+
+def _kept(part: nn.Module, share: bool) -> dict[int, Any]:
+    """Return what `copy.deepcopy` must not copy, by identity: the objects that hooks hold, and shared tensors."""
+    kept: dict[int, Any] = {}
+    for module in part.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            kept[id(hooks)] = hooks.copy()
+    if share:
+        kept |= {id(tensor): tensor for tensor in (*part.parameters(), *part.buffers())}
+    return kept
 
 
 def _is_normalized_convolution(module: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """The networks of SimSID and SQUID with their calibration: what is trained, saved and scored with."""
 
+import json
 import os
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -171,15 +172,19 @@ class Model(ConfiguredNetwork, AnomalyModel):
             model.to(memory_format=torch.channels_last)
         return model.eval()
 
-    def get_extra_state(self) -> dict[str, object]:
-        """Return the calibration, so that it travels in `state_dict`; plain numbers, which `weights_only` loads."""
-        return {"calibration": self.calibration.to_dict() if self.calibration else None}
+    def get_extra_state(self) -> Tensor:
+        """Return the calibration, so that it travels in `state_dict`: JSON as uint8, a tensor as every other entry."""
+        text = json.dumps(self.calibration.to_dict() if self.calibration else None)
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: object) -> None:
         """Take the calibration from `get_extra_state`."""
-        if not isinstance(state, dict) or "calibration" not in state:
-            raise InputError(f"the model's extra state must be a dictionary with calibration, got {state!r}")
-        values = state["calibration"]
+        if not isinstance(state, Tensor) or state.dtype != torch.uint8:
+            raise InputTypeError(f"the model's extra state must be a uint8 tensor, got {type(state).__name__}")
+        try:
+            values = json.loads(state.cpu().numpy().tobytes())
+        except ValueError as error:
+            raise InputError(f"the model's extra state must be JSON: {error}") from None
         self.calibration = Calibration.from_dict(values) if values else None
 
     def _inference_copy(self) -> FrozenModel:

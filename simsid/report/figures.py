@@ -73,9 +73,7 @@ def precision_figure(evaluation: Evaluation, totals: Sequence[Row]) -> Figure:
         axes.step(points.true_positive_rate, points.precision, where="pre", label=label, **_line(index))
     chance = float(np.mean(evaluation.labels))
     axes.axhline(chance, color=FAINT, linewidth=0.9, label=f"chance {chance:.3f} (fraction of abnormal images)")
-    _label_square(
-        axes, "Precision and recall", "recall (sensitivity)", "precision (abnormal fraction of flagged)"
-    )
+    _label_square(axes, "Precision and recall", "recall (sensitivity)", "precision (abnormal fraction of flagged)")
     return figure
 
 

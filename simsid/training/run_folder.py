@@ -90,6 +90,7 @@ class RunFolder:
             loaded: images that were read, with the hashes of their files; only other files are read here.
         """
         hashes = {path: digest for images in loaded for path, digest in zip(images.paths, images.sha256)}
+        hashes |= {failure.path: failure.sha256 for images in loaded for failure in images.failures}
         columns = ["path", "sha256", "split", "label", "finding", "patient"]
         with self.writing("manifest.csv"), checkpoint.csv_writer(self.path / "manifest.csv", columns) as write:
             for record in records:

@@ -11,7 +11,7 @@ def generator(seed=0):
 
 
 def centres(images):
-    """Centre of mass above the darkest value, ``[B, 2]`` (row, column), and the mass."""
+    """Centre of mass above the darkest value, `[B, 2]` (row, column), and the mass."""
     weight = images[:, 0] + 1
     mass = weight.sum((1, 2))
     rows = torch.arange(images.shape[2]).double()

@@ -7,14 +7,27 @@ import pytest
 from sample_files import ramp, save, write_dicom
 from shared import ZHANGLAB, needs_zhanglab
 
-from simsid.data import CheXpert, COVIDx, Radiographs, Record, ZhangLab, iter_records, open_dataset
+from simsid.data import (
+    CheXpert,
+    COVIDx,
+    Failure,
+    Preprocessing,
+    Radiographs,
+    Record,
+    ZhangLab,
+    iter_records,
+    load_images,
+    open_dataset,
+    scan,
+)
+from simsid.errors import InputError
 
 
 def relative(dataset, folder):
     return [os.path.relpath(record.path, folder).replace(os.sep, "/") for record in dataset.records]
 
 
-def test_radiographs_finds_images_at_any_depth_by_content_or_extension(tmp_path):
+def test_radiographs_are_found_at_any_depth_by_content_or_extension(tmp_path):
     save(tmp_path / "b.PNG", ramp())
     save(tmp_path / "deep/er/a.jpeg", ramp())
     write_dicom(tmp_path / "deep/IM0001", ramp())
@@ -75,7 +88,7 @@ def test_absent_and_empty_folders(tmp_path):
         Radiographs(save(tmp_path / "a.png", ramp()))
 
 
-def test_records_come_one_by_one_and_in_the_same_order(tmp_path, monkeypatch):
+def test_iter_records_is_lazy_and_has_the_order_of_the_data_set(tmp_path, monkeypatch):
     for name in ("b", "a/z/c", "a/b", "c/d", "test/a"):
         save(tmp_path / f"{name}.png", ramp())
     assert list(iter_records(tmp_path)) == list(Radiographs(tmp_path).records)
@@ -95,7 +108,7 @@ def test_records_come_one_by_one_and_in_the_same_order(tmp_path, monkeypatch):
     assert len(listed) == 2
 
 
-def test_records_of_what_holds_none(tmp_path):
+def test_iter_records_raises_where_there_is_no_image(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "empty.csv").write_text("path\n")
     for name, message in (
@@ -140,7 +153,7 @@ def test_zhanglab_as_published(tmp_path):
 
 
 @needs_zhanglab
-def test_zhanglab_here():
+def test_zhanglab_copy_on_this_machine_has_the_published_counts():
     dataset = open_dataset(ZHANGLAB)
     assert isinstance(dataset, ZhangLab)
     counts = {(s, c): 0 for s in ("train", "val") for c in (0, 1)}
@@ -202,6 +215,23 @@ def test_chexpert_as_published(tmp_path):
     save(folder / "valid/patient64541/study1/view1_frontal.jpg", ramp())
     assert isinstance(open_dataset(folder), CheXpert)
     assert len(dataset.load("val", 8)) == 1
+
+
+@pytest.mark.parametrize(
+    ("marks", "expected"),
+    [
+        ({"Edema": "-1.0"}, None),
+        ({"No_Finding": "1.0", "Edema": "-1.0"}, (0, "No Finding")),
+        ({"Edema": "-1.0", "Fracture": "1.0"}, (1, "Fracture")),
+        ({"No_Finding": "-1.0", "Edema": "0.0"}, None),
+    ],
+    ids=["alone", "beside No Finding", "beside a finding", "no finding itself"],
+)
+def test_uncertain_chexpert_labels_count_as_not_marked(tmp_path, marks, expected):
+    path = "CheXpert-v1.0/train/patient0000{}/study1/view1_frontal.jpg"
+    rows = [chexpert_row(path.format(1), Fracture="1.0"), chexpert_row(path.format(2), **marks)]
+    found = [(r.label, r.finding) for r in CheXpert(make_chexpert(tmp_path / "c", rows)).records]
+    assert found == [(1, "Fracture"), *([expected] if expected else [])]
 
 
 def test_every_chexpert_finding_counts_but_support_devices(tmp_path):
@@ -287,7 +317,61 @@ def test_open_dataset_tells_layouts_apart(tmp_path):
 
 
 def test_loading_passes_options_on(tmp_path):
-    save(tmp_path / "a.png", np.full((10, 30), 200, np.uint8))
+    save(tmp_path / "a.png", ramp(10, 30, 200))
     pixels = Radiographs(tmp_path).load(None, 30, aspect="pad", intensity="range", workers=1).pixels
     assert pixels[0, 0, 0, 0] == 0
     assert pixels.max() == 200
+
+
+def test_load_uses_the_preprocessing_of_the_data_set_by_default(tmp_path):
+    save(tmp_path / "a.png", ramp(10, 30))
+    dataset = Radiographs(tmp_path, preprocessing=Preprocessing((20, 24), "crop"))
+    expected = load_images([tmp_path / "a.png"], (20, 24), aspect="crop").pixels
+    assert np.array_equal(dataset.load().pixels, expected)
+    assert np.array_equal(
+        dataset.load(aspect="pad").pixels, load_images([tmp_path / "a.png"], (20, 24), aspect="pad").pixels
+    )
+    assert dataset.load(image_size=8).image_size == (8, 8)
+    image, label = dataset[0]
+    assert np.array_equal(image, dataset.load().batch([0])[0]) and label == -1
+
+
+def test_patterns_leave_out_masks_in_every_kind_of_data_set(tmp_path):
+    make_zhanglab(tmp_path / "z/chest_xray")
+    save(tmp_path / "any/a.png", ramp())
+    save(tmp_path / "any/masks/a.png", ramp())
+    (tmp_path / "any.csv").write_text("path\nany/a.png\nany/masks/a.png\n")
+    for path in ("any", "any.csv"):
+        assert [r.path for r in open_dataset(tmp_path / path, exclude="masks").records] == [str(tmp_path / "any/a.png")]
+        assert [r.path for r in iter_records(tmp_path / path, exclude=["masks", "x"])] == [str(tmp_path / "any/a.png")]
+    assert len(Radiographs(tmp_path / "any", exclude="masks")) == 1
+    assert len(open_dataset(tmp_path / "z", exclude=["*_virus_*"])) == 3
+    for path in ("z", "any", "any.csv"):
+        with pytest.raises(InputError, match="has no image"):
+            open_dataset(tmp_path / path, exclude="*.*")
+
+
+def test_a_folder_that_cannot_be_listed_fails_alone(tmp_path, monkeypatch):
+    save(tmp_path / "a.png", ramp())
+    save(tmp_path / "locked/b.png", ramp())
+    scandir = os.scandir
+
+    def refuse(path="."):
+        if os.path.basename(path) == "locked":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert relative(Radiographs(tmp_path), tmp_path) == ["a.png", "locked"]
+    images = Radiographs(tmp_path).load()
+    assert images.failures == (Failure(str(tmp_path / "locked"), "the folder cannot be listed: Permission denied"),)
+    report = scan(tmp_path)
+    assert (report.readable, report.failures) == (1, images.failures)
+
+
+def test_missing_files_of_a_split_are_named(tmp_path):
+    folder = make_covidx(tmp_path / "x", "p1 a.png normal rsna\n", "p2 b.png pneumonia rsna\n")
+    save(folder / "train/a.png", ramp())
+    dataset = open_dataset(folder)
+    assert dataset.missing() == dataset.missing("test") == [str(folder / "test/b.png")]
+    assert dataset.missing("train") == []

@@ -20,7 +20,7 @@ def small():
 
 
 def cells(image):
-    """``[9, 32, 32]`` in reading order."""
+    """`[9, 32, 32]` in reading order."""
     return image.reshape(3, 32, 3, 32).transpose(0, 2, 1, 3).reshape(9, 32, 32)
 
 
@@ -73,13 +73,13 @@ def test_cells_vary_in_sample_and_scale(small):
 def draw_one(finding, monkeypatch):
     """The content of 400 grids of one finding: digits shown, mirrored, upside down."""
     grids = []
-    original = digits._depart
+    original = digits._make_anomalous
 
     def spy(kind, shown, mirrored, upside_down, rng):
         original(kind, shown, mirrored, upside_down, rng)
         grids.append((shown.copy(), mirrored.copy(), upside_down.copy()))
 
-    monkeypatch.setattr(digits, "_depart", spy)
+    monkeypatch.setattr(digits, "_make_anomalous", spy)
     images = np.ones((10, 8, 8), np.float32)
     drawn = digits._draw([finding] * 400, images, np.arange(10), 24.0, np.random.default_rng(0))
     return grids, drawn
@@ -127,7 +127,7 @@ def test_flips_are_along_the_right_axes(monkeypatch):
     def depart(kind, shown, mirrored, upside_down, rng):
         mirrored[0] = upside_down[1] = True
 
-    monkeypatch.setattr(digits, "_depart", depart)
+    monkeypatch.setattr(digits, "_make_anomalous", depart)
     (image,) = digits._draw(["flipped"], glyph, np.arange(10), 24.0, np.random.default_rng(0))
     quadrants = cells(image)[:3].reshape(3, 2, 16, 2, 16).mean((2, 4)).reshape(3, 4)
     assert quadrants.argmax(1).tolist() == [1, 2, 0]
@@ -223,7 +223,7 @@ def test_damaged_or_absent_mnist(mnist):
     labels = mnist / "t10k-labels-idx1-ubyte"
     data = labels.read_bytes()
     labels.write_bytes(data[:-5])
-    with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte is no idx file"):
+    with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte is not an idx file"):
         DigitAnatomy(mnist=mnist)
     labels.write_bytes(b"\0\0\x0d\1" + data[4:])
     with pytest.raises(ValueError, match="wrong magic"):

@@ -13,8 +13,8 @@ from PIL import Image
 from sample_files import ramp, save, write_dicom
 from torch.utils.data import DataLoader
 
-import simsid.data.images
-from simsid.data import Failure, ImageSet, Preprocessing, Record, load_images, read, stream_images
+import simsid.data.files
+from simsid.data import DecodedImage, Failure, ImageSet, Preprocessing, Record, load_images, read, stream_images
 from simsid.data.images import FAILURES_AT_ONCE
 from simsid.data.reading import read_image
 from simsid.errors import InputError, InputTypeError, NonFiniteError, ReadError
@@ -24,23 +24,29 @@ DEEP = ramp(40, 50, 65535, np.uint16)
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five 8-bit images with a broken file in the middle, each with its own grey."""
+    """Five 8-bit images, each of its own gray but for the last column, and a broken file in the middle."""
     for i in range(5):
-        save(tmp_path / f"{i}.png", np.full((10 + i, 14), 50 * i, np.uint8))
+        save(tmp_path / f"{i}.png", gray(10 + i, 50 * i))
     (tmp_path / "2b.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     return sorted(tmp_path.iterdir())
 
 
-def greys(images):
-    return images.pixels.to(torch.int64).flatten(1).float().mean(1).tolist()
+def gray(rows, value):
+    pixels = np.full((rows, 14), value, np.uint8)
+    pixels[:, -1] += 40
+    return pixels
+
+
+def grays(images):
+    return images.pixels.to(torch.int64)[:, 0, 0, 0].tolist()
 
 
 @pytest.mark.parametrize("workers", [1, 2, 7, None])
-def test_order_is_kept_and_failures_are_collected(folder, workers):
+def test_load_keeps_the_order_and_collects_failures(folder, workers):
     images = load_images(folder, 16, workers=workers)
     assert images.pixels.shape == (5, 1, 16, 16)
     assert images.pixels.dtype == torch.uint8
-    assert greys(images) == [0, 50, 100, 150, 200]
+    assert grays(images) == [0, 50, 100, 150, 200]
     assert images.paths == [str(path) for path in folder if path.name != "2b.png"]
     (failure,) = images.failures
     assert isinstance(failure, Failure)
@@ -48,7 +54,7 @@ def test_order_is_kept_and_failures_are_collected(folder, workers):
     assert "PNG" in failure.reason
 
 
-def test_records_are_carried(folder):
+def test_load_keeps_records_with_their_labels_and_findings(folder):
     records = [Record(str(folder[1]), "val", 1, "mass", "p"), Record(str(folder[0]))]
     images = load_images(records)
     assert images.records == tuple(records)
@@ -59,7 +65,7 @@ def test_records_are_carried(folder):
     assert len(images) == 2
 
 
-def test_one_error_where_every_file_fails_or_there_is_none(tmp_path):
+def test_load_raises_when_every_file_fails_or_there_is_none(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"none of the 2 files could be read; the first, .*a\.png: the file is not a"):
         load_images([tmp_path / "a.png", tmp_path / "b.png"])
@@ -67,14 +73,14 @@ def test_one_error_where_every_file_fails_or_there_is_none(tmp_path):
         load_images([])
 
 
-def test_an_unforeseen_error_is_a_failure_of_that_file(folder, monkeypatch):
+def test_unexpected_error_becomes_a_failure_of_its_file(folder, monkeypatch):
     def read(file, **options):
         image = read_image(file, **options)
-        if image.pixels.max() == 150:
+        if image.pixels[0, 0] == 150:
             raise RuntimeError("odd\nthing")
         return image
 
-    monkeypatch.setattr(simsid.data.images, "read_image", read)
+    monkeypatch.setattr(simsid.data.files, "read_image", read)
     images = load_images(folder, 8)
     assert len(images) == 4
     assert images.failures[-1] == Failure(str(folder[4]), "the image cannot be prepared: odd thing")
@@ -103,17 +109,17 @@ def test_batch_size_is_checked(folder):
         stream_images(folder, batch_size=0)
 
 
-def test_depth_of_the_cache_follows_the_deepest_file(folder, tmp_path):
+def test_image_set_has_the_depth_of_the_deepest_file(folder, tmp_path):
     deep = save(tmp_path / "deep.png", DEEP)
     mixed = load_images([*folder, deep], 16)
     assert mixed.pixels.dtype == torch.uint16
-    assert greys(mixed)[:5] == [257 * grey for grey in (0, 50, 100, 150, 200)]
+    assert grays(mixed)[:5] == [257 * value for value in (0, 50, 100, 150, 200)]
     first = load_images([deep, *folder], 16)
-    assert greys(first)[1:] == greys(mixed)[:5]
-    assert greys(first)[0] == greys(mixed)[5]
+    assert grays(first)[1:] == grays(mixed)[:5]
+    assert grays(first)[0] == grays(mixed)[5]
 
 
-def test_values_are_bitwise_the_same_in_both_caches_and_in_the_stream(tmp_path):
+def test_values_are_bitwise_equal_at_both_depths_and_in_the_stream(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
     shallow, deep = save(tmp_path / "a.png", noise), save(tmp_path / "b.png", DEEP)
     alone = load_images([shallow], 32)
@@ -138,7 +144,7 @@ def test_both_ends_are_exact_and_all_values_distinct():
     assert (values.diff() > 0).all()
 
 
-def test_sixteen_bits_survive_the_whole_way(tmp_path):
+def test_sixteen_bits_survive_from_file_to_image_set(tmp_path):
     narrow = (ramp(64, 64, 1000).astype(np.uint16) + 30000).astype(np.uint16)
     narrow[:, :32] += np.arange(64, dtype=np.uint16)[:, None]
     for name in ("a.png", "a.tif"):
@@ -147,7 +153,7 @@ def test_sixteen_bits_survive_the_whole_way(tmp_path):
         assert len(pixels.unique()) > 256
         assert pixels.min() == 0
         assert pixels.max() == 65535
-        # The order of the grey values is that of the file, up to the pixels clipped at either end.
+        # The order of the gray values is that of the file, up to the pixels clipped at either end.
         inside = (pixels[0, 0] > 0) & (pixels[0, 0] < 65535)
         assert inside.float().mean() > 0.9
         expected = torch.from_numpy(narrow.astype(np.int64))[inside]
@@ -162,7 +168,7 @@ def test_auto_is_the_full_range_for_eight_bits(tmp_path):
     assert sorted(load_images([path], 8, intensity="minmax").pixels.unique().tolist()) == [0, 255]
 
 
-def test_auto_is_not_moved_by_a_few_hot_pixels_of_deep_files(tmp_path):
+def test_auto_ignores_a_few_hot_pixels_of_deep_files(tmp_path):
     pixels = ramp(100, 100, 3000, np.uint16)
     clean = load_images([save(tmp_path / "a.png", pixels)], 100).pixels.to(torch.int64)
     pixels[50, :4] = 65535
@@ -211,11 +217,11 @@ def test_range_needs_a_declared_range(tmp_path):
         load_images([path], 8, intensity="range")
 
 
+@pytest.mark.parametrize("intensity", ["auto", "minmax"])
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32])
-def test_constant_images_are_black(tmp_path, dtype):
-    path = save(tmp_path / "a.tif", np.full((9, 9), 1234, dtype))
-    for intensity in ("auto", "minmax"):
-        assert (load_images([path], 8, intensity=intensity).batch([0]) == -1).all()
+def test_constant_images_without_a_display_range_are_black(dtype, intensity):
+    image = DecodedImage(np.full((9, 9), 1234, dtype), None, for_display=False, bits=16, format="")
+    assert not Preprocessing(8, intensity=intensity).quantize(image).any()
 
 
 def test_two_valued_deep_images_keep_both(tmp_path):
@@ -226,7 +232,7 @@ def test_two_valued_deep_images_keep_both(tmp_path):
 
 
 def test_stretch_fills_pad_surrounds_and_crop_cuts(tmp_path):
-    # A white field with a black frame's worth of room: 20 rows, 40 columns, the outer ten columns grey.
+    # 20 rows and 40 columns, white, the outer ten columns on either side gray.
     pixels = np.full((20, 40), 255, np.uint8)
     pixels[:, :10] = pixels[:, 30:] = 128
     path = save(tmp_path / "a.png", pixels)
@@ -247,11 +253,10 @@ def test_stretch_fills_pad_surrounds_and_crop_cuts(tmp_path):
 
 @pytest.mark.parametrize("aspect", ["stretch", "pad", "crop"])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 900), (777, 3), (33, 34)])
-def test_any_shape_fits_any_size(tmp_path, aspect, shape):
-    path = save(tmp_path / "a.png", np.full(shape, 200, np.uint8))
-    pixels = load_images([path], (24, 40), aspect=aspect).pixels
-    assert pixels.shape == (1, 1, 24, 40)
-    assert pixels.max() == 200
+def test_any_shape_fits_any_size(aspect, shape):
+    image = DecodedImage(np.full(shape, 200, np.uint8), (0.0, 255.0), for_display=True, bits=8, format="")
+    pixels = Preprocessing((24, 40), aspect).quantize(image)
+    assert pixels.shape == (24, 40) and pixels.max() == 200
     assert pixels.min() == (200 if aspect != "pad" else 0)
 
 
@@ -347,8 +352,8 @@ def test_float_images_keep_their_values():
 
 def test_each_file_is_opened_once_and_hashed_from_the_decoded_bytes(folder, monkeypatch):
     opened = []
-    open_file = simsid.data.images.open_file
-    monkeypatch.setattr(simsid.data.images, "open_file", lambda path: opened.append(path) or open_file(path))
+    open_file = simsid.data.files.open_file
+    monkeypatch.setattr(simsid.data.files, "open_file", lambda path: opened.append(path) or open_file(path))
     images = load_images(folder, 8)
     assert sorted(opened) == sorted(map(str, folder))
     files = [*images.paths, images.failures[0].path]
@@ -369,7 +374,7 @@ def test_single_paths_and_other_objects_are_refused_as_records(function, wrong):
 def test_read_prepares_files_and_arrays_as_load_images_does(folder, tmp_path):
     deep = save(tmp_path / "deep.png", DEEP)
     preprocessing = Preprocessing(16, "pad", "minmax")
-    for path, pixels in ((folder[1], np.full((11, 14), 50, np.uint8)), (deep, DEEP)):
+    for path, pixels in ((folder[1], gray(11, 50)), (deep, DEEP)):
         expected = load_images([path], 16, aspect="pad", intensity="minmax").batch([0])
         model = types.SimpleNamespace(preprocessing=preprocessing)
         for source in (path, str(path), pixels, torch.from_numpy(pixels)):
@@ -405,8 +410,18 @@ def test_read_refuses_what_it_cannot_prepare(arguments, error, message):
         read(*arguments)
 
 
+def test_preprocessing_is_the_options_of_load_images(folder):
+    preprocessing = Preprocessing([8, 12], "crop", "minmax")
+    assert preprocessing == Preprocessing((8, 12), "crop", "minmax") and preprocessing.size == (8, 12)
+    assert torch.equal(
+        load_images(folder, **preprocessing.to_dict()).pixels,
+        load_images(folder, (8, 12), aspect="crop", intensity="minmax").pixels,
+    )
+    assert Preprocessing(8).size == (8, 8) and hash(Preprocessing()) == hash(Preprocessing(128, "stretch", "auto"))
+
+
 def test_read_refuses_options_beside_a_preprocessing():
-    with pytest.raises(InputError, match="must be left out"):
+    with pytest.raises(InputError, match="image_size, aspect and intensity must be left out"):
         read(np.zeros((4, 4)), Preprocessing(), image_size=64)
 
 
@@ -487,7 +502,7 @@ def test_progress_shows_a_bar(folder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_sixteen_bit_export_of_an_eight_bit_film_matches_with_range(tmp_path):
+def test_sixteen_bit_copy_of_an_eight_bit_image_is_equal_with_range(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (50, 50)).astype(np.uint8)
     paths = [save(tmp_path / "a.png", noise), save(tmp_path / "b.png", noise.astype(np.uint16) * 257)]
     values = load_images(paths, 50, intensity="range").batch([0, 1])

@@ -1,12 +1,13 @@
 """The report on a folder."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 from sample_files import ramp, save, write_dicom
 
-from simsid.data import Failure, scan
+from simsid.data import Failure, read_image, scan, scanning
 
 
 @pytest.fixture
@@ -60,15 +61,52 @@ def test_dict_is_json(folder):
     assert loaded["failures"][1]["path"].endswith("cut.png")
 
 
-def test_many_sizes_are_summed_up(tmp_path):
-    for i in range(1, 15):
-        save(tmp_path / f"{i}.png", np.zeros((i, 5), np.uint8))
+def test_many_sizes_are_cut_short(tmp_path):
+    for i in range(2, 16):
+        save(tmp_path / f"{i}.png", ramp(i, 5))
     text = str(scan(tmp_path))
     assert "  and 4 more" in text
     assert len(scan(tmp_path).sizes) == 14
 
 
-def test_a_csv_list_and_a_folder_of_nothing(folder):
+def test_images_of_two_gray_values_are_listed_as_masks(tmp_path):
+    mask = np.where(ramp() > 100, 255, 0).astype(np.uint8)
+    save(tmp_path / "a.png", ramp())
+    save(tmp_path / "masks/a.png", mask)
+    save(tmp_path / "masks/deep.png", mask.astype(np.uint16) * 100)
+    report = scan(tmp_path)
+    assert report.masks == (str(tmp_path / "masks/a.png"), str(tmp_path / "masks/deep.png"))
+    assert "two gray values only, probably masks (leave them out with exclude): masks/a.png, masks/deep.png" in str(
+        report
+    )
+    assert report.as_dict()["masks"] == list(report.masks)
+    assert scan(tmp_path, exclude="masks").masks == ()
+    assert "masks" not in str(scan(tmp_path, exclude="masks"))
+
+
+def test_images_for_processing_are_listed(folder, monkeypatch):
+    def read(file, **options):
+        image = read_image(file, **options)
+        # The attribute is that of the reader, which sets it from Presentation Intent Type.
+        return types.SimpleNamespace(**{**vars(image), "for_processing": file.name.endswith("IM0002")})
+
+    monkeypatch.setattr(scanning, "read_image", read)
+    report = scan(folder)
+    assert report.for_processing == (str(folder / "IM0002"),)
+    assert "stored FOR PROCESSING, not for display: IM0002" in str(report)
+    assert report.as_dict()["for_processing"] == [str(folder / "IM0002")]
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(tmp_path):
+    save(tmp_path / "a.png", ramp())
+    (tmp_path / "b\r\x1b[2J.png").write_bytes(b"")
+    (tmp_path / "c\n.txt").write_bytes(b"text")
+    text = str(scan(tmp_path))
+    assert r"  b\r\x1b[2J.png: the file is empty" in text and r"ignored: c\n.txt" in text
+    assert all(line.isprintable() for line in text.splitlines()) and "\r" not in text
+
+
+def test_scan_of_a_csv_list_and_of_an_empty_folder(folder):
     (folder / "list.csv").write_text("path\na.png\nabsent.png\n")
     report = scan(folder / "list.csv")
     assert report.formats == {"PNG": 1}
@@ -82,7 +120,7 @@ def test_a_csv_list_and_a_folder_of_nothing(folder):
         scan(folder / "absent")
 
 
-def test_progress_and_the_pixel_cap(folder, capfd):
+def test_scan_shows_progress_and_limits_pixels(folder, capfd):
     report = scan(folder, progress=True, max_pixels=20 * 12)
     assert "scanning" in capfd.readouterr().err
     assert report.readable == 2

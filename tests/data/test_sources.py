@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sample_files import ramp, save
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from simsid.data import DigitAnatomy, ImageSet, Preprocessing, Radiographs, Record, as_batches, as_image_set
 from simsid.errors import InputError, InputTypeError, NonFiniteError, ReadError
@@ -62,6 +62,7 @@ LABELED = {
     "data set of dicts": lambda: Listed([{"image": i, "label": n} for i, n in zip(IMAGES, LABELS)]),
     "data set with further values": lambda: Listed([(i, int(n), "path") for i, n in zip(IMAGES, LABELS)]),
     "loader": lambda: DataLoader(TensorDataset(IMAGES, LABELS), 4),
+    "subset": lambda: Subset(TensorDataset(torch.cat([IMAGES, IMAGES]), torch.cat([LABELS, LABELS])), range(7, 14)),
     "loader of dicts": lambda: DataLoader(Listed([{"image": i, "label": n} for i, n in zip(IMAGES, LABELS)]), 4),
     "pairs": lambda: zip(IMAGES.split(3), LABELS.split(3)),
 }
@@ -112,6 +113,8 @@ def test_data_sets_of_files_are_decoded_as_asked(tmp_path):
         list(as_batches(dataset))
     with pytest.raises(ReadError, match=r"1\.png: the file is not"):
         dataset[1]
+    with pytest.warns(UserWarning, match=r"1 of 3 files could not be read; the first, .*1\.png"):
+        assert len(as_image_set(dataset)) == 2
 
 
 def test_digits_are_a_data_set_of_images_and_labels():
@@ -191,14 +194,15 @@ def test_values_may_leave_the_range_by_a_rounding_error():
 
 @pytest.mark.parametrize("function", [as_batches, as_image_set])
 def test_images_scaled_to_zero_and_one_give_a_warning_with_the_remedy(function):
-    with pytest.warns(UserWarning, match=r"images have no negative value \(0 to 1\).*images \* 2 - 1"):
+    with pytest.warns(UserWarning, match=r"images lie in 0 to 1, .* use images \* 2 - 1"):
         list(function(((IMAGES + 1) / 2).split(2)))
 
 
 @pytest.mark.parametrize("function", [as_batches, as_image_set])
-def test_bright_batches_beside_dark_ones_and_constant_images_give_no_warning(function):
+def test_bright_images_and_constant_images_give_no_warning(function):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         list(function([(IMAGES + 1) / 2, IMAGES]))
+        list(function(IMAGES.abs().clamp_min(0.03)))
         list(function(torch.zeros(2, 1, 4, 4)))
         list(function(ImageSet(torch.full((1, 1, 4, 4), 255, dtype=torch.uint8), (Record("a"),))))

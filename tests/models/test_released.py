@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 
+from simsid import checkpoint
 from simsid.errors import ConversionError
 from simsid.models import released
 from simsid.models.model import Model
@@ -20,7 +21,7 @@ def export(model: Model) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
     """Name a model's tensors as the released code does; written apart from the converter's own rules."""
     parts: dict[str, dict[str, torch.Tensor]] = {"generator": {}, "discriminator": {}}
     packed: dict[str, dict[str, torch.Tensor]] = {"weight": {}, "bias": {}}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in checkpoint.tensors(model).items():
         *path, last = name.split(".")
         match path:
             case ["encoder", "entry", *inner]:
@@ -72,7 +73,7 @@ def export(model: Model) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
 def random_model(**changes) -> Model:
     made = tiny.model(**{"threshold": "exclusive", "decoder_items": 5, "heads": 8, **changes})
     with torch.no_grad():
-        for value in made.state_dict().values():
+        for value in checkpoint.tensors(made).values():
             if value.is_floating_point():
                 value.copy_(torch.rand_like(value))
     return made
@@ -97,7 +98,7 @@ def test_round_trip(changes):
     found = convert(*export(model), **told)
     assert torch.equal(torch.get_rng_state(), state)
     assert found.config == config and not found.training and found.calibration is None
-    own, other = model.state_dict(), found.state_dict()
+    own, other = checkpoint.tensors(model), checkpoint.tensors(found)
     assert own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
     if config.memory == "queue":
         assert found.queue.pointer.item() == 0

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import torch
 
+from simsid.models.calibration import Calibration
 from simsid.models.signals import (
     SIGNALS,
-    Calibration,
+    available_signals,
     focal_residual,
-    heat_map,
     local_residual,
     memory_distance,
+    memory_distance_map,
     residual,
+    residual_map,
 )
 
 
@@ -62,9 +64,9 @@ def test_memory_distance():
         assert found[b].item() == pytest.approx(wanted, rel=1e-12)
 
 
-def test_heat_map(pair):
+def test_residual_map_averages_9_by_9_pixels(pair):
     images, made = pair
-    found, error = heat_map(images, made), (images - made)[:, 0].numpy() ** 2
+    found, error = residual_map(images, made), (images - made)[:, 0].numpy() ** 2
     assert found.shape == (3, 48, 48)
     for i, j in ((0, 0), (20, 30), (47, 3)):
         window = error[1, max(i - 4, 0) : i + 5, max(j - 4, 0) : j + 5]
@@ -127,15 +129,49 @@ def test_round_trip_through_json():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mean": 3}, "by signal"),
-        ({"mean": {"nonsense": 1.0}}, "by signal"),
-        ({"holdout": []}, "by signal"),
-        ({"mean": {"residual": 1.0}}, "finite mean and standard deviation of each"),
-        ({"std": {"residual": math.inf}, "mean": {"residual": 1.0}}, "finite mean"),
-        ({"std": {"residual": "1"}, "mean": {"residual": 1.0}}, "finite mean"),
-        ({"extra": 1}, "must hold mean, std, count and holdout"),
+        ({"mean": 3}, "calibration: mean must be given by signal"),
+        ({"mean": {"nonsense": 1.0}}, "calibration: mean must be given by signal"),
+        ({"holdout": []}, "calibration: holdout must be given by signal"),
+        ({"holdout": {"residual": 3}}, "calibration: holdout must be a list of numbers by signal"),
+        ({"holdout": {"residual": [math.nan]}}, "calibration: holdout must hold finite numbers alone"),
+        ({"mean": {"residual": 1.0}}, "calibration: mean and std must be of the same signals"),
+        ({"std": {"residual": math.inf}, "mean": {"residual": 1.0}}, "calibration: std must hold finite numbers alone"),
+        ({"std": {"residual": "1"}, "mean": {"residual": 1.0}}, "calibration: std must hold finite numbers alone"),
+        ({"std": {"residual": 1.0}, "mean": {"residual": 10**400}}, "calibration: mean must hold finite numbers alone"),
+        ({"std": {"residual": -1.0}, "mean": {"residual": 1.0}}, "calibration: std must not be negative"),
+        ({"count": 0}, "calibration: count must be a whole number of at least 1"),
+        ({"count": True}, "calibration: count must be a whole number of at least 1"),
+        ({"extra": 1}, "calibration must hold mean, std, count and holdout"),
     ],
 )
 def test_foreign_calibrations_are_refused(change, message):
-    with pytest.raises(ValueError, match=f"^calibration must .*{message}|^calibration {message}"):
+    with pytest.raises(ValueError, match=f"^{message}$"):
         Calibration.from_dict(Calibration.fit(values()).to_dict() | change)
+
+
+def test_memory_distance_map_has_its_largest_value_where_the_signal_comes_from():
+    query, retrieved = torch.randn(2, 9, 5), torch.randn(2, 9, 5)
+    found = memory_distance_map(query, retrieved)
+    assert found.shape == (2, 3, 3)
+    torch.testing.assert_close(found.flatten(1).amax(1).double(), memory_distance(query, retrieved))
+
+
+def test_table_names_every_signal_once_and_describes_it():
+    assert all(name == signal.name and signal.description and signal.needs for name, signal in SIGNALS.items())
+    assert all(signal.unit for signal in SIGNALS.values() if signal.map is not None)
+
+
+def test_available_signals_are_those_whose_needs_are_provided():
+    assert available_signals(()) == ()
+    assert available_signals(("reconstruction",)) == ("residual", "local_residual", "focal_residual")
+    assert "memory_distance" in available_signals(("query", "retrieved", "reconstruction"))
+
+
+def test_threshold_comes_from_held_out_images():
+    held = np.arange(1.0, 100.0)
+    calibration = Calibration.fit({"residual": np.ones(3)}, {"residual": held})
+    assert calibration.threshold("residual", 0.05) == 95.0
+    assert np.mean(held > 95.0) <= 0.05
+    assert Calibration.fit({"residual": np.ones(3)}).threshold("residual", 0.05) is None
+    with pytest.raises(ValueError, match="false_positive_rate must lie strictly between 0 and 1, got 1"):
+        calibration.threshold("residual", 1)
