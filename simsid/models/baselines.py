@@ -197,7 +197,8 @@ class PixelPCA(PixelBaseline):
         fitted = PCA(n_components=kept, svd_solver="randomized", random_state=0).fit(pixels)
         self.tensors = {
             "mean": torch.from_numpy(fitted.mean_.astype(np.float32)),
-            "components": torch.from_numpy(fitted.components_.astype(np.float32)),
+            # In the memory layout that a saved model is loaded in: in another one products are summed in another order.
+            "components": torch.from_numpy(fitted.components_.astype(np.float32, order="C")),
         }
         self._prepare()
 
