@@ -99,12 +99,14 @@ class Evaluation:
     def in_sample(self) -> bool:
         """Whether the thresholds come from images that are evaluated here, so that their figures are in-sample.
 
+        That is so where most of the held-out images are evaluated, or most of the evaluated normal ones were held out.
         Equal scores show it: a signal has the same value, bit for bit, whenever an image is scored.
         """
         held = (self.holdout or {}).get(self.default)
         if held is None:
             return False
-        return bool(np.isin(held, self.signals[self.default][self.labels == 0]).mean() > 0.5)
+        normal = self.signals[self.default][self.labels == 0]
+        return bool(max(np.isin(held, normal).mean(), np.isin(normal, held).mean()) > 0.5)
 
     def subset(self, finding: str | None) -> np.ndarray:
         """Return the mask `[n]` of the normal images and the abnormal ones of a kind; None keeps every image."""

@@ -47,8 +47,8 @@ class Demo:
         config, training = Config.digit_anatomy(), demo_training(self.epochs, self.seed)
         if self.images < 2:
             raise UsageError(f"images must be at least 2, got {self.images}")
-        data = DigitAnatomy(seed=self.seed, train=self.images, mnist=self.mnist)
         _check_replaceable(self.output)
+        data = DigitAnatomy(seed=self.seed, train=self.images, mnist=self.mnist)
         with RunFolder(self.output) as folder:
             _clear_run(folder.path)
             request = {"command": "demo", "model": config.to_dict(), "training": training.to_dict()}
