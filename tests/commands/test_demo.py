@@ -1,19 +1,27 @@
 """`simsid demo`: trains, reports and replaces nothing but an earlier demo."""
 
+import functools
 import re
 
 import pytest
 import tiny
 
-from simsid import Model, Trainer
+from simsid import Model, Trainer, data
 from simsid.commands import main as command_line
 
 
-def test_demo(simsid, tmp_path):
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    """The whole test set takes most of a minute on one core."""
+    few = functools.partial(data.DigitAnatomy, val=10, test_normal=20, test_anomalous=40)
+    monkeypatch.setattr(data, "DigitAnatomy", few)
+
+
+def test_demo_trains_prints_every_signal_and_writes_a_report(simsid, tmp_path):
     done = simsid("demo", "--epochs", "1", "--images", "32", "-o", tmp_path / "demo")
     assert done.code == 0, done.err
-    for kind in ("all abnormal", "missing", "misordered", "flipped", "zero"):
-        assert re.search(rf"\b{kind}\b.* 0\.\d\d\d", done.out), kind
+    for finding in ("all abnormal", "missing", "misordered", "flipped", "zero"):
+        assert re.search(rf"\b{finding}\b.* 0\.\d\d\d", done.out), finding
     for signal in tiny.model().signal_names:
         assert signal in done.out
     page = tiny.assert_self_contained(tmp_path / "demo" / "report.html")
@@ -21,17 +29,17 @@ def test_demo(simsid, tmp_path):
     assert Model.load(tmp_path / "demo").config.signal == "focal_residual"
     assert len(tiny.metrics(tmp_path / "demo")) == 1
 
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("years")
-    for folder in ("mine", "demo/run"):
-        (tmp_path / "demo" / "run").mkdir(exist_ok=True)
-        (tmp_path / "demo" / "run" / "run.json").write_text('{"command": "train"}')
-        refused = simsid("demo", "-o", tmp_path / folder)
+
+def test_demo_refuses_a_folder_with_other_files_or_another_run(simsid, tmp_path):
+    for folder, name, content in (("mine", "thesis.tex", "years"), ("run", "run.json", '{"command": "train"}')):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(content)
+        refused = simsid("demo", "-o", folder)
         assert refused.code == 2 and "choose another folder with -o" in refused.err
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+        assert [path.name for path in (tmp_path / folder).iterdir()] == [name]
 
 
-def test_a_demo_replaces_the_one_before(simsid, tmp_path, monkeypatch):
+def test_a_demo_replaces_an_earlier_one(tmp_path, monkeypatch):
     class Stop(RuntimeError):
         pass
 
@@ -46,5 +54,5 @@ def test_a_demo_replaces_the_one_before(simsid, tmp_path, monkeypatch):
         (tmp_path / "demo" / name).write_text("{}")
     for _ in range(2):
         with pytest.raises(Stop):
-            command_line.main(["demo", "-o", str(tmp_path / "demo"), "--images", "8"])
+            command_line.main(["demo", "-o", str(tmp_path / "demo"), "--images", "8", "--threads", "1"])
         assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [".lock", "run.json"]

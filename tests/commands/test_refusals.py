@@ -25,7 +25,8 @@ REFUSALS = [
     ("train --resume cut", "cut/run.json is not a run's request"),
     ("score nowhere FILMS -o out", "nowhere/model.json does not exist"),
     ("score notes.txt FILMS -o out", "notes.txt/model.json cannot be read"),
-    ("score foreign FILMS -o out", "foreign/model.json must be of format 1"),
+    ("score foreign FILMS -o out", "foreign/model.json: kind must be one of simsid, pixel_knn, pixel_pca"),
+    ("score newer FILMS -o out", "newer/model.json must be of format 1"),
     ("score unknown FILMS -o out", "unknown/model.json is not a model: 'moustache' is not a configuration field"),
     ("score MODEL nowhere -o out", "nowhere does not exist"),
     ("score MODEL empty -o out", "empty has no image"),
@@ -66,6 +67,7 @@ def test_wrong_requests_get_one_sentence(simsid, model, films, zhanglab, tmp_pat
         ("odd", "run.json", '{"command": "demo"}'),
         ("cut", "run.json", '{"command": "train", "data": "x"}'),
         ("foreign", "model.json", '{"kind": "another library\'s"}'),
+        ("newer", "model.json", '{"kind": "simsid", "format": 2}'),
         ("unknown", "model.json", (model / "model.json").read_text().replace('"width"', '"moustache"')),
     ):
         (tmp_path / name).mkdir()
