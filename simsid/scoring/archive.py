@@ -55,6 +55,8 @@ _DIFFERENCES = {
 TableVersion = tuple[int, int] | None
 """Inode and modification time of a file, or None where there is none."""
 
+AT_CALL = (-1, -1)  # the version of no file
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -95,7 +97,7 @@ def score_archive(
     group: ProcessGroup | None = None,
     progress: bool = False,
     exclude: str | Sequence[str] = (),
-    before: TableVersion = None,
+    before: TableVersion = AT_CALL,
     report: Callable[[Summary], None] | None = None,
 ) -> Summary:
     """Score all images of a folder or list into `output`/scores.csv, each file decoded once.
@@ -115,8 +117,8 @@ def score_archive(
         group: this process among those that score together; None is a single one.
         progress: show a progress bar.
         exclude: patterns of files to leave out, as `iter_records` takes them.
-        before: `table_version` when this process started. Where the table was replaced since, and nothing is left to
-            do, another rank has merged.
+        before: `table_version` when this process started; by default that of the call. Where the table was replaced
+            since, and nothing is left to do, another rank has merged.
         report: called with the summary once the table is written; a kill before its return has it called again.
 
     Raises:
@@ -127,6 +129,7 @@ def score_archive(
     if pictures < 0:
         raise InputError(f"pictures must be at least 0, got {pictures}")
     output = pathlib.Path(output)
+    before = table_version(output) if before == AT_CALL else before
     (name,) = check_signals([signal or model.signal], model.signal_names)
     options = _Options(name, false_positive_rate, batch_size, patterns(exclude), workers, pictures)
     archive = _Archive(model, data, output, group or ProcessGroup(), options)
