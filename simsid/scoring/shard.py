@@ -86,7 +86,7 @@ class Highest:
 def read_images(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Read what `Highest.save` wrote: path to image; nothing where the file is missing or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with np.load(path) as content:
             paths = json.loads(content["paths"].tobytes())
             return {name: content[str(i)] for i, name in enumerate(paths)}
     except (OSError, ValueError, KeyError):
