@@ -58,7 +58,7 @@ GDCM_SECONDS = 60.0
 
 # Bytes that each decoder holds for a pixel and for a byte of its sample (OpenJPEG decodes to 32 bits);
 # tests/data/test_memory.py compares them with measured peaks.
-_DECODER_BYTES = {"pydicom": (0, 4), "pillow": (0, 4), "pyjpegls": (0, 3), "pylibjpeg": (4, 2), "gdcm": (0, 3)}
+_DECODER_BYTES = {"pydicom": (0, 4), "pillow": (0, 4), "pyjpegls": (0, 3), "pylibjpeg": (4, 2), "gdcm": (0, 4)}
 
 
 def transfer_syntax(dataset: Dataset) -> UID:
