@@ -169,7 +169,7 @@ def deflated(path, size, **elements):
 
 
 def test_deflated_data_is_bounded_whatever_the_layout_of_its_header(tmp_path, monkeypatch):
-    monkeypatch.setattr(simsid.data.dicom, "_DEFLATED_HEADER", 3_000_000)
+    monkeypatch.setattr(simsid.data.dicom, "_LONGEST_HEADER", 3_000_000)
     data = deflated(tmp_path / "a", 40_000_000)
     assert len(data) < 200_000
     length = int.from_bytes(data[140:144], "little")
@@ -223,7 +223,7 @@ def test_deflated_image_of_any_size_is_read(tmp_path, columns):
     assert np.array_equal(read_image(tmp_path / "a").pixels, pixels)
 
 
-def test_endless_elements_are_refused(tmp_path):
+def test_endless_elements_are_refused(tmp_path, monkeypatch):
     dataset = dicom(DEEP)
     dataset.add_new("PhotometricInterpretation", "UT", "MONOCHROME2" + " " * 100_000)
     dataset.save_as(tmp_path / "a", enforce_file_format=True)
@@ -233,6 +233,15 @@ def test_endless_elements_are_refused(tmp_path):
     sequence = b"\x09\0\x10\x10SQ\0\0\xff\xff\xff\xff" + item * 30_000 + b"\xfe\xff\xdd\xe0\0\0\0\0"
     data = write_dicom(tmp_path / "b", DEEP).read_bytes()
     position = data.index(b"\x10\0\x10\0PN")
+    # A megabyte within a sequence of undefined length, which is read in full.
+    large = b"\x09\0\x11\x10OB\0\0" + struct.pack("<I", 2**20) + bytes(2**20)
+    sequence_of_one = b"\x09\0\x10\x10SQ\0\0\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff" + large
+    sequence_of_one += b"\xfe\xff\x0d\xe0\0\0\0\0\xfe\xff\xdd\xe0\0\0\0\0"
+    (tmp_path / "c").write_bytes(data[:position] + sequence_of_one + data[position:])
+    assert np.array_equal(read_image(tmp_path / "c").pixels, DEEP)
+    with monkeypatch.context() as patch:
+        patch.setattr(simsid.data.dicom, "_LONGEST_HEADER", 2**20)
+        refused(tmp_path / "c", "header is too long")
     (tmp_path / "b").write_bytes(data[:position] + sequence + data[position:])
     refused(tmp_path / "b", "too many elements")
 
