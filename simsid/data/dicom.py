@@ -1,14 +1,13 @@
 """Reads one DICOM file: only the elements that the image needs, within limits that the header is checked against."""
 
-import os
 import zlib
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_partial
 from pydicom.tag import BaseTag, Tag
 
-from simsid.data.decoded import BUDGET, DecodedImage, allowed_bytes, check_memory, check_size, validated
+from simsid.data.decoded import BUDGET, DecodedImage, allowed_bytes, check_memory, check_size, file_length, validated
 from simsid.data.dicom_display import display, samples
 from simsid.data.dicom_elements import element_name, integer, text, uid_name
 from simsid.data.dicom_pixels import is_compressed, is_justified, peak_bytes, stored_words, transfer_syntax
@@ -121,14 +120,14 @@ class _CheckedFile:
 def check_inflated_size(data: bytes, limit: int) -> None:
     """Raise ReadError unless raw deflate data is complete and inflates to at most `limit` bytes."""
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    size = place = 0
+    size = position = 0
     try:
         # Until the end of the stream: what follows it stays in `unconsumed_tail` for ever.
         while not inflater.eof:
             chunk = inflater.unconsumed_tail
             if not chunk:
-                chunk = data[place : place + 2**16]
-                place += len(chunk)
+                chunk = data[position : position + 2**16]
+                position += len(chunk)
             inflated = len(inflater.decompress(chunk, 2**20))
             if not chunk and not inflated:
                 raise ReadError("the deflated DICOM data set is cut off")
@@ -156,7 +155,7 @@ def _parse(file: BinaryIO, max_pixels: int, keywords: tuple[str, ...], *, with_p
 
     try:
         return read_partial(
-            _CheckedFile(file, limit),
+            cast(BinaryIO, _CheckedFile(file, limit)),
             stop_when=stop,
             force=True,
             specific_tags=[Tag(keyword) for keyword in keywords],
@@ -170,7 +169,7 @@ def _parse(file: BinaryIO, max_pixels: int, keywords: tuple[str, ...], *, with_p
 
 def _bytes_beside(file: BinaryIO, header: Dataset) -> int:
     """Return the bytes of the file that are read beside the samples: twice what is compressed, else the rest."""
-    length = os.fstat(file.fileno()).st_size
+    length = file_length(file)
     if is_compressed(transfer_syntax(header)):
         return 2 * length
     samples = integer(header, "Rows", 0) * integer(header, "Columns", 0) * integer(header, "BitsAllocated", 16) // 8

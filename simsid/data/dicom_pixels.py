@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -76,10 +77,11 @@ def transfer_syntax(dataset: Dataset) -> UID:
 
 
 def peak_bytes(header: Dataset) -> float:
-    """Return the bytes a pixel that decoding and display hold at most, from the header alone."""
+    """Return the bytes a pixel that decoding, display and preprocessing hold at most, from the header alone."""
     syntax = transfer_syntax(header)
     sample = max(1, integer(header, "BitsAllocated", 16) // 8)
-    displayed = sample + 4.0 + ("PixelPaddingValue" in header)
+    # Float32 and the words they come from; later a copy for the percentiles takes the place of the words.
+    displayed = 4.0 + max(4, sample) + ("PixelPaddingValue" in header)
     if syntax == DeflatedExplicitVRLittleEndian:
         # The inflated data set stays, and pydicom joins it from blocks.
         return 3 * sample + displayed
@@ -138,7 +140,7 @@ def _decode_function(
     return functools.partial(_with_pydicom, dataset, decoder, plugin, options)
 
 
-def _with_pydicom(dataset: Dataset, decoder: Decoder, plugin: str, options: dict[str, bool]) -> np.ndarray:
+def _with_pydicom(dataset: Dataset, decoder: Decoder, plugin: str, options: dict[str, Any]) -> np.ndarray:
     return decoder.as_array(dataset, index=0, decoding_plugin=plugin, **options)[0]
 
 

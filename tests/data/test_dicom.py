@@ -295,6 +295,6 @@ def test_only_needed_elements_are_read(tmp_path):
     # A sequence that cannot be parsed, in a tag that no image needs.
     dataset = dicom(DEEP, **TWELVE)
     dataset.add_new("ReferencedImageSequence", "OB", b"\xfe\xff\x00\xe0garbage!")
-    dataset.PatientAge = "x" * 70000
+    dataset.add_new("PatientComments", "UT", "x" * 70000)
     dataset.save_as(tmp_path / "a", enforce_file_format=True)
     assert np.array_equal(read_image(tmp_path / "a").pixels, DEEP)

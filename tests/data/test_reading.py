@@ -1,6 +1,7 @@
 """PNG, JPEG, TIFF and BMP files of every kind are read at their depth, and others refused in one sentence."""
 
 import contextlib
+import io
 import os
 import shutil
 import struct
@@ -183,6 +184,20 @@ def test_provenance_has_plain_terms_and_numbers(tmp_path):
     assert not image.for_processing
     image = read_image(write_tiff(tmp_path / "a.tif", ramp(), photometric=0))
     assert image.provenance["photometric_interpretation"] == "WhiteIsZero"
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.bmp", "a.dcm"])
+def test_open_file_and_bytes_in_memory_are_read_like_a_path(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.dcm":
+        write_dicom(path, ramp())
+    else:
+        save(path, ramp())
+    expected = read_image(path).pixels
+    with open(path, "rb") as file:
+        assert np.array_equal(read_image(file).pixels, expected)
+        assert not file.closed
+    assert np.array_equal(read_image(io.BytesIO(path.read_bytes())).pixels, expected)
 
 
 def test_orientation_of_xmp_and_raw_profile_is_applied(tmp_path):
