@@ -194,9 +194,10 @@ class Gaussians(Detector):
         mean = x.mean(1, keepdim=True)
         covariance = (x - mean).transpose(1, 2) @ (x - mean) / (x.shape[1] - 1)
         regular = covariance + 0.01 * torch.eye(x.shape[2], device=x.device)
-        # d^2 = |L^-1 (x - mu)|^2 with S = L L^T.
-        eye = torch.eye(x.shape[2], device=x.device).expand_as(regular)
-        inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(regular), eye, upper=False)
+        # d^2 = |F^-1 (x - mu)|^2 with S = F F^T.
+        eye = torch.eye(x.shape[2], device=x.device)
+        factors = [torch.linalg.cholesky(matrix) for matrix in regular]
+        inverse = torch.stack([torch.linalg.solve_triangular(factor, eye, upper=False) for factor in factors])
         self._keep(chosen=chosen, mean=mean[:, 0], inverse=inverse)
 
     def forward(self, pooled: Sequence[Tensor], grid: Tensor) -> Tensor:  # noqa: ARG002

@@ -159,8 +159,10 @@ def _ridge(moments: Sequence[Tensor], penalty: float) -> Tensor:
     square, product, count = moments
     diagonal = torch.full_like(square[0, 0], penalty).mul_(count)
     diagonal[-1] = 0
-    # Contiguous, as a loaded tensor is: a product sums in another order for another layout.
-    return torch.linalg.solve(square + torch.diag(diagonal), product).contiguous()
+    # One location at a time: with two threads on a CPU the batched torch.linalg.solve of PyTorch 2.13 fails for 385
+    # inputs and more ("Pivots given to lu_solve must all be greater or equal to 1").
+    factors = [torch.linalg.cholesky(matrix + torch.diag(diagonal)) for matrix in square]
+    return torch.stack([torch.cholesky_solve(target, factor) for target, factor in zip(product, factors)])
 
 
 @torch.no_grad()

@@ -212,9 +212,9 @@ def test_shipped_model_is_opened_by_name_and_a_folder_by_path(tmp_path, monkeypa
 
 @needs_zhanglab
 def test_shipped_model_scores_validation_films_as_its_card_says():
-    """The thresholds are those of the card; every tenth film keeps the test short."""
+    """The thresholds are those of the card; every twentieth film keeps the test short."""
     model = simsid.load("zhanglab")
-    records = [record for record in ZhangLab(ZHANGLAB).records if record.split == "val"][::10]
+    records = [record for record in ZhangLab(ZHANGLAB).records if record.split == "val"][::20]
     films = load_images(records, 224, workers=1)
     scores = model.signals(films)["combined"]
     low, high = scores[films.labels == 0], scores[films.labels == 1]
@@ -342,18 +342,16 @@ def test_configuration_survives_json():
 
 
 @needs_zhanglab
-def test_real_films_are_separated_after_fitting_on_a_few():
+def test_sixteen_real_films_are_enough_to_separate_pneumonia():
     records = ZhangLab(ZHANGLAB).records
-    chosen = {
-        key: [record for record in records if (record.split, record.label) == key][:count]
-        for key, count in ((("train", 0), 32), (("val", 0), 12), (("val", 1), 12))
-    }
-    train, low, high = (load_images(found, 224, workers=1) for found in chosen.values())
+    wanted = {("train", 0): 16, ("val", 0): 8, ("val", 1): 8}
+    train, low, high = (
+        load_images([record for record in records if (record.split, record.label) == key][:count], 224, workers=1)
+        for key, count in wanted.items()
+    )
     model = FeatureMemory().fit(train)
     low, high = model.signals(low), model.signals(high)
-    assert {name: round(auc(low[name], high[name]), 2) for name in NAMES} == pytest.approx(
-        dict.fromkeys(NAMES, 0.95), abs=0.1
-    )
+    assert all(auc(low[name], high[name]) > 0.9 for name in NAMES)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
