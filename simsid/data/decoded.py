@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -181,6 +182,9 @@ def pixels_inside(image: DecodedImage) -> np.ndarray:
 
 
 def one_sentence(error: BaseException) -> str:
-    """Return an exception's message as one line of at most 200 characters, its class where it has none."""
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    """Return an exception's message as one line of at most 200 characters, its class where it has none.
+
+    Memory addresses are left out: the same file must give the same message in every run.
+    """
+    text = re.sub(r"( object)? at 0x[0-9A-Fa-f]+", "", " ".join(str(error).split()).rstrip(".")) or type(error).__name__
     return text if len(text) <= 200 else text[:199] + "…"
