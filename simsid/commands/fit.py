@@ -52,7 +52,7 @@ class Fit:
         model = seeded_model(config, getattr(config, "seed", 0), device)
         with run_folder(path, document) as folder:
             train, val = load_both(train_records, val_records, model, machine.workers)
-            folder.write_manifest([*train_records, *val_records], [train] if val is None else [train, val])
+            folder.write_manifest(train, val)
             report_loaded(path, train, val)
             model.fit(train, val, progress=True)
             model.save(path)

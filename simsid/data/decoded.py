@@ -113,7 +113,7 @@ class MemoryBudget:
                 self._released.notify_all()
 
 
-# Room for 30 threads that decode images of 9 million pixels, or for four of the largest images.
+# Room for two dozen threads that decode images of 9 million pixels, or for four of the largest images.
 BUDGET = MemoryBudget(4 * MAX_BYTES)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=BUDGET.reset)

@@ -56,8 +56,9 @@ _GDCM = {
 }
 GDCM_SECONDS = 60.0
 
-# Bytes that each decoder holds for a byte of a sample; tests/data/test_memory.py compares them with measured peaks.
-_DECODER_BYTES = {"pydicom": 4.0, "pillow": 4.0, "pyjpegls": 3.0, "pylibjpeg": 5.0, "gdcm": 3.0}
+# Bytes that each decoder holds for a pixel and for a byte of its sample (OpenJPEG decodes to 32 bits);
+# tests/data/test_memory.py compares them with measured peaks.
+_DECODER_BYTES = {"pydicom": (0, 4), "pillow": (0, 4), "pyjpegls": (0, 3), "pylibjpeg": (4, 2), "gdcm": (0, 4)}
 
 
 def transfer_syntax(dataset: Dataset) -> UID:
@@ -80,13 +81,14 @@ def peak_bytes(header: Dataset) -> float:
     """Return the bytes a pixel that decoding, display and preprocessing hold at most, from the header alone."""
     syntax = transfer_syntax(header)
     sample = max(1, integer(header, "BitsAllocated", 16) // 8)
-    # Float32 and the words they come from; later a copy for the percentiles takes the place of the words.
-    displayed = 4.0 + max(4, sample) + ("PixelPaddingValue" in header)
+    # Float32 and the words they come from; above 8 bits a copy for the percentiles follows when the words are gone.
+    displayed = 4.0 + max(4 if sample > 1 else 1, sample) + ("PixelPaddingValue" in header)
     if syntax == DeflatedExplicitVRLittleEndian:
         # The inflated data set stays, and pydicom joins it from blocks.
         return 3 * sample + displayed
     plugin = _PLUGINS.get(syntax, "gdcm" if syntax in _GDCM else "")
-    return max(displayed, sample * _DECODER_BYTES.get(plugin, 1.0))
+    pixel, sample_byte = _DECODER_BYTES.get(plugin, (0, 1))
+    return max(displayed, pixel + sample_byte * sample)
 
 
 def is_compressed(syntax: UID) -> bool:

@@ -57,7 +57,7 @@ def silence_loggers(package: str) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence warnings, and the logs given to `silence_loggers`, in this thread only.
+    """Silence warnings, and the loggers named to `silence_loggers`, in this thread only.
 
     `warnings.catch_warnings` replaces a list that all threads share, so parallel readers cannot use it.
     """
