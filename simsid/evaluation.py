@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from simsid import metrics
+from simsid.arguments import require_instance
 from simsid.data import ImageSet
 from simsid.errors import InputError
 from simsid.metrics import check_labels, check_rate, check_scores
@@ -164,6 +165,8 @@ def evaluate(
         CalibrationError: the model has not been calibrated.
         InputError: an image without a label, labels of one class only, an unknown signal, or a rate out of range.
     """
+    require_instance("model", model, AnomalyModel)
+    require_instance("images", images, ImageSet)
     require_labels(images.labels)
     check_rate("false_positive_rate", false_positive_rate)
     (default,) = check_signals([signal or model.signal], model.signal_names)

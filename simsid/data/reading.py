@@ -8,7 +8,7 @@ from typing import BinaryIO
 from simsid.data.decoded import MAX_PIXELS, DecodedImage, one_sentence
 from simsid.data.quiet import quiet
 from simsid.data.raster import read_raster
-from simsid.errors import ReadError
+from simsid.errors import InputTypeError, ReadError
 
 __all__ = ["MAX_PIXELS", "DecodedImage", "identify", "identify_file", "one_sentence", "read_image"]
 
@@ -42,6 +42,8 @@ def read_image(path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX
     Raises:
         ReadError: whatever keeps the file from being read; the text is one sentence without the path.
     """
+    if not isinstance(path, (str, os.PathLike)) and not hasattr(path, "read"):
+        raise InputTypeError(f"path must be a path or a binary file, got an object of type {type(path).__name__}")
     with quiet():
         try:
             with _open(path) if isinstance(path, (str, os.PathLike)) else contextlib.nullcontext(path) as file:

@@ -13,8 +13,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from simsid import checkpoint
+from simsid.arguments import require_device, require_path, require_whole_number
 from simsid.data import Preprocessing, as_batches
-from simsid.errors import CalibrationError, CheckpointError, InputError, InputTypeError
+from simsid.errors import CalibrationError, CheckpointError, InputError
 from simsid.models.calibration import Calibration
 from simsid.models.signals import SIGNALS, check_signals, upsampled
 
@@ -168,10 +169,7 @@ class Scorer(abc.ABC):
 
     def _padded_batches(self, images: object, size: int) -> Iterator[tuple[Tensor, int]]:
         """Yield batches of `size` images on the model's device, and how many images of each are not padding."""
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise InputTypeError(f"batch_size must be a whole number, got {size!r}")
-        if size < 1:
-            raise InputError(f"batch_size must be at least 1, got {size}")
+        size = require_whole_number("batch_size", size, least=1)
         side = self.preprocessing.image_size
         for part in as_batches(images):
             if tuple(part.shape[1:]) != (1, side, side) or not len(part):
@@ -239,6 +237,7 @@ class AnomalyModel(Scorer):
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the model and its calibration to `folder`, atomically: tensors as safetensors, the rest as JSON."""
+        require_path("folder", folder)
         tensors, document = self.state()
         calibration = self.calibration.to_dict() if self.calibration else None
         checkpoint.write(folder, "model", tensors, {"kind": self.kind, "calibration": calibration, **document})
@@ -255,7 +254,8 @@ class AnomalyModel(Scorer):
         Raises:
             CheckpointError: the folder holds no model, a damaged one, or one of another kind.
         """
-        source = f"{os.fspath(folder)}/model.json"
+        source = f"{require_path('folder', folder)}/model.json"
+        device = require_device(device)
         tensors, document = checkpoint.read(folder, "model")
         if document.get("kind") != cls.kind:
             raise CheckpointError(f"{source}: kind must be {cls.kind!r}, got {document.get('kind')!r}")

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from simsid.config import PixelKNNConfig, PixelPCAConfig, from_dict, replaced
 from simsid.data import Preprocessing, as_image_set
-from simsid.errors import CheckpointError, ConfigError, InputError
+from simsid.errors import CalibrationError, CheckpointError, ConfigError, InputError
 from simsid.models.base import AnomalyModel
 from simsid.models.calibration import Calibration
 
@@ -78,8 +78,7 @@ class PixelBaseline(AnomalyModel):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Return what was learned, and the configuration."""
-        if not self.tensors:
-            raise InputError(f"{self.kind} has learned nothing to save: call fit(images) first")
+        self._require_fitted()
         return self.tensors, {"config": dataclasses.asdict(self.config)}
 
     @classmethod
@@ -93,6 +92,10 @@ class PixelBaseline(AnomalyModel):
         model.tensors = tensors
         model._prepare()
         return model
+
+    def _require_fitted(self) -> None:
+        if not self.tensors:
+            raise CalibrationError("the model is not fitted: call fit(images) with normal images")
 
     @abc.abstractmethod
     def _learn(self, batches: Iterator[Tensor]) -> None:
@@ -134,6 +137,7 @@ class PixelKNN(PixelBaseline):
 
     def outputs(self, images: Tensor) -> dict[str, Any]:
         """Return `pixel_knn_distance` `[B]`, float64."""
+        self._require_fitted()
         distances, _ = self._index.kneighbors(images.flatten(1).numpy())
         return {"images": images, "pixel_knn_distance": torch.from_numpy(distances.astype(np.float64).mean(axis=1))}
 
@@ -166,6 +170,7 @@ class PixelPCA(PixelBaseline):
 
     def outputs(self, images: Tensor) -> dict[str, Any]:
         """Return `pixel_pca_error` `[B, H, W]` and `reconstruction` `[B, 1, H, W]`."""
+        self._require_fitted()
         centered = images.flatten(1) - self.tensors["mean"]
         vectors = self.tensors["components"]
         rebuilt = (centered @ vectors.T) @ vectors

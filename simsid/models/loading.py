@@ -6,6 +6,7 @@ import pathlib
 import torch
 
 from simsid import checkpoint
+from simsid.arguments import require_path
 from simsid.errors import CheckpointError
 from simsid.models.base import AnomalyModel
 from simsid.models.baselines import PixelKNN, PixelPCA
@@ -27,7 +28,7 @@ def load(folder: str | os.PathLike, *, device: torch.device | str = "cpu", **opt
     Raises:
         CheckpointError: the folder holds no model, a damaged one, or one of an unknown kind.
     """
-    path = pathlib.Path(folder)
+    path = pathlib.Path(require_path("folder", folder))
     kind = checkpoint.read_json(path / "model.json").get("kind")
     found = KINDS.get(kind) if isinstance(kind, str) else None
     if found is None:

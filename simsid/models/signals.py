@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from simsid.errors import InputError
+from simsid.errors import InputError, InputTypeError
 
 Outputs = Mapping[str, Any]
 """What a model computed of a batch, by name; `images` `[B, 1, H, W]` is always there."""
@@ -205,6 +205,8 @@ def available_signals(provided: Iterable[str]) -> tuple[str, ...]:
 
 def check_signals(names: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:
     """Return `names` as a tuple; raise `InputError` for a name that is not among `known`."""
+    if not isinstance(names, Iterable):
+        raise InputTypeError(f"signal must be one of {', '.join(known)}, got {names!r}")
     names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
         if name not in known:

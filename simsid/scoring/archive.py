@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from simsid import __version__, checkpoint
+from simsid.arguments import require_path
 from simsid.data import Record, iter_records, load_images
 from simsid.distributed import ProcessGroup
 from simsid.errors import ArchiveError, InputError
@@ -129,7 +130,8 @@ def score_archive(
     """
     if pictures < 0:
         raise InputError(f"pictures must be at least 0, got {pictures}")
-    output = pathlib.Path(output)
+    require_path("data", data)
+    output = pathlib.Path(require_path("output", output))
     (name,) = check_signals([signal or model.signal], model.signal_names)
     options = {"signal": name, "false_positive_rate": false_positive_rate, "batch_size": batch_size}
     archive = _Archive(model, data, output, group or ProcessGroup(), options, workers, pictures, tuple(exclude))

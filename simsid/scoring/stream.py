@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from simsid.arguments import require_instance, require_whole_number
 from simsid.data import Failure, Record, stream_images
+from simsid.errors import InputTypeError
 from simsid.kernels.ranges import stage
 from simsid.models.base import BATCH, AnomalyModel, Scorer
 from simsid.models.signals import check_signals
@@ -79,6 +81,11 @@ def score_files(
         CalibrationError: the model has not been calibrated.
         InputError: at the call, an option out of range; never for a file.
     """
+    require_instance("model", model, AnomalyModel)
+    if isinstance(files, (str, os.PathLike)) or not isinstance(files, Iterable):
+        raise InputTypeError(f"files must be a sequence of paths or records, got {files!r:.60}")
+    if workers is not None:
+        require_whole_number("workers", workers, least=1)
     (name,) = check_signals([signal or model.signal], model.signal_names)
     threshold = model.calibrated().threshold(name, false_positive_rate)
     files, order = itertools.tee(files)
