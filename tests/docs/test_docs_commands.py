@@ -1,17 +1,16 @@
 """Every shell command of the pages: those of simsid run at tiny sizes, the others name what exists."""
 
-import os
 import pathlib
 import re
 import shutil
 import subprocess
-import sys
 
 import documents
 import pytest
 import tiny
 
 from simsid.commands import main as command_line
+from simsid.report import figures
 
 COMPUTING = ("train", "evaluate", "score", "adapt", "calibrate", "demo")
 REDUCED = {
@@ -46,6 +45,19 @@ def reduced(words):
     return words[1:] + added
 
 
+@pytest.fixture(scope="session")
+def done():
+    """The commands of earlier pages, whose results lie in the folder: a command that two pages show runs once."""
+    return set()
+
+
+@pytest.fixture
+def coarse(monkeypatch):
+    """Draw the reports' figures with few pixels, which take most of a tiny command's time."""
+    draw = figures.png
+    monkeypatch.setattr(figures, "png", lambda figure, dpi=0: draw(figure, dpi=20))
+
+
 def run_simsid(words, capsys):
     """Run a command in this process. What an earlier page left in the folder that it writes is removed."""
     output = option(words, "-o") or ("simsid-demo" if words[1] == "demo" else None)
@@ -58,16 +70,12 @@ def run_simsid(words, capsys):
     assert output is None or any(pathlib.Path(output).iterdir()), words
 
 
-def run_torchrun(words):
-    """Run one process instead of many; tests of training and scoring run several."""
-    words = words[1:]
-    words[words.index("--nproc-per-node") + 1] = "1"
-    start = words.index("simsid")
-    shutil.rmtree(option(words, "-o"), ignore_errors=True)
-    command = [sys.executable, "-m", "torch.distributed.run", *words[:start], "simsid", *reduced(words[start:])]
-    environment = {**tiny.ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(documents.ROOT), *sys.path])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, (words, done.stdout, done.stderr)
+def run_torchrun(words, monkeypatch, capsys):
+    """Run the command as the only process of a group; tests/training and tests/commands start several."""
+    assert words[1] == "--nproc-per-node" and int(words[2]) > 1 and words[3:5] == ["-m", "simsid"], words
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    run_simsid(words[4:], capsys)
 
 
 def check_pip(words):
@@ -78,13 +86,16 @@ def check_pip(words):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_of_a_page_run(page, world, capsys):
+def test_commands_of_a_page_run(page, world, done, coarse, monkeypatch, capsys):
     for words in documents.commands(page):
+        if tuple(words) in done:
+            continue
+        done.add(tuple(words))
         match words[0]:
             case "simsid":
                 run_simsid(words, capsys)
             case "torchrun":
-                run_torchrun(words)
+                run_torchrun(words, monkeypatch, capsys)
             case "pip":
                 check_pip(words)
             case "make":
