@@ -71,7 +71,7 @@ def run_simsid(words, capsys):
 
 
 def run_torchrun(words, monkeypatch, capsys):
-    """Run the command as the only process of a group; tests/training and tests/commands start several."""
+    """Run the command as the only process of a group; tests/test_distributed.py and tests/scoring start several."""
     assert words[1] == "--nproc-per-node" and int(words[2]) > 1 and words[3:5] == ["-m", "simsid"], words
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
         monkeypatch.setenv(name, str(value))
