@@ -53,7 +53,7 @@ setup(
         "tensorboard": TENSORBOARD,
         "test": [*TEST, *CODECS, *TENSORBOARD],
     },
-    entry_points={"console_scripts": ["simsid = simsid.commands.main:main"]},
+    entry_points={"console_scripts": ["simsid = simsid.__main__:main"]},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",

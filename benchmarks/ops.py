@@ -68,8 +68,10 @@ def _same(call: Call) -> Callable[[Shape, torch.device], Call]:
 
 def _compiled(build: Callable[[Shape, torch.device], Call]) -> Callable[[Shape, torch.device], Call]:
     def compiled(shape: Shape, device: torch.device) -> Call:
+        from torch._functorch import config
+
         # A backward pass timed alone runs many times on the same saved tensors, which it would otherwise overwrite.
-        torch._functorch.config.donated_buffer = False
+        config.donated_buffer = False
         return torch.compile(build(shape, device), fullgraph=True, dynamic=False)
 
     return compiled

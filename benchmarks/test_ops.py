@@ -33,7 +33,8 @@ def prepare(call, which, inputs, cotangent):
     """
     inputs = tuple(x.detach().clone().requires_grad_(which != "forward") for x in inputs)
     if which == "forward":
-        return lambda: torch.no_grad()(call)(*inputs)
+        call = torch.no_grad()(call)
+        return lambda: call(*inputs)
     cotangent = cotangent.clone()
     if which == "both":
         return lambda: torch.autograd.grad(call(*inputs), inputs, cotangent)
@@ -50,7 +51,7 @@ def assert_agreement(variant, got, want, tolerance):
 
 @functools.lru_cache(maxsize=1)
 def built(op, shape):
-    """Return every variant's call; kept for the passes of a shape, so that each is compiled once."""
+    """Return the call of every variant, cached for the passes of a shape, so that each is compiled once."""
     measure.forget_compiled()
     return {
         name: variant.build(SHAPES[shape], DEVICE)

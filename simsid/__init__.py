@@ -24,8 +24,8 @@ class _CheckoutKernels(importlib.abc.MetaPathFinder):
         )
 
 
-# Last in the list: an installed `simsid.kernels` is found before.
-sys.meta_path.append(_CheckoutKernels)
+# First in the list: another checkout may be installed, whose kernels must not be mixed with this one's modules.
+sys.meta_path.insert(0, _CheckoutKernels)
 
 _EXPORTS = {
     "Config": "simsid.config",

@@ -41,7 +41,7 @@ class Fit:
         device = machine.prepare()
         path = self.output or pathlib.Path("runs") / f"{self.data.resolve().stem}-{self.preset}"
         train_records, val_records = split(self.data, self)
-        document = {
+        document: dict[str, object] = {
             "command": "fit",
             "preset": self.preset,
             "model": dataclasses.asdict(config),
@@ -66,7 +66,7 @@ class Fit:
 def fit_command(config_type: type) -> type:
     """Return the command whose model options are the fields of a configuration class."""
     added: list[Any] = [
-        ("model", OmitArgPrefixes[config_type], dataclasses.field(default_factory=config_type)),  # type: ignore[valid-type]
+        ("model", OmitArgPrefixes[config_type], dataclasses.field(default_factory=config_type)),  # type: ignore[valid-type,misc]
         ("machine", OmitArgPrefixes[Machine], dataclasses.field(default_factory=Machine)),
     ]
     return dataclasses.make_dataclass("Fit", added, bases=(Fit,), frozen=True, namespace={"__doc__": Fit.__doc__})

@@ -108,7 +108,7 @@ def _parse(arguments: list[str]) -> Any:
         known["train"] = _train_command(arguments)
     union: Any = None
     for kind, options in known.values():
-        command = Annotated[kind, options]
+        command = Annotated[kind, options]  # type: ignore[valid-type]
         union = command if union is None else union | command
     message = io.StringIO()
     try:
@@ -141,7 +141,7 @@ def _train_command(arguments: list[str]) -> tuple[type, Any]:
     if name not in presets.PRESETS:
         return Train, subcommand("train", prefix_name=False)
     config = presets.preset(name)
-    kind = fit_command(type(config))
+    kind: Any = fit_command(type(config))  # type: ignore[arg-type]  # a class is hashable
     return kind, subcommand("train", prefix_name=False, default=kind(model=config))
 
 

@@ -15,8 +15,9 @@ from simsid.commands.common import (
     Output,
     SignalName,
     calibrated_model,
+    clear_film_pages,
     described,
-    output_folder,
+    refuse_file,
     saved,
     versions,
 )
@@ -61,7 +62,7 @@ class Score:
 
         group = ProcessGroup.from_environment()
         model = calibrated_model(self.model, self.machine.prepare(group))
-        output_folder(self.output)
+        refuse_file(self.output)
         summary = score_archive(
             model,
             self.data,
@@ -116,6 +117,7 @@ class Score:
         from simsid import report
         from simsid.report import selection
 
+        clear_film_pages(self.output)
         if not summary.top:
             return
         notes = [

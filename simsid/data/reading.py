@@ -3,7 +3,7 @@
 import contextlib
 import os
 import stat
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from simsid.data.decoded import MAX_PIXELS, DecodedImage, one_sentence
 from simsid.data.quiet import quiet
@@ -84,7 +84,7 @@ def _starts_like_dicom(head: bytes) -> bool:
     """Return whether a file without DICOM's preamble begins with an element of group 2 or 8, in either byte order."""
     if len(head) < 8 or head[:2] not in (b"\2\0", b"\x08\0", b"\0\2", b"\0\x08"):
         return False
-    order = "little" if head[1] == 0 else "big"
+    order: Literal["little", "big"] = "little" if head[1] == 0 else "big"
     explicit = head[4:6].isalpha() and head[4:6].isupper()
     # The first elements are short: group lengths, character sets, UIDs.
     return explicit or int.from_bytes(head[4:8], order) <= 256

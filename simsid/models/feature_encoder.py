@@ -53,6 +53,7 @@ class ConvNorm(nn.Module):
 
     def fold(self) -> None:
         """Put the BatchNorm into the convolution's weights."""
+        assert isinstance(self.norm, nn.BatchNorm2d)
         self.conv = fuse_conv_bn_eval(self.conv, self.norm)
         self.norm = nn.Identity()
 
@@ -123,7 +124,7 @@ def load_efficientnet_lite0() -> EfficientNetLite0:
     """
     network = EfficientNetLite0().eval().requires_grad_(False)
     network.load_state_dict(_weights())
-    return network.fold().to(memory_format=torch.channels_last)
+    return network.fold().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # documented by PyTorch
 
 
 @functools.cache

@@ -37,6 +37,15 @@ class FeatureInpainting(nn.Module):
     Items and matrices are kept in float16 and used in float32.
     """
 
+    mean: Tensor
+    std: Tensor
+    projection: Tensor
+    items: Tensor
+    prediction: Tensor
+    variance: Tensor
+    weight: Tensor
+    normal: Tensor
+
     def __init__(self, channels: int, grid: int, components: int, items: int, topk: int) -> None:
         super().__init__()
         self.grid, self.topk = grid, topk
@@ -71,10 +80,10 @@ class FeatureInpainting(nn.Module):
         moments = [self._moments(look_up[fold == i], y[fold == i]) for i in (0, 1)]
         error = torch.empty_like(y)
         for i in (0, 1):
-            prediction = _ridge(*moments[1 - i], penalty)
+            prediction = _ridge(moments[1 - i], penalty)
             error[fold == i] = self._residual(y[fold == i], look_up[fold == i], prediction)
         both = [a + b for a, b in zip(*moments)]
-        self.prediction = _ridge(*both, penalty).half()
+        self.prediction = _ridge(both, penalty).half()
         self.variance = error.square().mean(0).clamp_min(1e-12)
         return self.measure_normal(self._map(error[:images]) @ self.weight)
 
@@ -145,12 +154,15 @@ class FeatureInpainting(nn.Module):
         return (residual.square() / self.variance).mean(2).sqrt()
 
 
-def _ridge(square: Tensor, product: Tensor, count: Tensor, penalty: float) -> Tensor:
+def _ridge(moments: Sequence[Tensor], penalty: float) -> Tensor:
     """Solve `(square + penalty count I) W = product` for each location, the bias (the last input) not penalized."""
+    square, product, count = moments
     diagonal = torch.full_like(square[0, 0], penalty).mul_(count)
     diagonal[-1] = 0
-    # Contiguous, as a loaded tensor is: a product sums in another order for another layout.
-    return torch.linalg.solve(square + torch.diag(diagonal), product).contiguous()
+    # One location at a time: with two threads on a CPU the batched torch.linalg.solve of PyTorch 2.13 fails for 385
+    # inputs and more ("Pivots given to lu_solve must all be greater or equal to 1").
+    factors = [torch.linalg.cholesky(matrix + torch.diag(diagonal)) for matrix in square]
+    return torch.stack([torch.cholesky_solve(target, factor) for target, factor in zip(product, factors)])
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """A memory of whole images: the mean features of normal images, in units of what jittering an image changes."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,8 @@ CANVAS = 224
 CHUNK = 256  # queries compared with the memory at a time; bounds the distance matrix
 
 
-def location_weight(choice: str | Sequence[Sequence[float]], grid: tuple[int, int]) -> Tensor:
+@functools.lru_cache(maxsize=32)
+def location_weight(choice: str | tuple[tuple[float, ...], ...], grid: tuple[int, int]) -> Tensor:
     """Return how much each location of a grid counts, `[h, w]` with sum 1.
 
     Args:
@@ -38,7 +40,7 @@ def lung_mask(height: int, width: int) -> Tensor:
     return mask
 
 
-def pool(maps: Sequence[Tensor], choice: str | Sequence[Sequence[float]]) -> list[Tensor]:
+def pool(maps: Sequence[Tensor], choice: str | tuple[tuple[float, ...], ...]) -> list[Tensor]:
     """Return the weighted mean over the locations of each map: `[B, C, h, w]` to `[B, C]`."""
     return [(x * location_weight(choice, (x.shape[2], x.shape[3])).to(x)).sum((2, 3)) for x in maps]
 
@@ -61,6 +63,10 @@ class PooledMemory(nn.Module):
     row: an image that is in the memory can be judged without its own rows. Images added by `add` come after the
     fitted ones; `truncate` forgets them.
     """
+
+    owner: Tensor
+    normal_mean: Tensor
+    normal_std: Tensor
 
     def __init__(self, channels: Sequence[int], neighbors: int = 5, images: int = 0) -> None:
         super().__init__()
@@ -118,14 +124,14 @@ class PooledMemory(nn.Module):
         """
         columns = []
         for i, x in enumerate(pooled):
-            query, rows = self._transformed(i, x), getattr(self, f"rows{i}").float()
+            query, rows = self._transformed(i, x), self._rows(i)
             parts = []
             for start in range(0, len(query), CHUNK):
                 part = slice(start, start + CHUNK)
                 # Differences, not |a|^2 - 2ab + |b|^2, which is inexact for near rows.
                 d = torch.cdist(query[part], rows, compute_mode="donot_use_mm_for_euclid_dist")
                 if owner is not None:
-                    d = d.masked_fill(owner[part, None] == self.owner, torch.inf)
+                    d = d.masked_fill(owner[part, None].eq(self.owner), torch.inf)
                 parts.append(d.topk(min(self.neighbors, d.shape[1]), dim=1, largest=False).values.mean(1))
             columns.append(torch.cat(parts) if parts else x.new_zeros(0))
         return torch.stack(columns, 1)
@@ -141,7 +147,7 @@ class PooledMemory(nn.Module):
     @torch.no_grad()
     def own_rows(self, pooled: Sequence[Tensor]) -> Tensor:
         """Return the number of the image in the memory that each query is, or -1: `[B]`."""
-        query, rows = self._transformed(0, pooled[0]), self.rows0.float()
+        query, rows = self._transformed(0, pooled[0]), self._rows(0)
         d, index = torch.cdist(query, rows, compute_mode="donot_use_mm_for_euclid_dist").min(1)
         # Rows are rounded to float16, by 2^-11 of their size; other images lie orders of magnitude farther away.
         same = d <= 2.0**-9 * (query.norm(dim=1) + 1e-6)
@@ -153,6 +159,9 @@ class PooledMemory(nn.Module):
         for i in range(len(self.channels)):
             self._set(f"rows{i}", getattr(self, f"rows{i}")[keep])
         self._set("owner", self.owner[keep])
+
+    def _rows(self, i: int) -> Tensor:
+        return getattr(self, f"rows{i}").float()
 
     def _transformed(self, i: int, x: Tensor) -> Tensor:
         mean, std, transform = (getattr(self, f"{name}{i}") for name in ("mean", "std", "transform"))

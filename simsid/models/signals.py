@@ -102,10 +102,19 @@ _RESIDUAL_MAP: dict[str, Any] = {
     "unit": _GRAY_UNIT,
 }
 
-_INPAINTING_MAP = {
-    "map": lambda outputs: outputs["inpainting_map"],
-    "unit": "root mean square error of the prediction, 1 for a normal image",
-}
+
+def _of_locations(name: str, description: str) -> Signal:
+    """Return the signal of a baseline on features, which has a distance for each location."""
+    entries = (name, f"{name}_map")
+    value, where = (lambda outputs: outputs[name]), (lambda outputs: outputs[f"{name}_map"])
+    return Signal(name, description, entries, value, where, unit="distance of features")
+
+
+def _inpainting_map(outputs: Outputs) -> Tensor:
+    return outputs["inpainting_map"]
+
+
+_INPAINTING_UNIT = "root mean square error of the prediction, 1 for a normal image"
 
 SIGNALS: dict[str, Signal] = {
     signal.name: signal
@@ -178,7 +187,8 @@ SIGNALS: dict[str, Signal] = {
             "normal images",
             ("inpainting", "inpainting_map"),
             lambda outputs: outputs["inpainting"],
-            **_INPAINTING_MAP,
+            map=_inpainting_map,
+            unit=_INPAINTING_UNIT,
         ),
         Signal(
             "synthetic",
@@ -191,8 +201,18 @@ SIGNALS: dict[str, Signal] = {
             "weighted sum of the feature memory's other signals; its map is the in-painting's",
             ("combined", "inpainting_map"),
             lambda outputs: outputs["combined"],
-            **_INPAINTING_MAP,
+            map=_inpainting_map,
+            unit=_INPAINTING_UNIT,
         ),
+        Signal(
+            "feature_knn",
+            "mean distance of pooled features to the nearest normal training images",
+            ("feature_knn",),
+            lambda outputs: outputs["feature_knn"],
+        ),
+        _of_locations("location_knn", "distance of each location's features to the nearest normal ones there"),
+        _of_locations("padim", "Mahalanobis distance of each location's features from the normal distribution there"),
+        _of_locations("patchcore", "largest distance of a location's features from a coreset of normal ones"),
     )
 }
 

@@ -1,5 +1,6 @@
 """Scoring streams of files in bounded memory, one result for every file in their order."""
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -89,7 +90,7 @@ def score_files(
     (name,) = check_signals([signal or model.signal], model.signal_names)
     threshold = model.calibrated().threshold(name, false_positive_rate)
     files, order = itertools.tee(files)
-    prepared = model.preprocessing.to_dict()
+    prepared = dataclasses.asdict(model.preprocessing)
     batches = stream_images(files, **prepared, workers=workers, batch_size=batch_size)
     judge = functools.partial(_results, model, name, threshold)
     return _in_order(order, _scored(model.freeze(), judge, batch_size, batches))
@@ -132,21 +133,16 @@ def _results(
     probability = model.calibrated().probability(name, signals[name])
     scores = []
     for i, record in enumerate(records):
-        about = {"path": record.path, "label": record.label, "finding": record.finding}
+        score = Score(record.path, record.label, record.finding)
         values = {key: float(column[i]) for key, column in signals.items()}
-        wrong = [key for key, value in values.items() if not np.isfinite(value)]
-        if wrong:
-            scores.append(Score(**about, reason=f"the signal {wrong[0]} is {values[wrong[0]]}"))
+        wrong = next((key for key, value in values.items() if not np.isfinite(value)), None)
+        if wrong is not None:
+            scores.append(dataclasses.replace(score, reason=f"the signal {wrong} is {values[wrong]}"))
             continue
         flagged = None if threshold is None else values[name] > threshold
+        image = images[i, 0].numpy()
         scores.append(
-            Score(
-                **about,
-                score=float(probability[i]),
-                flagged=flagged,
-                signals=values,
-                image=images[i, 0].numpy(),
-            )
+            dataclasses.replace(score, score=float(probability[i]), flagged=flagged, signals=values, image=image)
         )
     return scores, failed
 

@@ -1,8 +1,9 @@
-"""Prints what reading each file reserves and what it takes at its peak, in bytes above what the process had before.
+"""Prints what reading a file reserves, and what reading and preprocessing it take at their peak.
 
     python tests/data/peak_memory.py FILE...
 
-Every file is read in a forked process: the peak of a process never falls.
+Both in bytes, above what the process had before. Every file is read in a forked process: the peak of a process never
+falls.
 """
 
 import os
@@ -13,6 +14,7 @@ import simsid.data.dicom  # what reading DICOM imports is not a file's memory
 import simsid.data.raster
 from simsid.data import read_image
 from simsid.data.decoded import MAX_BYTES, MemoryBudget
+from simsid.data.preprocessing import Preprocessing
 from simsid.errors import ReadError
 
 
@@ -38,10 +40,13 @@ if __name__ == "__main__":
             os.waitpid(child, 0)
             continue
         before = peak()
+        read = 0
         try:
             image = read_image(path)
             outcome = f"{image.pixels.nbytes}"
+            read = peak() - before
+            Preprocessing(intensity="auto").quantize(image)
         except ReadError as error:
             outcome = str(error)
-        print(budget.amount, peak() - before, path, outcome, sep="\t", flush=True)
+        print(budget.amount, read, peak() - before, path, outcome, sep="\t", flush=True)
         os._exit(0)

@@ -43,8 +43,9 @@ def replayed(run, device):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = run()
-    for output in outputs:
-        output.zero_()
+    with torch.no_grad():
+        for output in outputs:
+            output.zero_()
     graph.replay()
     torch.cuda.synchronize()
     return outputs

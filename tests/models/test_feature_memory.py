@@ -1,6 +1,7 @@
 """The feature memory as a model: fitting, scoring, saving, adapting to a site, and what is refused."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -195,6 +196,34 @@ def test_missing_entry_is_a_checkpoint_error(saved):
         load(saved)
 
 
+def test_shipped_model_is_opened_by_name_and_a_folder_by_path(tmp_path, monkeypatch):
+    assert simsid.models.shipped_models() == ("zhanglab",)
+    model = simsid.load("zhanglab")
+    assert isinstance(model, FeatureMemory) and model.calibration.count == 1241
+    assert len(model.calibration.holdout["combined"]) == 100
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"^zhanglab/model\.json does not exist$"):
+        simsid.load(pathlib.Path("zhanglab"))
+    with pytest.raises(
+        CheckpointError, match=r"adults/model\.json does not exist, and the shipped models are zhanglab"
+    ):
+        simsid.load("adults")
+
+
+@needs_zhanglab
+def test_shipped_model_scores_validation_films_as_its_card_says():
+    """The thresholds are those of the card; every twentieth film keeps the test short."""
+    model = simsid.load("zhanglab")
+    records = [record for record in ZhangLab(ZHANGLAB).records if record.split == "val"][::20]
+    films = load_images(records, 224, workers=1)
+    scores = model.signals(films)["combined"]
+    low, high = scores[films.labels == 0], scores[films.labels == 1]
+    assert auc(low, high) > 0.9
+    # These normal films are among those that set the threshold, so the values must be found there.
+    held = np.asarray(model.calibration.holdout["combined"])
+    assert np.abs(low[:, None] - held).min(1).max() < 1e-3
+
+
 # Adapting to a site.
 
 
@@ -313,18 +342,16 @@ def test_configuration_survives_json():
 
 
 @needs_zhanglab
-def test_real_films_are_separated_after_fitting_on_a_few():
+def test_sixteen_real_films_are_enough_to_separate_pneumonia():
     records = ZhangLab(ZHANGLAB).records
-    chosen = {
-        key: [record for record in records if (record.split, record.label) == key][:count]
-        for key, count in ((("train", 0), 32), (("val", 0), 12), (("val", 1), 12))
-    }
-    train, low, high = (load_images(found, 224, workers=1) for found in chosen.values())
+    wanted = {("train", 0): 16, ("val", 0): 8, ("val", 1): 8}
+    train, low, high = (
+        load_images([record for record in records if (record.split, record.label) == key][:count], 224, workers=1)
+        for key, count in wanted.items()
+    )
     model = FeatureMemory().fit(train)
     low, high = model.signals(low), model.signals(high)
-    assert {name: round(auc(low[name], high[name]), 2) for name in NAMES} == pytest.approx(
-        dict.fromkeys(NAMES, 0.95), abs=0.1
-    )
+    assert all(auc(low[name], high[name]) > 0.9 for name in NAMES)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

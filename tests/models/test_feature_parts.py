@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from simsid.kernels.launch import record_launches
 from simsid.models import feature_jitter, feature_synthetic
 from simsid.models.feature_config import FeatureConfig
-from simsid.models.feature_inpainting import FeatureInpainting, kmeans, to_grid
+from simsid.models.feature_inpainting import FeatureInpainting, _ridge, kmeans, to_grid
 from simsid.models.feature_jitter import gaussian_blur, jitter
 from simsid.models.feature_pooled import PooledMemory, location_weight, lung_mask, pool
 from simsid.models.feature_sample import gather
@@ -156,6 +156,17 @@ def test_prediction_is_the_ridge_regression_of_each_location():
         penalty[-1, -1] = 0
         want = torch.linalg.solve(A.T @ A + penalty, A.T @ target)
         torch.testing.assert_close(part.prediction[location].double(), want, rtol=5e-3, atol=5e-4)
+
+
+def test_ridge_regression_of_many_inputs_works_with_two_threads():
+    threads, square, product = torch.get_num_threads(), torch.eye(513).repeat(8, 1, 1), random(8, 513, 4)
+    torch.set_num_threads(2)
+    try:
+        found = _ridge((square, product, torch.tensor(2.0)), penalty=0.5)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(found[:, :-1], product[:, :-1] / 2)
+    torch.testing.assert_close(found[:, -1], product[:, -1])  # the bias is not penalized
 
 
 def test_normal_scores_are_cross_fitted():
