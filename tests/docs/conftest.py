@@ -22,7 +22,6 @@ def world_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     tiny.zhanglab(folder / "chest_xray", train=12, val=4, test=3)
     tiny.films(folder / "archive", 5)
-    # Blurred noise: the feature memory calls an image abnormal that differs from the others, as sharp noise does.
     tiny.films(folder / "local_normals", 10, seed=1)
     tiny.film(folder / "film.png")
     _write_list(folder)
