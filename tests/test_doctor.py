@@ -1,4 +1,4 @@
-"""What the doctor finds, and that each gap comes with what mends it."""
+"""What the doctor reports, and that each gap comes with the command that fixes it."""
 
 import ast
 import importlib.metadata
@@ -8,7 +8,7 @@ import re
 import pytest
 
 from simsid import doctor
-from simsid.commands import main as cli
+from simsid.commands import main as command_line
 
 SETUP = pathlib.Path(__file__).parents[1] / "setup.py"
 
@@ -17,7 +17,7 @@ def by_subject(findings):
     return {finding.subject: finding for finding in findings}
 
 
-def test_the_floors_are_those_of_the_installation():
+def test_required_versions_are_those_of_the_installation():
     tree = ast.parse(SETUP.read_text("utf-8"))
     (needed,) = [
         keyword.value for node in ast.walk(tree) if isinstance(node, ast.Call) for keyword in node.keywords
@@ -27,7 +27,7 @@ def test_the_floors_are_those_of_the_installation():
     assert floors == doctor.REQUIRED
 
 
-def test_a_sound_installation_passes():
+def test_a_complete_installation_has_no_failure():
     findings = doctor.examine()
     assert not [finding for finding in findings if finding.mark == "FAIL"]
     subjects = by_subject(findings)
@@ -38,7 +38,7 @@ def test_a_sound_installation_passes():
     assert "PyTorch" in subjects["kernel space_aware_memory"].text
 
 
-def test_what_is_missing_or_old_is_named_with_its_remedy(monkeypatch):
+def test_missing_and_old_packages_are_named_with_their_remedy(monkeypatch):
     installed = {"torch": "2.9.1+cpu", "numpy": "1.26", "tensorboard": None, "triton": None}
     real = importlib.metadata.version
 
@@ -58,7 +58,7 @@ def test_what_is_missing_or_old_is_named_with_its_remedy(monkeypatch):
         assert finding.mark == "ok" or finding.remedy or finding.subject.startswith("kernel"), finding
 
 
-def test_a_torch_that_does_not_load_is_reported(monkeypatch):
+def test_a_pytorch_that_cannot_be_loaded_is_reported(monkeypatch):
     monkeypatch.setattr(doctor, "torch", None)
     monkeypatch.setattr(doctor, "TORCH_ERROR", "libcudart.so.13: cannot open shared object file", raising=False)
     failed = [finding for finding in doctor.examine() if finding.mark == "FAIL"]
@@ -72,14 +72,14 @@ def test_versions_compare_by_number(older, newer):
     assert doctor._parts(older) < doctor._parts(newer)
 
 
-def test_the_command_prints_and_counts(monkeypatch, capsys):
+def test_the_command_prints_findings_and_exits_1_when_something_is_missing(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["doctor"])
+        command_line.main(["doctor"])
     printed = capsys.readouterr().out
     assert stop.value.code == 0 and re.search(r"^ok +torch +\d", printed, re.M)
     monkeypatch.setattr(doctor, "REQUIRED", {"no-such-package": "1.0"})
     with pytest.raises(SystemExit) as stop:
-        cli.main(["doctor"])
+        command_line.main(["doctor"])
     assert stop.value.code == 1
     assert re.search(
         r"^FAIL no-such-package .*\n +-> pip install 'no-such-package>=1.0'$", capsys.readouterr().out, re.M

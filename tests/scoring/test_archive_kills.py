@@ -128,6 +128,12 @@ expected = pathlib.Path(expected).read_bytes()
 ranks = [None] if which == "alone" else [0, 1]
 torch.set_num_threads(1)
 
+# Imports what a scoring imports, which every fork would otherwise do again.
+try:
+    command_line.main([*arguments, "-o", os.path.join(folder, "warm-up")])
+except SystemExit as stop:
+    assert stop.code == 1, stop.code
+
 def start(rank, output, limit=None):
     '''Score in a fork, which ends like one that is killed at its `limit`-th step in the file system.'''
     pid = os.fork()
