@@ -18,6 +18,7 @@ REQUIRED = {"torch": "2.10", "numpy": "1.26", "pillow": "10.3", "scikit-learn": 
     "matplotlib": "3.8",
     "pydicom": "3.0.1",
     "nvtx": "0.2.12",
+    "jinja2": "3.1",
     "tqdm": "4.66",
     "tyro": "0.9",
     "filelock": "3.13",
