@@ -1,25 +1,30 @@
-"""`pytest benchmarks/ --benchmark`: the flag, what the machine is, and the table at the end."""
+"""`pytest benchmarks/ --benchmark`: the options, a description of the machine, and the tables at the end."""
 
+import contextlib
+import importlib.metadata
 import platform
 
 import pytest
 import report
 import torch
 
-ROWS, LEFT_OUT, NOTES = pytest.StashKey[list](), pytest.StashKey[dict](), pytest.StashKey[dict]()
+ROWS, SKIPPED, NOTES = pytest.StashKey[list](), pytest.StashKey[dict](), pytest.StashKey[dict]()
 
 
 def pytest_addoption(parser):
     parser.addoption("--benchmark", action="store_true", help="run the benchmarks, which are skipped otherwise")
-    parser.addoption("--width", type=int, help="width of the whole model; 32 is the papers', and a GPU's default")
-    parser.addoption("--data", help="ZhangLab's folder for the epoch; generated films otherwise")
-    parser.addoption("--compile", action="store_true", help="torch.compile the whole model on a CPU too: minutes")
+    parser.addoption(
+        "--variant", action="append", help="time this variant only (repeatable); the reference always runs"
+    )
+    parser.addoption("--width", type=int, help="width of the whole model; 32 is that of the papers, default on a GPU")
+    parser.addoption("--data", help="the ZhangLab folder for the epoch; generated images otherwise")
+    parser.addoption("--compile", action="store_true", help="torch.compile the whole model on a CPU too (minutes)")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
 def pytest_configure(config):
-    config.stash[ROWS], config.stash[LEFT_OUT], config.stash[NOTES] = [], {}, {}
-    # Ours replaces pytest-benchmark's table, which knows wall time alone; --benchmark-verbose shows that one too.
+    config.stash[ROWS], config.stash[SKIPPED], config.stash[NOTES] = [], {}, {}
+    # The tables below replace the one of pytest-benchmark, which knows only the wall time of a round of all variants.
     config.option.benchmark_quiet = not config.option.benchmark_verbose
 
 
@@ -29,51 +34,58 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="benchmarks run only with --benchmark"))
 
 
-def pytest_benchmark_update_machine_info(machine_info):
-    machine_info["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-    try:
-        import triton
-    except ImportError:
-        machine_info["versions"]["triton"] = "none"
-    else:
-        machine_info["versions"]["triton"] = triton.__version__
+def pytest_benchmark_generate_machine_info():
+    """Describe the machine; the default of pytest-benchmark spends seconds on the CPU's flags."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": "none"}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["triton"] = importlib.metadata.version("triton")
+    device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
-        machine_info["device"] = torch.cuda.get_device_name()
-        machine_info["versions"]["cuda"] = torch.version.cuda
-    else:
-        machine_info["device"] = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        device, versions["cuda"] = torch.cuda.get_device_name(), torch.version.cuda
+    return {"device": device, "machine": platform.machine(), "system": platform.platform(), "versions": versions}
 
 
 @pytest.fixture
-def rows(request):
-    """Results of this session, one dict a benchmark."""
-    return request.config.stash[ROWS]
+def add_rows(request, benchmark):
+    """Return a function that keeps the rows of a group for the table at the end and for the JSON file."""
+
+    def add(rows):
+        benchmark.extra_info["rows"] = rows
+        request.config.stash[ROWS] += rows
+
+    return add
 
 
 @pytest.fixture
-def leave_out(request):
-    """Skip the benchmark and name it with its reason at the end."""
+def skipped(request):
+    """Return a function that lists a variant with the reason why it was not timed at the end of the session."""
 
-    def skip(what, reason):
-        request.config.stash[LEFT_OUT].setdefault((what, reason), []).append(request.node.name)
-        pytest.skip(reason)
+    def skip(variant, reason):
+        request.config.stash[SKIPPED].setdefault((variant, reason), []).append(request.node.name)
 
     return skip
 
 
 @pytest.fixture
+def wanted(request):
+    """Return a function that says whether `--variant` allows a variant."""
+    chosen = request.config.getoption("--variant")
+    return lambda name: not chosen or name in chosen
+
+
+@pytest.fixture
 def note(request):
-    """Say a line once at the end."""
+    """Return a function that prints a line once at the end of the session."""
     return lambda line: request.config.stash[NOTES].setdefault(line)
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if config.stash[ROWS]:
+    rows = config.stash[ROWS]
+    if rows:
         terminalreporter.section("simsid: device and wall time")
-        terminalreporter.write_line(report.table(config.stash[ROWS]))
-        for line in report.epoch_lines(config.stash[ROWS]):
-            terminalreporter.write_line(line)
+        for block in filter(None, (report.table(rows), report.target_table(rows), *report.epoch_lines(rows))):
+            terminalreporter.write_line(block)
     for line in config.stash[NOTES]:
         terminalreporter.write_line(line)
-    for (what, reason), names in sorted(config.stash[LEFT_OUT].items()):
-        terminalreporter.write_line(f"left out, {len(names)} times: {what}: {reason}")
+    for (variant, reason), names in sorted(config.stash[SKIPPED].items()):
+        terminalreporter.write_line(f"not timed, {len(names)} groups: {variant}: {reason}")

@@ -1,130 +1,178 @@
-"""Time on the device alone: CUDA graphs of many calls, with warm and with cold L2, and the copy speed to judge by.
+"""Device time from CUDA graphs, with a warm and a cold L2 cache; interleaved rounds; spread; memory; copy bandwidth."""
 
-And the memory that a model holds, and the precision at which variants are compared.
-"""
-
+import contextlib
 import functools
 import gc
 import statistics
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-Run = Callable[..., object]  # takes one set of input tensors
+Work = Callable[[], object]  # one call on tensors of its own
 
-REPLAYS = 20
-GRAPH_SECONDS = 2e-3  # long enough that launching the graph does not count
+ROUNDS = 30
+GRAPH_SECONDS = 2e-3  # a replay this long hides the launch of the graph
 MOST_CALLS = 400
 COPY_BYTES = 1 << 28
 
 
-def capture(run: Run, sets: Sequence[tuple[Tensor, ...]]) -> torch.cuda.CUDAGraph:
-    """Record `run` on each set of inputs, one after the other, into one graph; nothing may compile in it any more."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run(*sets[0])
-    torch.cuda.current_stream().wait_stream(stream)
+class Times(NamedTuple):
+    """The median of some seconds, and their spread: half the interquartile range in percent of the median."""
+
+    median: float
+    spread: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Times":
+        """Summarize at least one measurement."""
+        middle = statistics.median(seconds)
+        if len(seconds) < 2:
+            return cls(middle, float("nan"))
+        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(middle, 50 * (high - low) / middle)
+
+
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+def on_stream() -> contextlib.AbstractContextManager:
+    """Work on the stream that graphs are captured on.
+
+    The autograd engine runs a backward pass on the stream of its forward pass: a backward pass can only be captured
+    alone where the forward pass ran on the capturing stream.
+    """
+    if not torch.cuda.is_available():
+        return contextlib.nullcontext()
+    torch.cuda.synchronize()
+    return torch.cuda.stream(_stream())
+
+
+def forget_compiled() -> None:
+    """Drop compiled code of other groups, which would count against the limit of recompilations."""
+    if "torch._dynamo" in sys.modules:  # its import takes seconds
+        torch._dynamo.reset()
+
+
+def synchronize() -> None:
+    """Wait for the GPU where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def wall_seconds(work: Work) -> float:
+    """Return the seconds from the call in Python to the end of its work on the device."""
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def capture(calls: Sequence[Work]) -> torch.cuda.CUDAGraph:
+    """Capture the calls, one after the other, in one graph.
+
+    Call inside `on_stream`. The first call is warmed up: compiling or allocating workspaces inside a capture fails.
+    """
+    for _ in range(3):
+        calls[0]()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for inputs in sets:
-            run(*inputs)
+    with torch.cuda.graph(graph, stream=_stream()):
+        for call in calls:
+            call()
     return graph
 
 
-def _seconds_per_call(graph: torch.cuda.CUDAGraph, calls: int) -> float:
-    """Return the median over replays."""
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
+class Replays:
+    """A captured graph of several calls; `seconds` replays it once and returns the device seconds of one call."""
+
+    def __init__(self, calls: Sequence[Work]) -> None:
+        self.calls, self.graph = len(calls), capture(calls)
+
+    def seconds(self) -> float:
+        """Replay once, timed by events on the device."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        self.graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3 / calls)
-    return statistics.median(times)
+        return start.elapsed_time(end) * 1e-3 / self.calls
 
 
-def device_seconds(run: Run, inputs: tuple[Tensor, ...]) -> dict[str, float]:
-    """Return the device seconds of one call: `warm`, on the same tensors again and again, and `cold`.
+def device_replays(prepare: Callable[[], Work], bytes_read: int) -> dict[str, Replays]:
+    """Return graphs of many calls: `device` repeats one call, `cold` goes round copies larger than twice the L2 cache.
 
-    Cold calls go round copies of the inputs that together are twice as large as the L2 cache.
+    Args:
+        prepare: returns a call on freshly made tensors (inputs, saved tensors and cotangent).
+        bytes_read: bytes of these tensors in one call, from which the number of copies follows.
     """
-    once = _seconds_per_call(capture(run, [inputs]), 1)
-    calls = max(1, min(MOST_CALLS, round(GRAPH_SECONDS / once)))
-    size = sum(tensor.numel() * tensor.element_size() for tensor in inputs)
-    l2 = torch.cuda.get_device_properties(inputs[0].device).L2_cache_size
-    copies = max(2, min(MOST_CALLS, -(-2 * l2 // size)))
-    sets = [tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs) for _ in range(copies)]
-    rounds = -(-calls // copies)
-    return {
-        "warm": _seconds_per_call(capture(run, [inputs] * calls), calls),
-        "cold": _seconds_per_call(capture(run, sets * rounds), copies * rounds),
-    }
+    warm = prepare()
+    once = Replays([warm])
+    once.seconds()
+    calls = max(1, min(MOST_CALLS, round(GRAPH_SECONDS / once.seconds())))
+    l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    copies = [prepare() for _ in range(max(2, min(MOST_CALLS, -(-2 * l2 // bytes_read))))]
+    return {"device": Replays([warm] * calls), "cold": Replays(copies * -(-calls // len(copies)))}
 
 
-def peak_bytes(run: Run, inputs: tuple[Tensor, ...]) -> int:
+def interleaved(calls: dict[str, Callable[[], float]], seconds: dict[str, list[float]]) -> None:
+    """Run one round: take one measurement of every call, in turn, so that drift of the clock meets all alike."""
+    for name, call in calls.items():
+        seconds.setdefault(name, []).append(call())
+
+
+def peak_bytes(work: Work) -> int:
     """Return the most memory that one call holds above what was held before it."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    run(*inputs)
+    work()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
 
 @functools.cache
 def copy_bytes_per_second() -> float:
-    """Return the bytes read and written per second by PyTorch's copy of a tensor that no cache holds."""
+    """Return the bytes read and written per second by PyTorch's copy of a tensor larger than any cache."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    calls = 10
-    return 2 * COPY_BYTES / _seconds_per_call(capture(target.copy_, [(source,)] * calls), calls)
+    replays = Replays([lambda: target.copy_(source)] * 10)
+    return 2 * COPY_BYTES / statistics.median(replays.seconds() for _ in range(ROUNDS))
 
 
-class Held:
-    """The most memory a model takes on the GPU, weights, optimisers and recorded graphs included; nothing on a CPU.
+class PeakMemory:
+    """The most memory that a model reserves on the GPU: weights, optimizers, activations, captured graphs.
 
-    Counted in what the allocator reserves, since a recorded graph keeps its memory between replays.
+    Counted in what the allocator reserves, because a captured graph keeps its memory between replays. Zero on a CPU.
     """
 
     def __init__(self) -> None:
-        self.before = self._settle()
-
-    def restart(self) -> None:
-        """Begin anew, without what has been freed since."""
-        self._settle()
+        self.before = 0
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_reserved()
 
     def row(self) -> dict[str, float]:
-        """Return the column for a table."""
+        """Return the column for a table; no column on a CPU."""
         if not torch.cuda.is_available():
             return {}
         return {"peak_mb": (torch.cuda.max_memory_reserved() - self.before) / 1e6}
 
-    @staticmethod
-    def _settle() -> int:
-        gc.collect()
-        if not torch.cuda.is_available():
-            return 0
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_reserved()
 
-
-def full_precision(check: Run) -> Run:
-    """Run a check without TensorFloat-32, in which another order of summation shows in the third digit."""
-
-    @functools.wraps(check)
-    def checked(*args: object) -> object:
-        matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        try:
-            return check(*args)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
-
-    return checked
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Switch TensorFloat-32 off: with it, another order of summation shows in the third digit."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn

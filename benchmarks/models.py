@@ -1,4 +1,4 @@
-"""What is compared of the whole model: ways to run a training step and to score, and the films they run on."""
+"""What the benchmarks of the whole model compare: ways to train and to score, and the images they run on."""
 
 import functools
 import pathlib
@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import measure
 import numpy as np
 import torch
 from baseline import Baseline, BaselineStep, all_signals
-from measure import capture
 from ops import COMPILES_SLOWLY, NEEDS_CUDA
 from PIL import Image, ImageFilter
 from torch import Tensor
@@ -18,24 +18,27 @@ from torch.utils.flop_counter import FlopCounterMode
 from simsid import Config, Model, TrainingConfig
 from simsid.data import Radiographs, stream_images
 from simsid.kernels.backend import why_not_triton
-from simsid.models.model import BATCH
-from simsid.scoring.stream import Score, preparation, score_files
+from simsid.models.base import BATCH
+from simsid.scoring.stream import Score, score_files
 from simsid.training.step import TrainingStep
 
 METHODS = {"SimSID": Config.simsid, "SQUID": Config.squid}
 PAPERS = {"training": {"SimSID": 11.0, "SQUID": 28.2}, "inference": {"SimSID": 9.0, "SQUID": 9.5}}
-"""Seconds of one epoch of training and one pass of inference over ZhangLab. Source: SimSID's comparison with SQUID."""
+"""Seconds of a training epoch and of an inference pass over ZhangLab.
+
+Source: the comparison with SQUID in SimSID (arXiv 2403.08689).
+"""
 
 BASELINE, PRODUCT = "baseline", "simsid"
 NEEDS_TENSOR_CORES = "bfloat16 is timed on CUDA"
-FILM = (1200, 1000)  # columns and rows of a generated film
+IMAGE_SIZE = (1200, 1000)  # columns and rows of a generated image
 
 Step = Callable[[Tensor, int], None]
 Scorer = Callable[[Tensor], dict[str, np.ndarray]]
 
 
 class Variant(NamedTuple):
-    """One way to compute the model that has the baseline's weights; `needs` is the reason to leave it out elsewhere."""
+    """One way to compute the model with the weights of the baseline; `needs` is the reason to skip it on a CPU."""
 
     fused: bool | str = False
     options: Mapping[str, object] = MappingProxyType({})
@@ -62,11 +65,15 @@ VARIANTS = {
 }
 
 
-def left_out(variant: Variant, device: torch.device, compiles: bool) -> str | None:
-    """Return why `variant` cannot be timed here, or None; `compiles` allows torch.compile on a CPU."""
+def why_skipped(variant: Variant, device: torch.device, compiles: bool) -> str | None:
+    """Return why `variant` cannot be timed here, or None; `compiles` allows torch.compile on any device."""
+    if variant.needs == COMPILES_SLOWLY or variant.options.get("compile"):
+        if not compiles:
+            return "torch.compile of the whole model takes minutes; --compile allows it"
+        return variant.needs if variant.needs == NEEDS_TENSOR_CORES and device.type == "cpu" else None
     if device.type == "cuda":
         return why_not_triton(device) if variant.fused is True else None
-    return None if compiles and variant.needs == COMPILES_SLOWLY else variant.needs
+    return variant.needs
 
 
 def build(method: str, width: int, device: torch.device, fused: bool | str = False) -> Model:
@@ -79,7 +86,7 @@ def build(method: str, width: int, device: torch.device, fused: bool | str = Fal
 
 
 def noise(count: int, size: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return `[count, 1, size, size]` in -1..1, smooth as films are."""
+    """Return images `[count, 1, size, size]` in -1..1, smooth like radiographs."""
     coarse = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     fine = torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(2))
     smooth = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")
@@ -90,7 +97,7 @@ def noise(count: int, size: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def training_step(name: str, model: Model, **options: object) -> BaselineStep | TrainingStep:
-    """Return what runs an iteration on `model`, whose `fused` must be the variant's."""
+    """Return what runs an iteration on `model`, whose `fused` must be that of the variant."""
     model.train()
     if name == BASELINE:
         return BaselineStep(model, TrainingConfig(**options))
@@ -101,26 +108,26 @@ def training_step(name: str, model: Model, **options: object) -> BaselineStep | 
 
 
 def scorer(name: str, model: Model, batch: int) -> Scorer:
-    """Return what gives every signal of `[n, 1, H, W]`, n a multiple of `batch`."""
+    """Return what computes every signal of `[n, 1, H, W]`, n a multiple of `batch`."""
     if name == BASELINE:
         return functools.partial(Baseline(model).signals, batch_size=batch)
     if name == PRODUCT:
-        # As a training leaves it and `Model.load` restores it.
+        # The layout in which a training leaves the model and `Model.load` restores it.
         model.to(memory_format=torch.channels_last)
-        return functools.partial(model.signals, batch_size=batch)
-    return _vectorised(model.eval(), batch, **VARIANTS[name].options)
+        return functools.partial(model.freeze().signals, batch_size=batch)
+    return _vectorized(model.eval(), batch, **VARIANTS[name].options)
 
 
-def _vectorised(
+def _vectorized(
     model: Model, batch: int, cuda_graph: bool = False, compile: bool = False, precision: str = "float32"
 ) -> Scorer:
-    """Score through `Model.forward`, which knows nothing of what `Model.signals` does for inference."""
+    """Score through `Model.forward`, without anything that `Model.freeze` does for inference."""
 
     def compute(images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            found = model(images)
-            logits = model.discriminator(found.student, "per_image"), model.discriminator(found.student)
-        return torch.stack([values.double() for values in all_signals(images, found, *logits).values()])
+            outputs = model(images)
+            logits = model.discriminator(outputs.student, "per_image"), model.discriminator(outputs.student)
+        return torch.stack([values.double() for values in all_signals(images, outputs, *logits).values()])
 
     if compile:
         compute = torch.compile(compute, dynamic=False)
@@ -136,15 +143,14 @@ def _vectorised(
 
 
 def _replayed(compute: Callable[[Tensor], Tensor], batch: int, model: Model) -> Callable[[Tensor], Tensor]:
-    kept, size = [], model.config.image_size
-    images = noise(batch, size, model.device)
-    with torch.no_grad():
-        graph = capture(lambda images: kept.append(compute(images)), [(images,)])
+    outputs, images = [], noise(batch, model.config.image_size, model.device)
+    with measure.on_stream(), torch.no_grad():
+        graph = measure.capture([lambda: outputs.append(compute(images))])
 
-    def replay(given: Tensor) -> Tensor:
-        images.copy_(given)
+    def replay(batch_of_images: Tensor) -> Tensor:
+        images.copy_(batch_of_images)
         graph.replay()
-        return kept[-1].clone()
+        return outputs[-1].clone()
 
     return replay
 
@@ -158,11 +164,11 @@ def folder_scorer(name: str, model: Model, batch: int) -> Callable[[list[str]], 
         return lambda files: list(score_files(model, files, batch_size=batch))
 
     def rows(files: list[str]) -> Iterator[Score]:
-        for images, records, _ in stream_images(files, **preparation(model), batch_size=batch):
-            found = score(images.to(model.device))
-            probability = model.calibrated().probability(model.signal, found[model.signal])
+        for images, records, _ in stream_images(files, **model.preprocessing.to_dict(), batch_size=batch):
+            signals = score(images.to(model.device))
+            probability = model.calibrated().probability(model.signal, signals[model.signal])
             for i, record in enumerate(records):
-                values = {key: float(column[i]) for key, column in found.items()}
+                values = {key: float(column[i]) for key, column in signals.items()}
                 yield Score(record.path, score=float(probability[i]), signals=values)
 
     return lambda files: list(rows(files))
@@ -172,18 +178,18 @@ def folder_scorer(name: str, model: Model, batch: int) -> Callable[[list[str]], 
 
 
 @functools.cache
-def gflop(group: str, method: str, width: int, baseline: bool) -> float:
-    """Return the convolutions' and matrix products' floating-point operations an image, in units of 1e9.
+def gflop(op: str, method: str, width: int, baseline: bool) -> float:
+    """Return the floating-point operations per image of convolutions and matrix products, in units of 1e9.
 
-    Of a training step: the mean of an iteration with the generator and one without. Counted, not derived:
-    a multiplication and an addition are two operations.
+    Of a training step, the mean of an iteration with the generator and one without. Counted, not derived; a
+    multiplication and an addition are two operations.
     """
     images = 2
     model = build(method, width, torch.device("cpu"))
     batch = noise(images, model.config.image_size)
     name = BASELINE if baseline else "eager"
     counter = FlopCounterMode(display=False)
-    if group == "train_step":
+    if op == "train_step":
         step = training_step(name, model)
         with counter:
             step(batch, 0)
@@ -195,22 +201,22 @@ def gflop(group: str, method: str, width: int, baseline: bool) -> float:
     return counter.get_total_flops() / images / 1e9
 
 
-# Films -----------------------------------------------------------------------------------------------------------
+# Images ----------------------------------------------------------------------------------------------------------
 
 
-def write_films(folder: pathlib.Path, count: int) -> pathlib.Path:
-    """Write 8-bit JPEG films of a radiograph's size, smooth and grainy, the same ones every time."""
+def write_images(folder: pathlib.Path, count: int) -> pathlib.Path:
+    """Write 8-bit JPEG files of the size of a radiograph, smooth and grainy, the same ones every time."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         rng = np.random.default_rng(number)
         coarse = Image.fromarray(rng.integers(40, 216, (10, 8), dtype=np.uint8))
-        smooth = coarse.resize(FILM, Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(4))
-        grainy = np.asarray(smooth, np.float32) + rng.normal(0, 4, FILM[::-1])
+        smooth = coarse.resize(IMAGE_SIZE, Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(4))
+        grainy = np.asarray(smooth, np.float32) + rng.normal(0, 4, IMAGE_SIZE[::-1])
         pixels = np.clip(grainy, 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"film{number:04d}.jpeg", quality=90)
+        Image.fromarray(pixels).save(folder / f"image{number:04d}.jpeg", quality=90)
     return folder
 
 
-def films_of(folder: pathlib.Path, count: int) -> list[str]:
-    """Return the first `count` films of a folder."""
+def files_of(folder: pathlib.Path, count: int | None) -> list[str]:
+    """Return the first `count` files of a folder, or all."""
     return [record.path for record in Radiographs(folder).select()][:count]

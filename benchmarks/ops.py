@@ -1,23 +1,27 @@
-"""What is compared: for each op its inputs, the least it can cost, and every way to compute it."""
+"""What the op benchmarks compare: for each op its inputs, its least cost, and every way to compute it.
+
+Needs PyTorch and Triton alone.
+"""
 
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import roofline
 import torch
+from roofline import Cost
 from shapes import Shape
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from simsid.kernels import neighbor_attention, residual_layer_norm, roofline, space_aware_memory
+from simsid.kernels import neighbor_attention, residual_layer_norm, space_aware_memory
 from simsid.kernels.attention.reference import neighbor_index
 from simsid.kernels.backend import why_not_triton
-from simsid.kernels.roofline import Cost
 
 TOPK = 5
+PASSES = ("forward", "backward", "both")
 NEEDS_CUDA = "Triton kernels run on CUDA"
-COMPILES_SLOWLY = "on a CPU each variant would compile C++ for longer than the whole run may take"
+COMPILES_SLOWLY = "on a CPU each variant would compile C++ for minutes"
 
 Call = Callable[..., Tensor]
 
@@ -26,26 +30,31 @@ class Variant(NamedTuple):
     """One way to compute an op: a function of the shape and device that returns the call to time."""
 
     build: Callable[[Shape, torch.device], Call]
-    not_on_cpu: str | None = None  # the reason to leave it out there
-    graph: bool = False  # replayed from a CUDA graph
-    inference_only: str | None = None  # the reason to leave forward + backward out
+    not_on_cpu: str | None = None  # the reason to skip it there
 
 
 class Op(NamedTuple):
-    """One op; `inputs` gives the tensors of a shape, all of which get gradients."""
+    """One op; `inputs` returns the tensors of a shape, all of which get gradients."""
 
     inputs: Callable[[Shape, torch.dtype, torch.device], tuple[Tensor, ...]]
     variants: dict[str, Variant]
-    cost: Callable[[Shape, int, bool], Cost | None]  # for an element size, with or without the backward pass
+    cost: Callable[[Shape, int], tuple[Cost, Cost] | None]  # forward and backward, for an element size
 
 
-def left_out(variant: Variant, device: torch.device, backward: bool) -> str | None:
+def why_skipped(variant: Variant, device: torch.device) -> str | None:
     """Return why `variant` cannot be timed here, or None."""
-    if backward and variant.inference_only is not None:
-        return variant.inference_only
     if device.type != "cuda":
         return variant.not_on_cpu
     return why_not_triton(device) if variant.not_on_cpu == NEEDS_CUDA else None
+
+
+def least_cost(op: Op, shape: Shape, element_size: int, which: str) -> Cost | None:
+    """Return the least cost of a pass, or None where projections in cuBLAS bound the op."""
+    costs = op.cost(shape, element_size)
+    if costs is None:
+        return None
+    forward, backward = costs
+    return {"forward": forward, "backward": backward, "both": forward + backward}[which]
 
 
 def _randn(*shape: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
@@ -58,7 +67,14 @@ def _same(call: Call) -> Callable[[Shape, torch.device], Call]:
 
 
 def _compiled(build: Callable[[Shape, torch.device], Call]) -> Callable[[Shape, torch.device], Call]:
-    return lambda shape, device: torch.compile(build(shape, device), fullgraph=True, dynamic=False)
+    def compiled(shape: Shape, device: torch.device) -> Call:
+        from torch._functorch import config
+
+        # A backward pass timed alone runs many times on the same saved tensors, which it would otherwise overwrite.
+        config.donated_buffer = False
+        return torch.compile(build(shape, device), fullgraph=True, dynamic=False)
+
+    return compiled
 
 
 # Space-aware memory ------------------------------------------------------------------------------------------------
@@ -76,19 +92,19 @@ def _memory(backend: str) -> Call:
 
 
 def _memory_loop(query: Tensor, memory: Tensor) -> Tensor:
-    """One location at a time, as the released code of SQUID and SimSID does it."""
+    """Look up one location after the other, as the released code of SQUID and SimSID does."""
     locations = range(query.shape[1])
     each = [space_aware_memory(query[:, i : i + 1], memory[i : i + 1], TOPK, backend="torch") for i in locations]
     return torch.cat(each, dim=1)
 
 
-def _memory_cost(shape: Shape, size: int, backward: bool) -> Cost:
+def _memory_cost(shape: Shape, size: int) -> tuple[Cost, Cost]:
     sizes = (shape.images, shape.locations, shape.items, shape.features, TOPK)
-    forward = roofline.space_aware_memory_forward(*sizes, query_bytes=size, save=backward)
-    return forward + roofline.space_aware_memory_backward(*sizes, query_bytes=size) if backward else forward
+    forward = roofline.space_aware_memory_forward(*sizes, query_bytes=size, save=False)
+    return forward, roofline.space_aware_memory_backward(*sizes, query_bytes=size)
 
 
-# Neighbour attention -----------------------------------------------------------------------------------------------
+# Neighbor attention ------------------------------------------------------------------------------------------------
 
 
 def _attention_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
@@ -134,14 +150,14 @@ def _attention_loop(shape: Shape, device: torch.device) -> Call:
 
 
 def _log_counts(shape: Shape, device: torch.device) -> Tensor:
-    """Return `[L, L + 1]`: 0 where a key is a neighbour, log(n_pad) in the pads' column, -inf elsewhere."""
+    """Return `[L, L + 1]`: 0 where a key is a neighbor, log(n_pad) in the column of the pads, -inf elsewhere."""
     L = shape.locations
     index = neighbor_index(shape.grid)
     return torch.stack([torch.bincount(row, minlength=L + 1) for row in index]).float().log().to(device)
 
 
 def _with_extra_key(query: Tensor, key: Tensor, value: Tensor, pad_key: Tensor, pad_value: Tensor, heads: int) -> list:
-    """Append the pads as one more key and value, and give every head an axis of its own, `[B, heads, L, D / heads]`."""
+    """Append the pads as one more key and value, and split the heads: `[B, heads, L or L + 1, D / heads]`."""
     B, _, D = query.shape
     key = torch.cat([key, pad_key.to(key.dtype).expand(B, 1, D)], dim=1)
     value = torch.cat([value, pad_value.to(value.dtype).expand(B, 1, D)], dim=1)
@@ -160,7 +176,10 @@ def _attention_sdpa(shape: Shape, device: torch.device) -> Call:
 
 
 def _attention_flex(shape: Shape, device: torch.device) -> Call:
-    """The extra key makes it expressible: a mask for the neighbours, log(n_pad) as a score modification."""
+    """Mask all but the neighbors, and add log(n_pad) to the score of the extra key."""
+    # Here, because the import takes seconds.
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
     L, counts = shape.locations, _log_counts(shape, device)
 
     def sees(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -178,13 +197,13 @@ def _attention_flex(shape: Shape, device: torch.device) -> Call:
     return call
 
 
-def _attention_cost(shape: Shape, size: int, backward: bool) -> Cost:
+def _attention_cost(shape: Shape, size: int) -> tuple[Cost, Cost]:
     sizes = (shape.images, shape.grid, shape.features)
     forward = roofline.neighbor_attention_forward(*sizes, element_bytes=size)
-    return forward + roofline.neighbor_attention_backward(*sizes, element_bytes=size) if backward else forward
+    return forward, roofline.neighbor_attention_backward(*sizes, element_bytes=size)
 
 
-# The attention layer: the core with its four projections -----------------------------------------------------------
+# The attention layer: the op with its four projections -------------------------------------------------------------
 
 
 def _layer_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
@@ -213,7 +232,7 @@ def _layer(backend: str) -> Callable[[Shape, torch.device], Call]:
 
 
 def _layer_windows(shape: Shape, device: torch.device) -> Call:
-    """Unfold zero-bordered 3x3 windows and give each to nn.MultiheadAttention: keys are projected once a window."""
+    """Unfold 3x3 windows with a border of zeros for nn.MultiheadAttention: each key is projected once per window."""
     around = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8], device=device)
     D, heads = shape.features, shape.heads
     module = nn.MultiheadAttention(D, heads, batch_first=True, device="meta")
@@ -241,13 +260,13 @@ def _norm(backend: str) -> Call:
     return lambda *tensors: residual_layer_norm(*tensors, backend=backend)
 
 
-def _norm_cost(shape: Shape, size: int, backward: bool) -> Cost:
+def _norm_cost(shape: Shape, size: int) -> tuple[Cost, Cost]:
     row = shape.images * shape.locations * shape.features
-    forward = Cost(3 * row * size, 8 * row, launches=1)
-    return forward + Cost(5 * row * size, 12 * row, launches=1) if backward else forward
+    return Cost(3 * row * size, 8 * row, launches=1), Cost(5 * row * size, 12 * row, launches=1)
 
 
-REFERENCE = "batched"  # the variant that the others must agree with, and that speed-ups are told against
+FUSED = "fused"
+REFERENCE = "batched"  # the variant that the others must agree with and that the speed-up compares with
 
 
 def _variants(
@@ -257,8 +276,7 @@ def _variants(
     return {
         REFERENCE: Variant(batched),
         "batched, torch.compile": Variant(_compiled(batched), not_on_cpu=COMPILES_SLOWLY),
-        "fused": Variant(fused, not_on_cpu=NEEDS_CUDA),
-        "fused, CUDA graph": Variant(fused, not_on_cpu=NEEDS_CUDA, graph=True),
+        FUSED: Variant(fused, not_on_cpu=NEEDS_CUDA),
     }
 
 
@@ -284,7 +302,7 @@ OPS = {
     "neighbor_attention_layer": Op(
         _layer_inputs,
         {"unfold + nn.MultiheadAttention": Variant(_layer_windows), **_variants(_layer("torch"), _layer("triton"))},
-        lambda *_: None,  # the projections bound it, and they are cuBLAS's
+        lambda *_: None,  # the projections bound it, and cuBLAS computes them
     ),
     "residual_layer_norm": Op(_norm_inputs, _variants(_same(_norm("torch")), _same(_norm("triton"))), _norm_cost),
 }

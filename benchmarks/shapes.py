@@ -1,4 +1,4 @@
-"""The shapes that every benchmark and table speaks of, by letter."""
+"""The shapes that every benchmark and table names by a letter."""
 
 from typing import NamedTuple
 
@@ -14,29 +14,31 @@ class Shape(NamedTuple):
 
     @property
     def locations(self) -> int:
+        """The number of locations of the grid."""
         return self.grid[0] * self.grid[1]
 
 
+# In the order in which they run: the shape that takes most of a training step comes first.
 GPU = {
+    "B": Shape(16, (4, 4), 100, 8192),  # first decoder memory of SimSID
     "A": Shape(16, (4, 4), 100, 512),  # in-painting memory of SimSID
-    "B": Shape(16, (4, 4), 100, 8192),  # its first decoder memory
+    "S": Shape(16, (2, 2), 200, 2048),  # in-painting memory of SQUID
+    "Q": Shape(1, (4, 4), 100, 512),  # A with a single image
     "C": Shape(256, (4, 4), 500, 2048),  # large
-    "S": Shape(16, (2, 2), 200, 2048),  # SQUID
-    "Q": Shape(1, (4, 4), 100, 512),  # one film
 }
 
-# The same proportions where a CPU finishes in seconds; figures from them say nothing about a GPU.
+# The same proportions at sizes that a CPU finishes in seconds; figures from them say nothing about a GPU.
 CPU = {
-    "A": Shape(4, (4, 4), 50, 128),
     "B": Shape(4, (4, 4), 50, 512),
-    "C": Shape(16, (4, 4), 100, 256),
+    "A": Shape(4, (4, 4), 50, 128),
     "S": Shape(4, (2, 2), 100, 256),
     "Q": Shape(1, (4, 4), 50, 128),
+    "C": Shape(16, (4, 4), 100, 256),
 }
 
 
 class Sizes(NamedTuple):
-    """Of the whole model: its width, films of a folder and of an epoch's training and inference (None is all)."""
+    """Width of the whole model, and images of a folder, of a training epoch and of an inference pass (None is all)."""
 
     width: int
     folder: int

@@ -6,6 +6,7 @@ import os
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from simsid.kernels.checks import check_choice
 
@@ -45,15 +46,39 @@ def why_not_triton(device: torch.device) -> str | None:
     return None
 
 
-def choose_backend(backend: str, device: torch.device, refusal: str | None = None) -> Choice:
-    """Return the backend to run and its reason; raise where `"triton"` is asked for and cannot run.
+def why_not_differentiable() -> str | None:
+    """Return why the kernels cannot serve the transform that is running, or None outside of transforms.
 
-    `refusal` is the op's own reason against its kernel for these arguments (a dtype or shape), or None.
+    The kernels have a backward pass and nothing else: `torch.func.grad` would raise an error about
+    `setup_context`, and forward mode would lose its tangents without a message. Neither state has a public query;
+    PyTorch's own `autograd.Function` and `forward_ad` read these two, and `torch.compile` folds both.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return "the kernels do not support torch.func transforms (grad, vmap, jvp)"
+    if forward_ad._current_level >= 0:
+        return "the kernels do not support forward-mode differentiation"
+    return None
+
+
+def choose_backend(backend: str, device: torch.device, refusal: str | None = None) -> Choice:
+    """Choose the backend that runs.
+
+    Args:
+        backend: `"auto"`, `"triton"` or `"torch"`.
+        device: of the tensors.
+        refusal: the op's own reason against its kernel for these arguments (a dtype or shape), or None.
+
+    Returns:
+        The backend and the reason.
+
+    Raises:
+        ValueError: `backend` is not one of the three.
+        RuntimeError: `"triton"` is asked for and cannot run.
     """
     check_choice("backend", backend, BACKENDS)
     if backend == "torch":
         return Choice("torch", "asked for")
-    reason = why_not_triton(device) or refusal
+    reason = why_not_triton(device) or refusal or why_not_differentiable()
     if backend == "triton":
         if reason is not None:
             raise RuntimeError(f'backend="triton" cannot run here: {reason}; use "auto" or "torch"')

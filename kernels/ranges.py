@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 class stage:
-    """A range around a block of code; none while `torch.compile` traces, since a graph has no place for it."""
+    """A range around a block of code; none while `torch.compile` traces, whose graph cannot hold it."""
 
     def __init__(self, name: str) -> None:
         if nvtx is not None and not torch.compiler.is_compiling():
@@ -40,7 +40,7 @@ def named_range(call: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(call)
     def ranged(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():  # a graph has no place for the range: profile its kernels by name
+        if torch.compiler.is_compiling():  # a graph cannot hold the range: profile its kernels by name
             return call(*args, **kwargs)
         with around:
             return call(*args, **kwargs)

@@ -158,6 +158,35 @@ def write(folder: str | os.PathLike, name: str, tensors: dict[str, Tensor], docu
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     content = save_safetensors({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+    with _only_writer(folder):
+        _write_pair(folder, name, content, document)
+
+
+@contextlib.contextmanager
+def _only_writer(folder: pathlib.Path) -> Iterator[None]:
+    """Lock a folder against other writers of pairs, each of whom removes what the others have not finished.
+
+    Raises:
+        CheckpointError: another process or thread is writing.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    # The folder itself is locked, so that no lock file remains.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{folder} is being written by another process; save again when it is done") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _write_pair(folder: pathlib.Path, name: str, content: bytes, document: dict[str, object]) -> None:
     digest = hashlib.sha256(content).hexdigest()
     file = f"{name}-{digest[:16]}.safetensors"
     write_file(folder / file, content)
@@ -231,7 +260,7 @@ def digest(text: str, values: dict[str, Tensor]) -> str:
     found = hashlib.sha256(text.encode())
     for name, tensor in values.items():
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)} {tensor.stride()}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
@@ -244,9 +273,10 @@ def _tensor_entry(document: dict[str, object], folder: pathlib.Path, name: str) 
     if document.get("format") != FORMAT:
         raise CheckpointError(f"{folder / name}.json must be of format {FORMAT}, got {document.get('format')!r}")
     entry = document.get("tensors")
-    file = entry.get("file") if isinstance(entry, dict) else None
+    entry = entry if isinstance(entry, dict) else {}
+    file = entry.get("file")
     if not isinstance(file, str) or not re.fullmatch(_tensor_file(name), file):
         raise CheckpointError(
             f"{folder / name}.json must name a file {name}-<hash>.safetensors beside it, got {file!r}"
         )
-    return entry
+    return {str(key): str(value) for key, value in entry.items()}

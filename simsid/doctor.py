@@ -1,30 +1,21 @@
-"""What an installation has, what it lacks, and what mends it."""
+"""What an installation has, what it lacks, and the command that fixes each gap."""
 
 import importlib.metadata
 import os
 import platform
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from packaging.requirements import Requirement
 
 from simsid import __version__
 
+torch: Any
 try:
     import torch
 except ImportError as error:
-    # A PyTorch that cannot be loaded is what this examination is most wanted for.
+    # Exactly when PyTorch cannot be loaded, this examination is needed.
     torch, TORCH_ERROR = None, str(error)
-
-REQUIRED = {"torch": "2.10", "numpy": "1.26", "pillow": "10.3", "scikit-learn": "1.4", "safetensors": "0.4.3"} | {
-    "matplotlib": "3.8",
-    "pydicom": "3.0.1",
-    "nvtx": "0.2.12",
-    "jinja2": "3.1",
-    "tqdm": "4.66",
-    "tyro": "0.9",
-    "filelock": "3.13",
-    "joblib": "1.3",
-}
-
 
 TRITON = "pip install triton"
 EXTRA = "pip install 'simsid[dicom]'"
@@ -41,7 +32,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at versions, processor, GPU, kernels and decoders."""
+    """Examine versions, processor, GPU, kernels and decoders."""
     findings = [_python(), *_packages()]
     if torch is None:
         remedy = "pip install --force-reinstall torch"
@@ -56,19 +47,35 @@ def _python() -> Finding:
     return Finding("ok", "python", f"{platform.python_version()} on {where}; simsid {__version__}")
 
 
+def required() -> list[Requirement]:
+    """Return what the installed simsid requires, without the extras; nothing where it is not installed."""
+    try:
+        found = importlib.metadata.requires("simsid") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    requirements = [Requirement(text) for text in found]
+    # With an empty extra, the markers of extras are false.
+    return [one for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})]
+
+
 def _packages() -> list[Finding]:
-    findings = []
-    for name, least in REQUIRED.items():
-        version = _version(name)
-        if not version:
-            findings.append(Finding("FAIL", name, f"missing, needs {least} or later", f"pip install '{name}>={least}'"))
-        elif _parts(version) < _parts(least):
-            findings.append(
-                Finding("FAIL", name, f"{version}, needs {least} or later", f"pip install --upgrade '{name}>={least}'")
-            )
-        else:
-            findings.append(Finding("ok", name, version))
-    return findings
+    requirements = required()
+    if not requirements:
+        text = "runs from a checkout that is not installed, so its requirements are unknown"
+        return [Finding("note", "simsid", text, "pip install -c constraints.txt -e .")]
+    # Without Triton all runs on PyTorch; `_kernels` says so.
+    return [_package(requirement) for requirement in requirements if requirement.name != "triton"]
+
+
+def _package(requirement: Requirement) -> Finding:
+    name, needs = requirement.name, f"{requirement.name}{requirement.specifier}"
+    version = _version(name)
+    if not version:
+        return Finding("FAIL", name, f"missing, needs {needs}", f"pip install '{needs}'")
+    # Builds such as 2.10.0+cpu and pre-releases count as their version.
+    if not requirement.specifier.contains(version.split("+")[0], prereleases=True):
+        return Finding("FAIL", name, f"{version}, needs {needs}", f"pip install --upgrade '{needs}'")
+    return Finding("ok", name, version)
 
 
 def _processor() -> Finding:
@@ -83,7 +90,7 @@ def _gpu() -> list[Finding]:
             for i, device in enumerate(devices)
         ]
     if torch.version.cuda is None:
-        text = "none used: this PyTorch is built for the CPU alone"
+        text = "none used: this PyTorch is built for the CPU only"
         return [Finding("note", "gpu", text, "on a machine with an NVIDIA GPU: pip install --force-reinstall torch")]
     return [
         Finding("note", "gpu", f"none found by PyTorch (built for CUDA {torch.version.cuda})", "check with: nvidia-smi")
@@ -91,7 +98,7 @@ def _gpu() -> list[Finding]:
 
 
 def _kernels() -> list[Finding]:
-    from simsid import kernels
+    import simsid.kernels as kernels
     from simsid.kernels.backend import choose_backend
 
     choice = choose_backend("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -149,16 +156,8 @@ def _tensorboard() -> Finding:
 
 
 def _version(name: str) -> str:
-    """Return an installed package's version, or nothing."""
+    """Return an installed package's version, or an empty string."""
     try:
         return importlib.metadata.version(name) or ""
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _parts(version: str) -> tuple[int, ...]:
-    digits = []
-    for part in version.split("+")[0].split("."):
-        number = "".join(character for character in part if character.isdigit())
-        digits.append(int(number or 0))
-    return tuple(digits)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from simsid import metrics
+from simsid.arguments import require_instance
 from simsid.data import ImageSet, Record
 from simsid.errors import InputError
 from simsid.metrics import check_labels, check_rate, check_scores
@@ -167,6 +168,8 @@ def evaluate(
         CalibrationError: the model has not been calibrated.
         InputError: an image without a label, labels of one class only, an unknown signal, or a rate out of range.
     """
+    require_instance("model", model, AnomalyModel)
+    require_instance("images", images, ImageSet)
     require_labels(images.labels)
     check_rate("false_positive_rate", false_positive_rate)
     (default,) = check_signals([signal or model.signal], model.signal_names)
@@ -224,7 +227,8 @@ def format_table(evaluation: Evaluation) -> str:
     lines = []
     for row, previous in zip(rows, [None, *rows]):
         first = previous is None or previous.signal != row.signal
-        cells = [row.signal if first else "", row.finding or "all abnormal", str(row.abnormal), str(row.normal)]
+        finding = "all abnormal" if row.finding is None else row.finding
+        cells = [row.signal if first else "", finding, str(row.abnormal), str(row.normal)]
         cells += [f"{row.auc:.3f}", f"{row.low:.3f} - {row.high:.3f}", f"{row.average_precision:.3f}"]
         if held_out:
             cells += [_figure(value) for value in (row.sensitivity, row.specificity, row.accuracy, row.f1)]

@@ -229,10 +229,10 @@ def test_missing_files(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "is no JSON document"),
-        (b"{", "is no JSON document"),
-        (b"\xff\xfe{}", "is no JSON document"),
-        (b"[" * 100_000, "is no JSON document"),
+        (b"", "is not a JSON document"),
+        (b"{", "is not a JSON document"),
+        (b"\xff\xfe{}", "is not a JSON document"),
+        (b"[" * 100_000, "is not a JSON document"),
         (b"[]", "must hold a JSON object, got list"),
         (b"{}", "must be of format 1, got None"),
         (b'{"format": 2}', "must be of format 1, got 2"),
@@ -277,11 +277,11 @@ def test_a_pickle_is_refused(tmp_path):
     checkpoint.write(tmp_path / "model", "model", OLD, {})
     trap = tmp_path / "trap"
     swap(tmp_path / "model", pickle.dumps(Malicious(trap)))
-    with pytest.raises(CheckpointError, match="is no safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
         checkpoint.read(tmp_path / "model", "model")
     torch.save({"weight": Malicious(trap)}, tmp_path / "trap.pth")
     swap(tmp_path / "model", (tmp_path / "trap.pth").read_bytes())
-    with pytest.raises(CheckpointError, match="is no safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
         checkpoint.read(tmp_path / "model", "model")
     assert not trap.exists()
     pickle.loads(pickle.dumps(Malicious(trap))).close()
@@ -292,7 +292,7 @@ def test_a_pickle_is_refused(tmp_path):
 def test_broken_safetensors_with_the_right_hash(tmp_path, content):
     checkpoint.write(tmp_path, "model", OLD, {})
     swap(tmp_path, content)
-    with pytest.raises(CheckpointError, match="is no safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
         checkpoint.read(tmp_path, "model")
 
 
@@ -317,3 +317,62 @@ def test_load_state_fits_exactly():
     assert (module.weight == 1).all(), "a refusal changes nothing"
     checkpoint.load_state(module, good, "here")
     assert (module.weight == 2).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a POSIX system")
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_only_regular_files_are_read(tmp_path, kind):
+    path = tmp_path / "model.json"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(CheckpointError, match=r"model\.json (must be a regular file|cannot be read: Is a directory)"):
+        checkpoint.read(tmp_path, "model")
+
+
+def test_oversized_document_is_refused_before_it_is_read(tmp_path):
+    with open(tmp_path / "model.json", "wb") as file:
+        file.truncate(1 << 40)  # sparse: takes no space
+    with pytest.raises(CheckpointError, match=r"model\.json must have at most \d+ bytes, got 1099511627776"):
+        checkpoint.read(tmp_path, "model")
+
+
+def test_planted_link_at_a_temporary_name_is_never_followed(tmp_path, monkeypatch):
+    target = tmp_path / "precious"
+    target.write_text("kept")
+    monkeypatch.setattr(checkpoint.secrets, "token_hex", lambda _: "0")
+    (tmp_path / ".report.html.0").symlink_to(target)
+    with pytest.raises(FileExistsError):
+        checkpoint.write_file(tmp_path / "report.html", b"new")
+    assert target.read_text() == "kept"
+
+
+def test_csv_writer_leaves_the_old_file_after_an_error(tmp_path):
+    path = tmp_path / "scores.csv"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), checkpoint.csv_writer(path, ["a"]) as write:
+        write([1 / 0])
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_load_state_refuses_nonfinite_values():
+    module = torch.nn.Linear(2, 1)
+    values = checkpoint.tensors(module) | {"bias": torch.tensor([float("inf")])}
+    with pytest.raises(CheckpointError, match="here: tensor bias holds NaN or infinite values"):
+        checkpoint.load_state(module, values, "here")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders can be locked on POSIX systems alone")
+def test_second_writer_fails_clearly_and_the_folder_stays_loadable(tmp_path):
+    checkpoint.write(tmp_path, "model", OLD, {"kind": "test"})
+    with (
+        checkpoint._only_writer(tmp_path),
+        pytest.raises(CheckpointError, match="is being written by another process; save again when it is done"),
+    ):
+        checkpoint.write(tmp_path, "model", NEW, {"kind": "test"})
+    assert same(checkpoint.read(tmp_path, "model")[0], OLD)
+    checkpoint.write(tmp_path, "model", NEW, {"kind": "test"})
+    assert same(checkpoint.read(tmp_path, "model")[0], NEW)

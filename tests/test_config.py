@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 
+import numpy as np
 import pytest
 import tiny
 
@@ -19,7 +20,7 @@ def test_presets_are_the_papers():
     assert (simsid.levels, simsid.skip_levels, simsid.merge_levels, simsid.decoder_memories) == (4, 2, 2, 2)
     assert (simsid.threshold, simsid.border, simsid.memory, simsid.rho) == ("inclusive", "zero", "matrix", 1.0)
     assert (simsid.decoder_memory, simsid.heads, simsid.dropout) == ("patch", 8, 0.0)
-    assert not simsid.gumbel_noise and simsid.temperature == 1.0 and simsid.signal == "discriminator"
+    assert not simsid.gumbel_noise and simsid.temperature == 1.0 and simsid.signal == "discriminator_per_image"
     assert simsid == Config()
     assert (squid.patches, squid.items, squid.decoder_items, squid.memory, squid.rho) == (2, 200, 200, "queue", 0.95)
     assert (digits.image_size, digits.patches, digits.levels, digits.signal) == (96, 3, 3, "focal_residual")
@@ -111,7 +112,10 @@ WRONG = [
     ),
     ({"width": 5, "levels": 1, "skip_levels": 1, "merge_levels": 1, "decoder_memories": 1}, "width must be .*, got 5"),
     ({"heads": 7}, "heads must be a divisor of the 144 bottleneck features, got 7"),
-    ({"inpainting": "none", "signal": "memory_distance"}, "signal must be .* no in-painting block, got 'memory_dist"),
+    ({"signal": 3}, "signal must be a string, got 3"),
+    ({"levels": 10**18}, f"levels must be at most 10, got {10**18}"),
+    ({"items": 10**9}, f"items must be at most 1000000, got {10**9}"),
+    ({"temperature": 10**400}, "temperature must be a number, got 1000"),
     ({"patches": 2.0}, r"patches must be a whole number, got 2\.0"),
     ({"patches": True}, "patches must be a whole number, got True"),
     ({"patches": "2"}, "patches must be a whole number, got '2'"),
@@ -124,7 +128,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), WRONG, ids=[str(change) for change, _ in WRONG])
+@pytest.mark.parametrize(("change", "message"), WRONG, ids=[str(change)[:60] for change, _ in WRONG])
 def test_errors_name_field_expectation_and_value(change, message):
     with pytest.raises(ConfigError, match=f"^{message}") as caught:
         tiny.config(**change)
@@ -159,3 +163,11 @@ def test_training_defaults_are_the_papers():
     assert weights == (0.01, 10.0, 0.001, 0.005) and config.discriminator_weight == 0.005
     assert (config.translate, config.scale) == (0.05, 0.05)
     assert TrainingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_numpy_numbers_become_python_numbers():
+    config = Config(topk=np.int64(3), temperature=np.float32(2.0), space_aware=np.bool_(False))
+    assert (config.topk, config.temperature, config.space_aware) == (3, 2.0, False)
+    assert json.loads(json.dumps(config.to_dict()))["topk"] == 3
+    with pytest.raises(ConfigError, match="topk must be at least 1, got 0"):
+        Config(topk=np.int64(0))

@@ -1,14 +1,44 @@
 """The space-aware memory op: contract, checks and choice of backend."""
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from simsid.kernels.backend import choose_backend
-from simsid.kernels.checks import check_choice, check_tensor
+from simsid.kernels.checks import check_choice, check_integer, check_positive, check_tensor
 from simsid.kernels.memory.plan import refuse
 from simsid.kernels.memory.reference import space_aware_memory_reference
 from simsid.kernels.ranges import named_range
 
 THRESHOLDS = ("inclusive", "exclusive")
+
+
+@overload
+def space_aware_memory(
+    query: Tensor,
+    memory: Tensor,
+    topk: int = ...,
+    *,
+    threshold: str = ...,
+    noise: Tensor | None = ...,
+    temperature: float = ...,
+    return_weights: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def space_aware_memory(
+    query: Tensor,
+    memory: Tensor,
+    topk: int = ...,
+    *,
+    threshold: str = ...,
+    noise: Tensor | None = ...,
+    temperature: float = ...,
+    return_weights: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 @named_range
@@ -20,8 +50,9 @@ def space_aware_memory(
     threshold: str = "inclusive",
     noise: Tensor | None = None,
     temperature: float = 1.0,
+    return_weights: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Replace each query by the few items of its own location that it resembles most.
 
         s[b,l,n]   = (sum_d query[b,l,d] memory[l,n,d] + noise[b,l,n]) / temperature
@@ -38,26 +69,31 @@ def space_aware_memory(
     The gradient is straight-through: the gradient of `w` is applied to `p`, so that items outside the top-k learn too.
     Nothing is differentiated through the selection, the division or the noise.
 
-    Precision: scores, probabilities and sums are float32, whatever autocast says. The kernels multiply two float32
-    numbers by three TF32 products, which selects as float32 does, or by one where PyTorch is allowed TF32
-    (`torch.set_float32_matmul_precision("high")`); a bfloat16 query meets a float32 memory as a pair of bfloat16
-    numbers, to 2^-16. With the kernels the output for a query is the same, bit for bit, in every run and every batch.
-    They have no second derivative (the reference has). An item that is not kept adds nothing even if it is infinite,
-    where the reference multiplies it by 0.
+    Precision: scores, probabilities and sums are float32 also under autocast. The kernels multiply two float32
+    numbers by three TF32 products, which select as float32 does, or by one where PyTorch is allowed TF32
+    (`torch.set_float32_matmul_precision("high")`); they multiply a bfloat16 query and a float32 memory, as a pair of
+    bfloat16 numbers, to 2^-16. With the kernels the output for a query is the same, bit for bit, in every run and
+    every batch. An item that is not kept adds nothing even if it is infinite; the reference multiplies it by 0.
 
     Args:
         query: `[B, L, D]`, float16 to float64.
         memory: `[L, N, D]`, one set of items a location, or `[1, N, D]`, shared by all; on the query's device.
-        topk: items kept, 1 or more; `topk >= N` keeps all (`"inclusive"`). Ties at the k-th place go to the lowest
-            index.
+        topk: items kept, an integer of at least 1; `topk >= N` keeps all (`"inclusive"`). Ties at rank k go to the
+            lowest index.
         threshold: `"inclusive"` keeps the k largest; `"exclusive"` keeps those strictly above the `min(k, N)`-th
-            largest and drops every item tied there; where nothing stays the output is 0.
+            largest and drops every item tied there; where none is kept the output is 0.
         noise: `[B, L, N]` added to the similarity (Gumbel noise makes the selection a sample), or None.
-        temperature: divides the similarity, greater than 0.
-        backend: `"auto"` (fused kernels on CUDA where they exist, PyTorch elsewhere), `"triton"` or `"torch"`.
+        temperature: divides the similarity, a number greater than 0.
+        return_weights: also return which items were kept and their weights.
+        backend: `"auto"` (fused kernels on CUDA where they exist, PyTorch elsewhere), `"triton"` or `"torch"`. The
+            kernels have no second derivative, no forward mode and no `torch.func` transforms; inside the last two,
+            `"auto"` takes PyTorch.
 
     Returns:
         `[B, L, D]` in the query's dtype. Similarities and probabilities are computed in float32 (float64 for float64).
+        With `return_weights`, a tuple of that, the indices `[B, L, min(k, N)]` (int64, largest similarity first) and
+        the weights `w` of those items (float32; float64 for float64), 0 for an item that `"exclusive"` dropped.
+        Neither indices nor weights have a gradient.
 
     Raises:
         TypeError: a dtype or type that is not listed above.
@@ -66,23 +102,22 @@ def space_aware_memory(
     """
     check_tensor("query", query, ("B", "L", "D"))
     _, locations, features = query.shape
-    check_tensor("memory", memory, ("L or 1", "N", features), like=query)
+    check_tensor("memory", memory, ("L or 1", "N", features), like=("the query", query))
     if memory.shape[0] not in (1, locations):
         raise ValueError(f"memory must hold the items of {locations} locations, or 1 shared set, got {memory.shape[0]}")
     if 0 in (*memory.shape, *query.shape[1:]):
         raise ValueError(
             f"query and memory must not be empty, got {list(query.shape)} and {list(memory.shape)}; only B may be 0"
         )
-    if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
-        raise ValueError(f"topk must be an integer of at least 1, got {topk!r}")
+    topk = check_integer("topk", topk, least=1)
     check_choice("threshold", threshold, THRESHOLDS)
     if noise is not None:
-        check_tensor("noise", noise, (query.shape[0], locations, memory.shape[1]), like=query)
-    if not 0.0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be a positive number, got {temperature!r}")
+        check_tensor("noise", noise, (query.shape[0], locations, memory.shape[1]), like=("the query", query))
+    check_positive("temperature", temperature)
     refusal = refuse(query.dtype, memory.dtype, locations, memory.shape[1], topk)
     if choose_backend(backend, query.device, refusal).backend == "triton":
         from simsid.kernels.memory.fused import space_aware_memory_fused
 
-        return space_aware_memory_fused(query, memory, topk, threshold, noise, temperature)
-    return space_aware_memory_reference(query, memory, topk, threshold, noise, temperature)
+        return space_aware_memory_fused(query, memory, topk, threshold, noise, float(temperature), return_weights)
+    out, w, index = space_aware_memory_reference(query, memory, topk, threshold, noise, float(temperature))
+    return (out, index, w.gather(-1, index)) if return_weights else out

@@ -1,14 +1,14 @@
-"""Launch plans of the space-aware memory: pure functions from sizes to tiles, with the reason beside each choice."""
+"""Launch plans of the space-aware memory: pure functions from sizes to tiles, with the reason beside each entry."""
 
 import dataclasses
 
 import torch
 
-MOST_ITEMS_IN_ONE_TILE = 4096  # one row of int64 keys in the registers of 8 warps; above it, tile after tile
-MOST_KEPT = (
-    64  # every kept item costs a pass over the row's keys; from here on a dense product with p is the better plan
-)
-MOST_LOCATIONS = 65535  # the second axis of a launch grid
+from simsid.kernels.launch import ceil_div, power_of_two
+
+MAX_TILE_ITEMS = 4096  # a row of int64 keys in the registers of 8 warps; longer rows are read tile after tile
+MAX_KEPT = 64  # each kept item costs a pass over the row's keys; above it a dense product with p is the better plan
+MAX_LOCATIONS = 65535  # the second axis of a launch grid
 JOINT_BATCH = 32  # up to here one program holds all queries of its location, so dz and dM share one reading of M
 QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -19,16 +19,16 @@ def refuse(query: torch.dtype, memory: torch.dtype, locations: int, items: int, 
         return f"a query of {query} has no kernel"
     if memory not in (query, torch.float32):
         return f"a memory of {memory} with a query of {query} has no kernel"
-    if locations > MOST_LOCATIONS:
-        return f"{locations} locations are more than a launch's {MOST_LOCATIONS}"
-    if min(topk, items) > MOST_KEPT:
-        return f"{min(topk, items)} kept items are more than the kernel's {MOST_KEPT}"
+    if locations > MAX_LOCATIONS:
+        return f"{locations} locations are more than a launch's {MAX_LOCATIONS}"
+    if min(topk, items) > MAX_KEPT:
+        return f"{min(topk, items)} kept items are more than the kernel's {MAX_KEPT}"
     return None
 
 
 @dataclasses.dataclass(frozen=True)
 class ScorePlan:
-    """Tiles of `s = z M`: `splits` programs share one product, each with `chunk` features."""
+    """Tiles of `s = z M`: `splits` programs divide the features of one product, `chunk` each."""
 
     block_n: int
     block_b: int
@@ -61,27 +61,22 @@ class GradientPlan:
     num_stages: int
 
 
-def power_of_two(number: int) -> int:
-    """Return the smallest power of two that is not below `number`."""
-    return 1 << (number - 1).bit_length()
-
-
-def ceil_div(number: int, divisor: int) -> int:
-    """Divide and round up."""
-    return -(-number // divisor)
-
-
 def plan_scores(batch: int, locations: int, items: int, features: int, warp_groups: bool) -> ScorePlan:
-    """Plan the score kernel; what decides the order of summation depends on the memory's shape alone.
+    """Plan the score kernel; whatever decides the order of summation depends on the memory's shape alone.
 
-    `warp_groups`: products are made by a whole warp group (sm_90, sm_100) out of shared memory. Single warps take them
-    out of registers: 64 features a step cost 252 of those with 32 queries, and a stack with 64.
+    Args:
+        batch: B.
+        locations: L.
+        items: N.
+        features: D.
+        warp_groups: a whole warp group multiplies (sm_90, sm_100), out of shared memory. Single warps multiply out of
+            registers: 64 features a step take 252 of them with 32 queries, and spill with 64.
     """
-    block_n = 64  # the M side of a warp-group MMA; splitting the items costs no reading of M
+    block_n = 64  # the M side of a warp-group MMA; dividing the items does not read M twice
     step = min(64, max(16, power_of_two(features)))
     programs = locations * ceil_div(items, block_n)
-    # Two programs for each of some 130 multiprocessors, from the memory alone; 128 features amortise a program's
-    # start, and 32 partial sums are as many as the next kernel should read.
+    # Two programs for each of about 130 multiprocessors, from the memory alone; 128 features amortize a program's
+    # start, and the next kernel should not read more than 32 partial sums.
     splits = min(power_of_two(ceil_div(256, programs)), 32, ceil_div(features, 128))
     chunk = ceil_div(ceil_div(features, splits), step) * step
     # Each tile of queries reads all of M again, from the L2 cache at best.
@@ -91,14 +86,13 @@ def plan_scores(batch: int, locations: int, items: int, features: int, warp_grou
 
 
 def plan_rows(items: int, features: int, kept: int) -> RowPlan:
-    """Plan the kernels that take one row of N items a program; selection is repeated for each block of features."""
-    block_n = min(MOST_ITEMS_IN_ONE_TILE, max(16, power_of_two(items)))
+    """Plan the kernels whose program owns one row of N items; selection is repeated for each block of features."""
+    block_n = min(MAX_TILE_ITEMS, max(16, power_of_two(items)))
     block_k = power_of_two(kept)
     # 8192 gathered numbers are 64 registers a thread; wide blocks repeat the selection less often.
     block_d = min(max(16, power_of_two(features)), 1024, 8192 // block_k)
-    return RowPlan(
-        block_n, ceil_div(items, block_n), block_k, block_d, num_warps=4 if max(block_n, block_d) <= 1024 else 8
-    )
+    num_warps = 4 if max(block_n, block_d) <= 1024 else 8  # at most 8 keys a thread up to there
+    return RowPlan(block_n, ceil_div(items, block_n), block_k, block_d, num_warps)
 
 
 def plan_joint_gradient(batch: int) -> GradientPlan | None:
@@ -106,23 +100,23 @@ def plan_joint_gradient(batch: int) -> GradientPlan | None:
     if batch > JOINT_BATCH:
         return None
     # Bound by bandwidth: small tiles, so that four programs fit a multiprocessor (32 items need twice the registers,
-    # and for bf16 queries a stack).
+    # and spill for bf16 queries).
     if batch <= 16:
         return GradientPlan(block_b=16, block_n=16, block_d=64, num_warps=4, num_stages=3)
-    # The tiles are half as large: one more of them on its way. (Three stages also cost bf16 queries a stack on sm_90.)
+    # Tiles of half the size: one more of them in flight. (Three stages also spill for bf16 queries on sm_90.)
     return GradientPlan(block_b=32, block_n=16, block_d=32, num_warps=4, num_stages=4)
 
 
 def plan_query_gradient(batch: int, warp_groups: bool) -> GradientPlan:
-    """Plan the kernel that makes dz alone; 64 queries suit a warp group, and cost single warps all their registers."""
+    """Plan the kernel that makes dz alone; 64 queries suit a warp group, and take all registers of single warps."""
     block_b = min(64 if warp_groups else 32, max(16, power_of_two(batch)))
     return GradientPlan(block_b, block_n=32, block_d=64, num_warps=4, num_stages=3)
 
 
 def plan_items_gradient(batch: int, warp_groups: bool) -> GradientPlan:
-    """Plan the kernel that makes dM alone, walking the queries in tiles; 64 items suit a warp group.
+    """Plan the kernel that makes dM alone, in tiles of queries; 64 items suit a warp group.
 
-    By single warps, 32 queries a step cost a stack.
+    With single warps, 32 queries a step spill.
     """
     block_b = min(32 if warp_groups else 16, max(16, power_of_two(batch)))
     return GradientPlan(block_b, block_n=64, block_d=64, num_warps=4, num_stages=2)

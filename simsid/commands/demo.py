@@ -101,9 +101,11 @@ def _check_replaceable(path: pathlib.Path) -> None:
 
 
 def _clear_run(path: pathlib.Path) -> None:
+    from simsid.report import remove_films
     from simsid.training.run_folder import WRITTEN
 
     # The request goes last: a folder without it is refused the next time.
     for pattern in (*(name for name in WRITTEN if name != "run.json"), "report.html", "run.json"):
         for file in path.glob(pattern):
             file.unlink()
+    remove_films(path / "report.html")

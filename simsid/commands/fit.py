@@ -30,8 +30,6 @@ class Fit:
     """Fraction of the training images held out where the data has too few normal validation images."""
     exclude: Exclude = ()
     """Files to leave out, as patterns of their path below the folder, such as masks/*."""
-    seed: int = 0
-    """Seed of everything drawn."""
 
     def run(self) -> int:
         """Fit, save, and report on the validation images where they are labelled."""
@@ -51,10 +49,10 @@ class Fit:
             "val_share": self.val_share,
             "exclude": list(self.exclude),
         }
-        model = seeded_model(config, self.seed, device)
+        model = seeded_model(config, getattr(config, "seed", 0), device)
         with run_folder(path, document) as folder:
             train, val = load_both(train_records, val_records, model, machine.workers)
-            folder.write_manifest([*train_records, *val_records], [train] if val is None else [train, val])
+            folder.write_manifest(train, val)
             report_loaded(path, train, val)
             model.fit(train, val, progress=True)
             model.save(path)

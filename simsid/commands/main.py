@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import subcommand
 
+from simsid.commands.adapt import Adapt
 from simsid.commands.calibrate import Calibrate
 from simsid.commands.convert import Convert
 from simsid.commands.demo import Demo
@@ -32,6 +33,7 @@ COMMANDS: dict[str, type] = {
     "train": Train,
     "evaluate": Evaluate,
     "score": Score,
+    "adapt": Adapt,
     "calibrate": Calibrate,
     "scan": Scan,
     "convert": Convert,

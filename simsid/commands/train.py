@@ -76,7 +76,7 @@ class Train:
             if folder is not None:
                 # A resumed run may have been killed before the manifest was written.
                 if not (self.resume and (path / "manifest.csv").exists()):
-                    folder.write_manifest([*train_records, *val_records], [train] if val is None else [train, val])
+                    folder.write_manifest(train, val)
                 report_loaded(path, train, val)
             history = trainer.fit(train, val, resume=self.resume is not None)
             if group.main:

@@ -1,30 +1,57 @@
-"""Reads one DICOM file: modality LUT, then VOI LUT or window, then MONOCHROME1 inversion."""
+"""Reads one DICOM file: only the elements that the image needs, within limits that the header is checked against."""
 
-import struct
 import zlib
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
-import numpy as np
-import pydicom
 from pydicom.dataset import Dataset
-from pydicom.encaps import get_frame
-from pydicom.pixels import get_decoder, pixel_array
-from pydicom.tag import Tag
-from pydicom.uid import (
-    UID,
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-)
+from pydicom.filereader import read_partial
+from pydicom.tag import BaseTag, Tag
 
-from simsid.data.reading import DecodedImage, check_size, one_sentence, silence_loggers
+from simsid.data.decoded import BUDGET, DecodedImage, allowed_bytes, check_memory, check_size, file_length, validated
+from simsid.data.dicom_display import display, samples
+from simsid.data.dicom_elements import element_name, integer, text, uid_name
+from simsid.data.dicom_pixels import is_compressed, is_justified, peak_bytes, stored_words, transfer_syntax
+from simsid.data.quiet import silence_loggers
 from simsid.errors import ReadError
 
-# What a message may quote; a damaged element can hold anything, a patient's name too.
-_COLOUR = ("PALETTE COLOR", "RGB", "HSV", "ARGB", "CMYK", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_RCT")
-# Beside the pixels (at most 8 bytes each): headers, overlays, an icon.
-_DEFLATED_HEADER = 64 * 2**20
+# What a message may quote; a damaged element can hold anything, a patient's name included.
+_COLOR = ("PALETTE COLOR", "RGB", "HSV", "ARGB", "CMYK", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_RCT")
+_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+_HEADER = (
+    "SOPClassUID",
+    "PresentationIntentType",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "NumberOfFrames",
+    "Rows",
+    "Columns",
+    "BitsAllocated",
+    "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
+    "PixelPaddingValue",
+    "PixelPaddingRangeLimit",
+)
+_DISPLAY = (
+    "RescaleSlope",
+    "RescaleIntercept",
+    "WindowCenter",
+    "WindowWidth",
+    "VOILUTFunction",
+    "ModalityLUTSequence",
+    "VOILUTSequence",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+)
+_STOPS = frozenset(Tag(keyword) for keyword in (*_PIXELS, "PerFrameFunctionalGroupsSequence"))
+_UNDEFINED = 0xFFFFFFFF
+# Bytes of one element: of a number or short text, and of a sequence, whose items cost 50 times their bytes as objects.
+_LONGEST = {Tag(keyword): 2**16 for keyword in _HEADER} | {Tag(keyword): 2**22 for keyword in _DISPLAY}
+# Every element, and every fragment of compressed data, takes a read at least and becomes an object. Sequences of
+# undefined length are parsed in full, needed or not.
+_MOST_READS = 100_000
+# Bytes that are read of everything beside the pixels.
+_LONGEST_HEADER = 64 * 2**20
 
 # pydicom's log quotes header values, a patient's among them.
 for _package in ("pydicom", "pylibjpeg", "openjpeg", "_openjpeg", "jpeg_ls"):
@@ -32,24 +59,32 @@ for _package in ("pydicom", "pylibjpeg", "openjpeg", "_openjpeg", "jpeg_ls"):
 
 
 def read_dicom(file: BinaryIO, max_pixels: int) -> DecodedImage:
-    """Read a greyscale, single-frame DICOM image.
+    """Read a grayscale, single-frame DICOM image.
 
-    ``pixels`` is what a viewer shows by default: stored values through the modality LUT (or rescale), then through the
-    first VOI LUT, else the first window (LINEAR, LINEAR_EXACT, SIGMOID), then inverted for MONOCHROME1. With a VOI LUT
-    or a window, ``declared`` is the range that maps to and ``for_display`` holds. Without (an empty or zero-width
-    window counts as none), ``declared`` is the range of the stored bits after the rescale, for display at 8 bits only.
+    `pixels` is what a viewer shows by default: stored values through the modality LUT (or rescale), then through the
+    first VOI LUT, else the first window (LINEAR, LINEAR_EXACT, SIGMOID), then inverted for MONOCHROME1. Values of an
+    enhanced object's functional groups precede those of the root. With a VOI LUT or a window, `declared` is the range
+    that maps to and `for_display` holds. Without (an empty, unreadable or zero-width window counts as none), `declared`
+    is the range of the stored bits after the rescale, for display at 8 bits only.
 
-    Source: DICOM PS3.3 C.11.1, C.11.2, C.7.6.3.1.2 and C.7.5.1.1.2.
+    Elements that name the patient are not read.
 
-    Raises: ReadError; its text quotes no header value that could name a patient.
+    Source: DICOM PS3.3 C.11.1, C.11.2, C.7.6.3.1.2, C.7.5.1.1.2 and C.7.6.16.2.
+
+    Raises:
+        ReadError: the text quotes no header value that could name a patient.
     """
-    _check_inflated_size(file, 8 * max_pixels + _DEFLATED_HEADER)
     try:
-        file.seek(0)
-        _check_header(pydicom.dcmread(file, force=True, stop_before_pixels=True), max_pixels)
-        file.seek(0)
-        dataset = pydicom.dcmread(file, force=True)
-        return _display(dataset, _stored_values(dataset))
+        header = _parse(file, max_pixels, _HEADER, with_pixels=False)
+        rows, columns = _checked_size(header, max_pixels)
+        needed = check_memory(rows, columns, peak_bytes(header), max_pixels, _bytes_beside(file, header))
+        with BUDGET.reserve(needed):
+            dataset = _parse(file, max_pixels, _HEADER + _DISPLAY + _PIXELS, with_pixels=True)
+            layout = samples(dataset, justified=is_justified(transfer_syntax(dataset)))
+            words = stored_words(dataset)
+            for keyword in _PIXELS:
+                dataset.pop(keyword, None)
+            return validated(display(dataset, words, layout))
     except (ReadError, MemoryError):
         raise
     except Exception as error:  # pydicom raises a dozen classes where it parses or converts
@@ -57,270 +92,122 @@ def read_dicom(file: BinaryIO, max_pixels: int) -> DecodedImage:
         raise ReadError(f"the DICOM header is damaged ({type(error).__name__})") from None
 
 
-def _check_inflated_size(file: BinaryIO, limit: int) -> None:
-    """Raise ReadError where a deflated data set is larger than an image can be; pydicom would inflate it whole."""
-    head = file.read(1024)
-    if DeflatedExplicitVRLittleEndian.encode() not in head or head[132:140] != b"\2\0\0\0UL\4\0":
-        return
-    file.seek(144 + int.from_bytes(head[140:144], "little"))
+class _CheckedFile:
+    """A file that refuses a deflated data set which is too large, and a header that is too long.
+
+    pydicom reads to the end of a file in one case only: there follows a deflated data set, which it then inflates at
+    once. Checking it here sees what pydicom sees, whatever the layout of preamble and meta information.
+    """
+
+    def __init__(self, file: BinaryIO, most_bytes: int, most_inflated: int) -> None:
+        self._file = file
+        self._bytes = most_bytes
+        self._reads = _MOST_READS
+        self._inflated = most_inflated
+        self.seek, self.tell = file.seek, file.tell
+        self.name = ""
+        self.closed = False
+
+    def read(self, size: int = -1) -> bytes:
+        self._reads -= 1
+        if self._reads < 0:
+            raise ReadError("the DICOM file has too many elements")
+        if size < 0:
+            # What is larger before it is inflated than after cannot be valid.
+            data = self._file.read(self._inflated + 1)
+            check_inflated_size(data, self._inflated)
+            return data
+        data = self._file.read(min(size, self._bytes + 1))
+        self._bytes -= len(data)
+        if self._bytes < 0:
+            raise ReadError("the DICOM header is too long")
+        return data
+
+
+def check_inflated_size(data: bytes, limit: int) -> None:
+    """Raise ReadError unless raw deflate data is complete and inflates to at most `limit` bytes."""
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    size = 0
+    size = position = 0
     try:
-        while chunk := inflater.unconsumed_tail or file.read(2**16):
-            size += len(inflater.decompress(chunk, 2**20))
+        # Until the end of the stream: what follows it stays in `unconsumed_tail` for ever.
+        while not inflater.eof:
+            chunk = inflater.unconsumed_tail
+            if not chunk:
+                chunk = data[position : position + 2**16]
+                position += len(chunk)
+            inflated = len(inflater.decompress(chunk, 2**20))
+            if not chunk and not inflated:
+                raise ReadError("the deflated DICOM data set is cut off")
+            size += inflated
             if size > limit:
                 raise ReadError(f"the deflated DICOM data set is larger than the {limit / 1e6:.0f} MB allowed")
     except zlib.error:
         raise ReadError("the deflated DICOM data set is damaged") from None
 
 
-def _check_header(header: Dataset, max_pixels: int) -> None:
+def _parse(file: BinaryIO, max_pixels: int, keywords: tuple[str, ...], *, with_pixels: bool) -> Dataset:
+    """Read the elements of `keywords`; the others are passed over."""
+    file.seek(0)
+    # Of the memory allowed, the inflated data set takes a part: pydicom copies it, and the result comes on top.
+    limit = min(8 * max_pixels + _LONGEST_HEADER, allowed_bytes(max_pixels) // 4)
+    # Before the pixels are read, the length of the file has been counted; pydicom reads some of it twice.
+    most_bytes = 2 * file_length(file) + _LONGEST_HEADER if with_pixels else _LONGEST_HEADER
+    latest: list[BaseTag] = []
+
+    def stop(tag: BaseTag, _: str | None, length: int) -> bool:
+        latest[:] = [tag]
+        if not with_pixels and tag in _STOPS:
+            return True
+        if length != _UNDEFINED and length > _LONGEST.get(tag, length):
+            raise ReadError(f"the DICOM element {element_name(tag)} has {length} bytes")
+        return False
+
+    try:
+        return read_partial(
+            cast(BinaryIO, _CheckedFile(file, most_bytes, limit)),
+            stop_when=stop,
+            force=True,
+            specific_tags=[Tag(keyword) for keyword in keywords],
+        )
+    except (ReadError, MemoryError):
+        raise
+    except Exception as error:
+        where = f" at the element {element_name(latest[0])}" if latest else ""
+        raise ReadError(f"the DICOM header is damaged{where} ({type(error).__name__})") from None
+
+
+def _bytes_beside(file: BinaryIO, header: Dataset) -> int:
+    """Return the bytes of the file that are read beside the samples: twice what is compressed, else the rest."""
+    length = file_length(file)
+    if is_compressed(transfer_syntax(header)):
+        return 2 * length
+    samples = integer(header, "Rows", 0) * integer(header, "Columns", 0) * integer(header, "BitsAllocated", 16) // 8
+    return max(0, length - samples)
+
+
+def _checked_size(header: Dataset, max_pixels: int) -> tuple[int, int]:
+    """Return rows and columns of a header that says one grayscale frame of an acceptable size."""
     if "Rows" not in header or "Columns" not in header:
         kind = _sop_class(header)
         raise ReadError(f"the DICOM file holds no image{kind}: Rows (0028,0010) or Columns (0028,0011) is missing")
-    samples = _integer(header, "SamplesPerPixel", 1)
+    samples = integer(header, "SamplesPerPixel", 1)
     if samples != 1:
-        raise ReadError(f"the DICOM image is in colour: Samples per Pixel (0028,0002) is {samples}")
-    photometric = str(header.get("PhotometricInterpretation", "")).strip().upper()
+        raise ReadError(f"the DICOM image is in color: Samples per Pixel (0028,0002) is {samples}")
+    photometric = text(header, "PhotometricInterpretation")
     if photometric not in ("MONOCHROME1", "MONOCHROME2"):
         raise ReadError(
-            "the DICOM image is not greyscale: Photometric Interpretation (0028,0004) is "
-            + (photometric if photometric in _COLOUR else "unknown" if photometric else "missing")
+            "the DICOM image is not grayscale: Photometric Interpretation (0028,0004) is "
+            + (photometric if photometric in _COLOR else "unknown" if photometric else "missing")
         )
-    frames = _integer(header, "NumberOfFrames", 1)
+    frames = integer(header, "NumberOfFrames", 1)
     if frames > 1:
         raise ReadError(f"the DICOM image is multi-frame: Number of Frames (0028,0008) is {frames}")
-    check_size(_integer(header, "Rows", 0), _integer(header, "Columns", 0), max_pixels)
-
-
-def _integer(dataset: Dataset, keyword: str, default: int) -> int:
-    try:
-        value = dataset.get(keyword)
-        return default if value is None or value == "" else int(value)
-    except Exception:
-        raise ReadError(f"the DICOM element {keyword} {Tag(keyword)} is no whole number") from None
+    rows, columns = integer(header, "Rows", 0), integer(header, "Columns", 0)
+    check_size(rows, columns, max_pixels)
+    return rows, columns
 
 
 def _sop_class(header: Dataset) -> str:
     uid = header.get("SOPClassUID") or getattr(header, "file_meta", Dataset()).get("MediaStorageSOPClassUID")
-    name = _uid_name(uid) if uid else ""
+    name = uid_name(uid) if uid else ""
     return f" ({name})" if name else ""
-
-
-def _uid_name(uid: object) -> str:
-    """Return the standard's name of a UID, ``""`` for any other text: a damaged one may have run into the patient's."""
-    text = str(uid)
-    name = UID(text).name
-    return name if name != text else ""
-
-
-def _stored_values(dataset: Dataset) -> np.ndarray:
-    """Decode the pixel data: ``[H, W]``, integers, or floats for float pixel data."""
-    if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-        raise ReadError("the DICOM file holds no Pixel Data (7FE0,0010)")
-    syntax = _transfer_syntax(dataset)
-    try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        raise ReadError(f"the DICOM transfer syntax is not supported: {_uid_name(syntax) or 'unknown'}") from None
-    if not decoder.is_available:
-        raise ReadError(_missing_decoder(syntax))
-    if syntax.is_encapsulated:
-        _check_codestream(dataset, syntax)
-    try:
-        values = pixel_array(dataset, raw=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders of six packages, each with its own classes
-        raise ReadError(f"the DICOM pixel data ({syntax.name}) cannot be decoded: {_decoders_say(error)}") from None
-    if values.ndim != 2:
-        raise ReadError(f"the DICOM pixel data has shape {list(values.shape)}, not rows and columns")
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise ReadError("the image has NaN or infinite values")
-    return values
-
-
-def _decoders_say(error: Exception) -> str:
-    """Join what each decoder said; pydicom puts one on a line below a general sentence."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return one_sentence(ValueError("; ".join(lines[1:]))) if len(lines) > 1 else one_sentence(error)
-
-
-def _check_codestream(dataset: Dataset, syntax: UID) -> None:
-    """Raise ReadError where compressed data says another size than the header; decoders would believe the data."""
-    try:
-        size = _codestream_size(get_frame(dataset.PixelData, 0, number_of_frames=1))
-    except Exception:  # not encapsulated, or cut off
-        raise ReadError(f"the DICOM pixel data ({syntax.name}) is damaged") from None
-    if size is not None and size != (dataset.Rows, dataset.Columns):
-        raise ReadError(
-            f"the compressed DICOM pixel data says {size[1]} x {size[0]} pixels, the header "
-            f"{dataset.Columns} x {dataset.Rows}"
-        )
-
-
-def _codestream_size(data: bytes) -> tuple[int, int] | None:
-    """Return (rows, columns) of JPEG, JPEG-LS or JPEG 2000 data, ``None`` where it does not start as these do."""
-    # JPEG 2000: SOC, then SIZ with the far corner and the offset of the image.
-    start = data.find(b"\xff\x4f\xff\x51")
-    if start == 0 or data[4:8] == b"jP  ":
-        right, bottom, left, top = struct.unpack_from(">4I", data, start + 8)
-        return bottom - top, right - left
-    if data[:2] != b"\xff\xd8":
-        return None
-    place = 2
-    while place + 9 <= len(data):
-        marker = data[place + 1]
-        # Start of frame: C0 to CF without the tables' C4, C8 and CC; F7 in JPEG-LS.
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return struct.unpack_from(">2H", data, place + 5)
-        # A fill byte stands alone, a segment has its length.
-        place += 1 if marker == 0xFF else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return None
-
-
-def _transfer_syntax(dataset: Dataset) -> UID:
-    """Return the transfer syntax; files without meta information have the one they were parsed with."""
-    meta = getattr(dataset, "file_meta", None)
-    if meta is not None and meta.get("TransferSyntaxUID"):
-        return UID(meta.TransferSyntaxUID)
-    implicit, little = dataset.original_encoding
-    if implicit:
-        syntax = ImplicitVRLittleEndian
-    else:
-        syntax = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-    if meta is None:
-        dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = syntax
-    return syntax
-
-
-def _missing_decoder(syntax: UID) -> str:
-    return f"no decoder for {syntax.name} is installed: pip install 'simsid[dicom]'"
-
-
-def _display(dataset: Dataset, stored: np.ndarray) -> DecodedImage:
-    bits = 32 if stored.dtype.kind == "f" else _integer(dataset, "BitsStored", dataset.get("BitsAllocated", 16))
-    padding = _padding(dataset, stored)
-    values, limits = _modality(dataset, stored, bits)
-    viewed = _voi(dataset, values, limits)
-    if viewed is not None:
-        values, limits = viewed
-    if dataset.PhotometricInterpretation.strip().upper() == "MONOCHROME1":
-        low, high = limits if limits is not None else (float(values.min()), float(values.max()))
-        values = (low + high) - values
-    return DecodedImage(
-        pixels=np.ascontiguousarray(values, dtype=np.float32),
-        declared=limits,
-        for_display=viewed is not None or bits <= 8,
-        bits=bits,
-        format="DICOM",
-        padding=padding,
-    )
-
-
-def _padding(dataset: Dataset, stored: np.ndarray) -> np.ndarray | None:
-    """Mark the stored values that Pixel Padding Value, or the range up to its limit, declares to be no image."""
-    value = dataset.get("PixelPaddingValue")
-    if value is None or stored.dtype.kind == "f":
-        return None
-    limit = dataset.get("PixelPaddingRangeLimit")
-    low, high = sorted((int(value), int(value if limit is None else limit)))
-    mask = (stored >= low) & (stored <= high)
-    return mask if mask.any() and not mask.all() else None
-
-
-def _modality(dataset: Dataset, stored: np.ndarray, bits: int) -> tuple[np.ndarray, tuple[float, float] | None]:
-    """Apply the modality LUT or the rescale; return the values and the range they can take."""
-    if dataset.get("ModalityLUTSequence"):
-        values, depth = _look_up(dataset, dataset.ModalityLUTSequence[0], stored, signed=_is_signed(dataset))
-        return values, (0.0, 2.0**depth - 1)
-    if stored.dtype.kind == "f" or bits > 16:
-        limits = None
-    elif _is_signed(dataset):
-        limits = (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
-    else:
-        limits = (0.0, 2.0**bits - 1)
-    slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept")
-    if slope is None or intercept is None:
-        return stored, limits
-    slope, intercept = float(slope), float(intercept)
-    if not np.isfinite([slope, intercept]).all() or slope == 0:
-        raise ReadError(f"the DICOM Rescale Slope (0028,1053) is {slope:g}, the Rescale Intercept {intercept:g}")
-    if limits is not None:
-        low, high = sorted(limit * slope + intercept for limit in limits)
-        limits = (low, high)
-    return stored.astype(np.float64) * slope + intercept, limits
-
-
-def _is_signed(dataset: Dataset) -> bool:
-    return _integer(dataset, "PixelRepresentation", 0) == 1
-
-
-def _voi(
-    dataset: Dataset, values: np.ndarray, limits: tuple[float, float] | None
-) -> tuple[np.ndarray, tuple[float, float]] | None:
-    """Apply the first VOI LUT, else the first usable window; return values and range, ``None`` for neither."""
-    sequence = dataset.get("VOILUTSequence")
-    if sequence and "LUTDescriptor" in sequence[0] and "LUTData" in sequence[0]:
-        signed = limits is not None and limits[0] < 0
-        viewed, depth = _look_up(dataset, sequence[0], np.rint(values), signed=signed)
-        return viewed, (0.0, 2.0**depth - 1)
-    center, width = _first(dataset, "WindowCenter"), _first(dataset, "WindowWidth")
-    if center is None or width is None:
-        return None
-    function = str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper()
-    values = values.astype(np.float64)
-    if function == "LINEAR" and width >= 1:
-        # A width of 1 is a threshold: the ramp between has no width left.
-        ramp = (values - (center - 0.5)) / max(width - 1, 1e-9) + 0.5
-    elif function == "LINEAR_EXACT" and width > 0:
-        ramp = (values - center) / width + 0.5
-    elif function == "SIGMOID" and width > 0:
-        # Far outside the window exp overflows to infinity, and the value to the right limit 0.
-        with np.errstate(over="ignore"):
-            ramp = 1 / (1 + np.exp(-4 * (values - center) / width))
-    elif function in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
-        return None
-    else:
-        raise ReadError("the DICOM VOI LUT Function (0028,1056) is not one of LINEAR, LINEAR_EXACT and SIGMOID")
-    return np.clip(ramp, 0, 1), (0.0, 1.0)
-
-
-def _first(dataset: Dataset, keyword: str) -> float | None:
-    """Return the first value of a decimal string, ``None`` for an absent, empty or non-finite one."""
-    value = dataset.get(keyword)
-    if isinstance(value, pydicom.multival.MultiValue):
-        value = value[0] if len(value) else None
-    if value is None or value == "":
-        return None
-    return float(value) if np.isfinite(float(value)) else None
-
-
-def _look_up(dataset: Dataset, item: Dataset, values: np.ndarray, *, signed: bool) -> tuple[np.ndarray, int]:
-    """Map values through a LUT; entries beyond either end repeat the end's. Returns the result and its bits."""
-    entries, first, depth = (int(value) for value in item.LUTDescriptor)
-    entries = entries or 2**16
-    # The first value mapped shares the sign of the values, but not always its encoding.
-    if signed and first >= 2**15:
-        first -= 2**16
-    if not signed and first < 0:
-        first += 2**16
-    table = _table(dataset, item.LUTData, entries)
-    index = np.clip(values.astype(np.int64) - first, 0, len(table) - 1)
-    return table[index], depth
-
-
-def _table(dataset: Dataset, data: object, entries: int) -> np.ndarray:
-    if isinstance(data, bytes):
-        _, little = dataset.original_encoding
-        # 8-bit entries come packed as bytes, or one to a word.
-        if len(data) < 2 * entries:
-            table = np.frombuffer(data, np.uint8)
-        else:
-            table = np.frombuffer(data[: 2 * entries], "<u2" if little else ">u2")
-    else:
-        table = np.atleast_1d(np.asarray(data)).astype(np.int64)
-    if len(table) < entries:
-        raise ReadError(f"a DICOM look-up table has {len(table)} of the {entries} entries that its descriptor says")
-    return table[:entries].astype(np.int64)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from simsid.data.reading import DecodedImage
+from simsid.data.decoded import DecodedImage, bands, extremes, pixels_inside
 from simsid.errors import InputError, NonFiniteError, ReadError
 
 ASPECTS = ("stretch", "pad", "crop")
@@ -18,6 +18,8 @@ INTENSITIES = ("auto", "range", "minmax")
 CLIPPED = 0.1
 # Values may leave -1..1 by this much: interpolation and half precision round.
 TOLERANCE = 1e-3
+# Pixels up to which an image is resized in one step.
+AT_ONCE = 2**24
 
 ImageSize = int | tuple[int, int]
 
@@ -77,7 +79,7 @@ class Preprocessing:
         Raises:
             ReadError: intensity `"range"` for an image that declares no range.
         """
-        values = _resize(_normalize(image, self.intensity), self.size, self.aspect)
+        values = _resize(image, _range(image, self.intensity), self.size, self.aspect)
         top, dtype = (255, np.uint8) if image.bits <= 8 else (65535, np.uint16)
         return np.rint(np.clip(values, 0, 1) * np.float32(top)).astype(dtype)
 
@@ -116,50 +118,64 @@ def value_range(images: Tensor, name: str = "images") -> tuple[float, float]:
     return low, high
 
 
-def _normalize(image: DecodedImage, intensity: str) -> np.ndarray:
-    """Map gray values to float32 `[H, W]` in 0..1."""
-    measured = image.pixels if image.padding is None else image.pixels[~image.padding]
+def _range(image: DecodedImage, intensity: str) -> tuple[float, float]:
+    """Return the gray values that become black and white."""
     if intensity == "minmax":
-        low, high = float(measured.min()), float(measured.max())
-    elif intensity == "range" or image.for_display:
+        return extremes(image)
+    if intensity == "range" or image.for_display:
         if image.declared is None:
             raise ReadError(f"{image.bits}-bit samples declare no range; use intensity 'auto' or 'minmax'")
-        low, high = image.declared
-    else:
-        low, high = (float(value) for value in np.percentile(measured, (CLIPPED, 100 - CLIPPED)))
-        if high <= low:  # nearly all pixels are equal
-            low, high = float(measured.min()), float(measured.max())
+        return image.declared
+    # The only copy of all pixels: the percentiles reorder it.
+    measured = pixels_inside(image)
+    low, high = (float(value) for value in np.percentile(measured, (CLIPPED, 100 - CLIPPED), overwrite_input=True))
+    return (low, high) if high > low else extremes(image)  # nearly all pixels are equal
+
+
+def _normalized(image: DecodedImage, band: slice, low: float, high: float) -> np.ndarray:
+    """Map some rows of gray values to float32 in 0..1."""
+    values = image.pixels[band].astype(np.float32)
     if high <= low:
-        return np.zeros(image.pixels.shape, np.float32)
-    # float32 holds 16-bit differences exactly, so the order of gray values survives. In place: an image of 100 million
-    # pixels takes 400 MB.
-    values = image.pixels.astype(np.float32)
+        return np.zeros_like(values)
+    # float32 holds 16-bit differences exactly, so the order of gray values survives.
     values -= np.float32(low)
     values /= np.float32(high - low)
     np.clip(values, 0, 1, out=values)
     if image.padding is not None:
-        values[image.padding] = 0
+        values[image.padding[band]] = 0
     return values
 
 
-def _resize(values: np.ndarray, size: tuple[int, int], aspect: str) -> np.ndarray:
-    """Resize float32 `[H, W]` to `size`; Pillow's bilinear filter is antialiased when it shrinks."""
-    rows, columns = values.shape
+def _resize(image: DecodedImage, limits: tuple[float, float], size: tuple[int, int], aspect: str) -> np.ndarray:
+    """Normalize and resize to float32 `[H, W]`; Pillow's bilinear filter is antialiased when it shrinks."""
+    rows, columns = image.pixels.shape
     height, width = size
-    image = Image.fromarray(values)
+    left, top, right, bottom = 0.0, 0.0, float(columns), float(rows)
     if aspect == "pad":
         scale = min(height / rows, width / columns)
-        inner = max(1, round(rows * scale)), max(1, round(columns * scale))
-        top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
-        padded = np.zeros(size, np.float32)
-        resized = np.asarray(image.resize(inner[::-1], Image.Resampling.BILINEAR))
-        padded[top : top + inner[0], left : left + inner[1]] = resized
-        return padded
-    box = (0.0, 0.0, float(columns), float(rows))
-    if aspect == "crop":
+        height, width = max(1, round(rows * scale)), max(1, round(columns * scale))
+    elif aspect == "crop":
         scale = max(height / rows, width / columns)
         across, down = width / scale, height / scale
         left, top = (columns - across) / 2, (rows - down) / 2
         # Rounding may pass the border by 1e-13, which Pillow refuses.
-        box = (max(left, 0.0), max(top, 0.0), min(left + across, columns), min(top + down, rows))
-    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box))
+        left, top, right, bottom = max(left, 0.0), max(top, 0.0), min(left + across, columns), min(top + down, rows)
+    if rows * columns <= AT_ONCE:
+        source = Image.fromarray(_normalized(image, slice(None), *limits))
+    else:
+        # Filter the rows of one band after the other, without a second image of full size. Filtering the columns first,
+        # as Pillow does where that is faster, rounds differently.
+        narrow = np.empty((rows, width), np.float32)
+        for band in bands(rows, columns):
+            strip = Image.fromarray(_normalized(image, band, *limits))
+            box = (left, 0.0, right, float(strip.height))
+            narrow[band] = np.asarray(strip.resize((width, strip.height), Image.Resampling.BILINEAR, box=box))
+        source, left, right = Image.fromarray(narrow), 0.0, float(width)
+    box = (left, top, right, bottom)
+    resized = np.asarray(source.resize((width, height), Image.Resampling.BILINEAR, box=box))
+    if aspect != "pad":
+        return resized
+    padded = np.zeros(size, np.float32)
+    down, across = (size[0] - height) // 2, (size[1] - width) // 2
+    padded[down : down + height, across : across + width] = resized
+    return padded

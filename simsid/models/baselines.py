@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from simsid.config import PixelKNNConfig, PixelPCAConfig, from_dict, replaced
 from simsid.data import Preprocessing, as_image_set
-from simsid.errors import CheckpointError, ConfigError, InputError
+from simsid.errors import CalibrationError, CheckpointError, ConfigError, InputError
 from simsid.models.base import AnomalyModel
 from simsid.models.calibration import Calibration
 
@@ -33,7 +33,7 @@ class PixelBaseline(AnomalyModel):
         config = self.config_type() if config is None else config
         if not isinstance(config, self.config_type):
             raise ConfigError(f"config must be a {self.config_type.__name__}, got {config!r}")
-        self.config = replaced(config, overrides)
+        self.config: Any = replaced(config, overrides)
         self.calibration: Calibration | None = None
         self.tensors: dict[str, Tensor] = {}
         """What was learned; empty before `fit`."""
@@ -99,7 +99,7 @@ class PixelBaseline(AnomalyModel):
 
     def _learned(self) -> dict[str, Tensor]:
         if not self.tensors:
-            raise InputError(f"{self.kind} has learned nothing yet: call fit(images) with normal images first")
+            raise CalibrationError(f"{self.kind} is not fitted: call fit(images) with normal images first")
         return self.tensors
 
     @abc.abstractmethod

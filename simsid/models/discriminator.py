@@ -44,6 +44,7 @@ class Discriminator(nn.Module):
         return (x * self.output.weight).sum(1) + self.output.bias
 
 
-def _instance_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """Normalise every image with its own statistics, at the scale and shift that BatchNorm learned."""
+def _instance_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """Normalize every image with its own statistics, at the scale and shift that BatchNorm learned."""
+    assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
     return F.instance_norm(x, weight=norm.weight, bias=norm.bias, eps=norm.eps)

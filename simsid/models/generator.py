@@ -1,4 +1,4 @@
-"""Encoder and generators: the student that sees through memories, the teacher that does not."""
+"""Encoder and generators: the student, with memories, and the teacher, without."""
 
 from typing import NamedTuple
 
@@ -56,8 +56,8 @@ class Encoder(nn.Module):
 class Generator(nn.Module):
     """Decoder from the deepest features to an image in -1..1; the student's has the in-painting block and the memories.
 
-    Up block `i` upsamples to the size of skip `levels - 1 - i`, sees that skip if it is among the `skip_levels`
-    deepest, and has its channels. The patches are put together before the last `merge_levels` blocks.
+    Up block `i` upsamples to the size of skip `levels - 1 - i`, takes that skip as input too if it is among the
+    `skip_levels` deepest, and has its channels. The patches are merged before the last `merge_levels` blocks.
     Source: SimSID, sections 3.1 and 3.4; SQUID, section 3.5 (hierarchical memory, student and teacher).
     """
 
@@ -71,8 +71,8 @@ class Generator(nn.Module):
         self.up, self.memories = nn.ModuleList(), nn.ModuleList()
         for i in range(config.levels):
             skip = config.levels - 1 - i
-            seen = channels[skip] if i < config.skip_levels else 0
-            self.up.append(ConvBlock(channels[skip + 1] + seen, channels[skip]))
+            joined = channels[skip] if i < config.skip_levels else 0
+            self.up.append(ConvBlock(channels[skip + 1] + joined, channels[skip]))
             if student and i < config.decoder_memories:
                 size = config.patch_size // 2**skip
                 self.memories.append(

@@ -4,26 +4,32 @@ import copy
 import threading
 import warnings
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
 from simsid import cuda_graph
+from simsid.arguments import require_instance
 from simsid.config import Config
 from simsid.data import Preprocessing
 from simsid.errors import ConfigError
 from simsid.kernels.ranges import stage
 from simsid.models import patches
 from simsid.models.base import BATCH, Scorer
+from simsid.models.discriminator import Discriminator
+from simsid.models.generator import Encoder, Generator
 from simsid.models.signals import SIGNALS, available_signals
 
 
 class ConfiguredNetwork(nn.Module, Scorer):
-    """What `Model` and its frozen copies derive from their configuration and share: signals and preprocessing."""
+    """What `Model` and its frozen copies have in common: networks, and what their configuration says of them."""
 
     config: Config
+    encoder: Encoder
+    student: Generator
+    discriminator: Discriminator
 
     @property
     def device(self) -> torch.device:
@@ -79,14 +85,14 @@ class FrozenModel(ConfiguredNetwork):
     def __init__(self, model: ConfiguredNetwork, *, capture: bool = True, share: bool = False) -> None:
         super().__init__()
         self.config, self.calibration = model.config, model.calibration
-        self.encoder, self.student, self.discriminator = (
-            copy.deepcopy(part, _kept(part, share)) for part in (model.encoder, model.student, model.discriminator)
-        )
+        self.encoder = copy.deepcopy(model.encoder, _kept(model.encoder, share))
+        self.student = copy.deepcopy(model.student, _kept(model.student, share))
+        self.discriminator = copy.deepcopy(model.discriminator, _kept(model.discriminator, share))
         self.eval()
         for part in (self.encoder, self.student):
             for module in list(part.modules()):
                 for name, child in module.named_children():
-                    if _is_normalized_convolution(child):
+                    if isinstance(child, nn.Sequential) and _is_normalized_convolution(child):
                         setattr(module, name, _folded(*child))
         if not share:
             self.requires_grad_(False)
@@ -154,11 +160,12 @@ class FrozenModel(ConfiguredNetwork):
                 self._capture = False
                 return self._computed_signals(images, self.signal_names)
             self._graphs[images.shape] = graph
-        return graph(images)
+        return cast("dict[str, Tensor]", graph(images))
 
 
 def freeze(model: ConfiguredNetwork, *, capture: bool = True) -> FrozenModel:
     """Return an inference copy of a network; see `FrozenModel`."""
+    require_instance("model", model, ConfiguredNetwork)
     if isinstance(model, FrozenModel):
         return model
     return FrozenModel(model, capture=capture)
@@ -175,9 +182,9 @@ def _kept(part: nn.Module, share: bool) -> dict[int, Any]:
     return kept
 
 
-def _is_normalized_convolution(module: nn.Module) -> bool:
-    """Whether a module is a plain convolution with a BatchNorm after it, and nothing else."""
-    kinds = [type(child) for child in module] if type(module) is nn.Sequential else []
+def _is_normalized_convolution(module: nn.Sequential) -> bool:
+    """Whether a sequence is a plain convolution and a BatchNorm after it."""
+    kinds = [type(child) for child in module]
     return len(kinds) == 2 and kinds[0] is nn.Conv2d and issubclass(kinds[1], nn.modules.batchnorm._BatchNorm)
 
 
@@ -185,6 +192,7 @@ def _is_normalized_convolution(module: nn.Module) -> bool:
 def _folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     """Return a channels-last convolution that does what the two do in inference mode."""
     folded = copy.copy(convolution)
+    assert norm.running_mean is not None and norm.running_var is not None
     weight, bias = fuse_conv_bn_weights(
         convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )

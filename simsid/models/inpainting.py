@@ -1,4 +1,4 @@
-"""The in-painting block: a patch is rebuilt from what the memories of its neighbours return."""
+"""The in-painting block: a patch is rebuilt from what the memories of its neighbors return."""
 
 import math
 from typing import NamedTuple
@@ -22,9 +22,9 @@ class Inpainted(NamedTuple):
 
 
 class NeighborAttention(nn.Module):
-    """Multi-head attention of each location to its eight neighbours, projections included.
+    """Multi-head attention of each location to its eight neighbors, projections included.
 
-    Query, key and value are projected once a location, never once a window; a neighbour outside the grid is a zero
+    Query, key and value are projected once per location, never once per window; a neighbor outside the grid is a zero
     feature (`border="zero"`: key = key bias, value = value bias) or takes no part (`"mask"`).
     Source: SimSID, section 3.3; SQUID, section 3.4.
     """
@@ -54,16 +54,18 @@ class NeighborAttention(nn.Module):
 
 
 class InpaintingBlock(nn.Module):
-    """Replace the deepest features of every patch by what its memory and its neighbours make of them.
+    """Replace the deepest features of every patch by what its memory and its neighbors make of them.
 
         f = ReLU(BN(conv1x1(x)));   n = memory(f)
-        n = ReLU(LN(attention(f, neighbours of n)) + n);   n = ReLU(LN(FF(n)) + n)
+        n = ReLU(LN(attention(f, neighbors of n)) + n);   n = ReLU(LN(FF(n)) + n)
         y = ReLU(BN(conv1x1([n, binary index planes])))
 
     Source: SimSID, section 3.3; SQUID, section 3.4, and its masked shortcut (`rho < 1`). With
     `inpainting="convolution"` a 3x3 convolution over the grid of patch features stands in for the attention; with
     `"memory"` the look-up alone remains.
     """
+
+    index_planes: Tensor
 
     def __init__(self, config: Config, backend: str = "auto") -> None:
         super().__init__()
@@ -72,6 +74,7 @@ class InpaintingBlock(nn.Module):
         self.backend = backend
         self.entry = nn.Sequential(nn.Conv2d(C, C // 4, 1, bias=False), nn.BatchNorm2d(C // 4))
         self.memory = SpaceAwareMemory(config, L, config.items, D, queue=config.memory == "queue", backend=backend)
+        self.mixing: nn.Module
         if self.kind == "attention":
             self.mixing = NeighborAttention(D, (P, P), config.heads, config.border, backend)
         elif self.kind == "convolution":

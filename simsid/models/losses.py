@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 def distillation_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """Return the sum over up blocks of the mean squared difference of their feature maps; detached on neither side."""
+    """Return the sum over up blocks of the mean squared difference of their feature maps; neither is detached."""
     return torch.stack([F.mse_loss(_wide(s), _wide(t)) for s, t in zip(student, teacher, strict=True)]).sum()
 
 

@@ -9,14 +9,17 @@ from simsid.models import patches
 
 
 class SpaceAwareMemory(nn.Module):
-    """Items that belong to one location each, returned in place of what resembles them.
+    """Replaces each query by the items of its own location that resemble it most.
 
         out = w M,   w = shrink(softmax(z M^T))
 
     Source: SimSID, section 3.2 (equations 1-3); the queue: SQUID, section 3.3. `items` is a parameter `[L, N, D]`
     (`[1, N, D]` when `config.space_aware` is off), or with `queue=True` a buffer of the latest real features that gets
-    no gradient and is renewed by `push`.
+    no gradient and that `push` updates.
     """
+
+    items: Tensor
+    pointer: Tensor
 
     def __init__(
         self, config: Config, locations: int, items: int, features: int, *, queue: bool = False, backend: str = "auto"
@@ -57,15 +60,15 @@ class SpaceAwareMemory(nn.Module):
 
     @torch.no_grad()
     def push(self, query: Tensor, unless: Tensor | None = None) -> None:
-        """Put a step's queries `[B, L, D]` into the queue, in batch order; the oldest items give way.
+        """Append a step's queries `[B, L, D]` to the queue, in batch order; they overwrite the oldest items.
 
-        Nothing changes where the boolean scalar `unless` holds, which is not read back from the device.
+        Nothing changes where the boolean scalar `unless` is true; it stays on the device, so the host need not wait.
         """
         if self.items.shape[0] == 1:
             query = query.flatten(0, 1)[:, None]
         N = self.items.shape[1]
         new = query.detach().transpose(0, 1)[:, -N:].to(self.items.dtype)
-        # Queries beyond N would be overwritten at once, yet they move the pointer on like the others.
+        # Queries beyond N would be overwritten at once, but advance the pointer like the others.
         first = self.pointer + max(query.shape[0] - N, 0)
         slots = (first + torch.arange(new.shape[1], device=self.items.device)) % N
         moved = (self.pointer + query.shape[0]) % N
@@ -101,11 +104,11 @@ def hard_shrinkage_memory(
 
 
 class DecoderMemory(nn.Module):
-    """The memory after a decoder block: a feature map goes in, one of the same shape comes out.
+    """The memory after a decoder block; it maps a feature map to one of the same shape.
 
     `"patch"` (the papers): one location a patch, `D` = channels x height x width of the patch's map. `"subpatch"` (the
     released code): each patch's map is cut into 2 x 2 sub-windows; they are the locations, shared by all patches.
-    Items are flattened channel-major. A map of the whole image is cut into its patches first (`merged=True`).
+    Items are flattened channel-major. A map of all patches together is cut into them first (`merged=True`).
     """
 
     def __init__(self, config: Config, channels: int, size: int, *, merged: bool, backend: str = "auto") -> None:
@@ -130,5 +133,5 @@ class DecoderMemory(nn.Module):
             found = patches.merge(found, 2)
         if self.merged:
             found = patches.merge(found, self.patches)
-        # Here, where the map is small: what follows would convert it after enlarging it.
+        # Convert here, where the map is small: the next block would convert it after upsampling.
         return found.contiguous(memory_format=layout)

@@ -3,13 +3,13 @@
 import json
 import os
 from types import NoneType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from simsid import checkpoint
-from simsid.config import Config
+from simsid.config import Config, TrainingConfig
 from simsid.errors import ConfigError, InputError, InputTypeError
 from simsid.kernels.ranges import stage
 from simsid.models import patches
@@ -119,14 +119,14 @@ class Model(ConfiguredNetwork, AnomalyModel):
         val: object = None,
         *,
         progress: bool = False,
-        config: object = None,
+        config: TrainingConfig | None = None,
         run: str | os.PathLike | None = None,
     ) -> "Model":
         """Train with `simsid.Trainer` and return the model; see there for the arguments and what is kept."""
         # Through the public name: the training package builds on this module, which must not import it.
         import simsid
 
-        trainer: type[Trainer] = simsid.Trainer
+        trainer = cast("type[Trainer]", simsid.Trainer)
         trainer(self, config, run=run, progress=progress).fit(train, val)
         return self
 
@@ -165,11 +165,14 @@ class Model(ConfiguredNetwork, AnomalyModel):
         # On the meta device first: sizes from a foreign file are compared before any memory is taken for them.
         with torch.device("meta"):
             checkpoint.check_shapes(cls(config), tensors, source)
+        for name in options:
+            if name not in ("fused", "backend"):
+                raise InputTypeError(f"Model.load takes fused, backend and device, got {name!r}")
         with torch.random.fork_rng(devices=[]):
             model = cls(config, **options)  # type: ignore[arg-type]  # __init__ checks them
         checkpoint.load_state(model, tensors, source)
         if document.get("layout") == "channels_last":
-            model.to(memory_format=torch.channels_last)
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in PyTorch's stubs
         return model.eval()
 
     def get_extra_state(self) -> Tensor:
@@ -199,7 +202,7 @@ class Model(ConfiguredNetwork, AnomalyModel):
         return images.masked_fill(blank.repeat_interleave(S, 2).repeat_interleave(S, 3), 0.0)
 
     def _is_channels_last(self) -> bool:
-        weight = self.discriminator.convolutions[1].weight
+        weight = self.discriminator.get_parameter("convolutions.1.weight")
         return weight.is_contiguous(memory_format=torch.channels_last)
 
     def _check(self, images: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Cutting images into patches and putting them together again; patch index fastest in the batch."""
+"""Cuts images into patches and merges them again; the patch index is the fastest in the batch."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def split(images: Tensor, patches: int) -> Tensor:
 
 
 def merge(maps: Tensor, patches: int) -> Tensor:
-    """Put `[B * P*P, C, h, w]` together to `[B, C, P*h, P*w]`, in the same memory format; the inverse of `split`."""
+    """Merge `[B * P*P, C, h, w]` to `[B, C, P*h, P*w]`, in the same memory format; the inverse of `split`."""
     BL, C, h, w = maps.shape
     B = BL // (patches * patches)
     if is_channels_last(maps):
@@ -24,5 +24,5 @@ def merge(maps: Tensor, patches: int) -> Tensor:
 
 
 def is_channels_last(maps: Tensor) -> bool:
-    """Whether `[B, C, h, w]` lies in memory with the channels fastest, and not also in the usual order."""
+    """Whether `[B, C, h, w]` lies in memory with the channels fastest, and is not also contiguous."""
     return maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()

@@ -1,10 +1,10 @@
-"""Reading the checkpoints of the released SimSID code: `model.pth` and `discriminator.pth`."""
+"""Reads the checkpoints of the released SimSID code: `model.pth` and `discriminator.pth`."""
 
 import math
 import os
 import pickle
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ ITEMS = re.compile(r"generator\.(inpaint_block|memory_blocks\.(\d+))\.memory\.(\
 
 
 def read_released(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Read one `.pth` with `weights_only=True`: tensors by name, a `module.` prefix or outer `state_dict` taken off."""
+    """Read one `.pth` with `weights_only=True`: tensors by name, without `module.` or an outer `state_dict`."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -55,7 +55,7 @@ def read_released(path: str | os.PathLike) -> dict[str, Tensor]:
         raise ConversionError(
             f"{os.fspath(path)} is damaged or holds more than tensors, and nothing but tensors is read"
         ) from None
-    except Exception as error:  # a damaged file fails in the unpickler in a dozen ways, some with no words of their own
+    except Exception as error:  # a damaged file fails in the unpickler in a dozen ways, some without a message
         strerror = getattr(error, "strerror", None)
         reason = strerror or "it is damaged, or torch.save did not write it"
         raise ConversionError(f"{os.fspath(path)} cannot be read as a PyTorch state dictionary: {reason}") from None
@@ -84,9 +84,9 @@ def convert(
 ) -> Model:
     """Build a model from the released generator's and discriminator's tensors.
 
-    Sizes are read off the shapes. What shapes cannot tell is an argument: `topk` is their `shrink_thres`, `"subpatch"`
-    and `"patch"` their `'V1'` and `'V3'`; whether the in-painting memory is a queue; at P = 2 also `decoder_memory`. A
-    queue's write pointer is not in the files; it starts at 0.
+    Sizes come from the shapes. What shapes do not determine is an argument: `topk` is their `shrink_thres`,
+    `"subpatch"` and `"patch"` their `'V1'` and `'V3'`; whether the in-painting memory is a queue; at P = 2 also
+    `decoder_memory`. A queue's write pointer is not in the files; it starts at 0.
 
     Raises:
         ConversionError: a tensor is missing, unknown or of a shape that does not fit.
@@ -117,7 +117,7 @@ def convert(
 
 
 def renamed_names(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Return theirs to ours for every tensor (prefixes included) that moves as a whole."""
+    """Return their name to ours for every tensor (prefixes included) that is only renamed."""
     found = {}
     for name in tensors:
         if match := DISCRIMINATOR.fullmatch(name):
@@ -128,21 +128,25 @@ def renamed_names(tensors: dict[str, Tensor]) -> dict[str, str]:
     return found
 
 
-def _discriminator_name(position: int, what: str) -> str:
+def _discriminator_name(position: int, parameter: str) -> str:
     # The sequence is conv, activation, then conv, norm, activation four times.
     if position == 0:
-        return f"discriminator.convolutions.0.{what}"
+        return f"discriminator.convolutions.0.{parameter}"
     block, part = divmod(position - 2, 3)
-    return f"discriminator.convolutions.{block + 1}.{what}" if part == 0 else f"discriminator.norms.{block}.{what}"
+    return (
+        f"discriminator.convolutions.{block + 1}.{parameter}"
+        if part == 0
+        else f"discriminator.norms.{block}.{parameter}"
+    )
 
 
 def _rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    whole = renamed_names(tensors)
+    simple = renamed_names(tensors)
     renamed: dict[str, Tensor] = {}
     items: dict[str, dict[int, Tensor]] = {}
     for name, tensor in tensors.items():
-        if name in whole:
-            renamed[whole[name]] = tensor
+        if name in simple:
+            renamed[simple[name]] = tensor
         elif match := PACKED.fullmatch(name):
             if not tensor.dim() or len(tensor) % 3:
                 raise ConversionError(f"{name} must hold query, key and value, got shape {list(tensor.shape)}")
@@ -153,7 +157,7 @@ def _rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             block = "student.inpainting" if match[2] is None else f"student.memories.{match[2]}"
             items.setdefault(f"{block}.memory.items", {})[int(match[3])] = tensor
         elif not re.fullmatch(UNUSED, name):
-            raise ConversionError(f"{name} is no tensor of the released code")
+            raise ConversionError(f"{name} is not a tensor of the released code")
     for name, by_location in items.items():
         parts = [by_location[location] for location in sorted(by_location)]
         if max(by_location) >= len(parts) or len({part.shape for part in parts}) != 1:
@@ -162,8 +166,8 @@ def _rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Read the configuration's sizes off the shapes."""
+def _sizes(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the configuration's sizes, from the shapes."""
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
         if name not in tensors:

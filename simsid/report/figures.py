@@ -7,6 +7,7 @@ import io
 import textwrap
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import matplotlib.style
 import numpy as np
@@ -59,7 +60,7 @@ def interval(row: Row) -> str:
 def roc_figure(evaluation: Evaluation, totals: Sequence[Row]) -> Figure:
     """Draw the ROC curve of every signal; `totals` holds the row of each over all abnormal images, default first."""
     figure = Figure(figsize=(5.4, 4.6 + _legend_height(totals)))
-    _draw_roc(_square_axes(figure, 0.68, 4.2), evaluation, totals)
+    _draw_roc(figure, 0.68, 4.2, evaluation, totals)
     return figure
 
 
@@ -73,7 +74,9 @@ def precision_figure(evaluation: Evaluation, totals: Sequence[Row]) -> Figure:
         axes.step(points.true_positive_rate, points.precision, where="pre", label=label, **_line(index))
     chance = float(np.mean(evaluation.labels))
     axes.axhline(chance, color=FAINT, linewidth=0.9, label=f"chance {chance:.3f} (fraction of abnormal images)")
-    _label_square(axes, "Precision and recall", "recall (sensitivity)", "precision (abnormal fraction of flagged)")
+    _label_square(
+        axes, 4.2, "Precision and recall", "recall (sensitivity)", "precision (fraction abnormal of those flagged)"
+    )
     return figure
 
 
@@ -124,7 +127,7 @@ def picture_figure(examples: Sequence[Example], evaluation: Evaluation | None) -
     else:
         totals = [row for row in evaluation.rows() if row.finding is None]
         figure = Figure(figsize=(12.0, max(height, 3.9 + _legend_height(totals))))
-        _draw_roc(_square_axes(figure, 0.6, 3.5), evaluation, totals)
+        _draw_roc(figure, 0.6, 3.5, evaluation, totals)
     limit = heat_limit(examples)
     width, height = figure.get_size_inches()
     for index, example in enumerate(examples):
@@ -156,7 +159,7 @@ def _plain(text: str, limit: int = 34) -> str:
     return text.replace("$", r"\$")
 
 
-def _line(index: int) -> dict[str, object]:
+def _line(index: int) -> dict[str, Any]:
     """Return the line style of the signal at an index; index 0 is the default signal."""
     if index == 0:
         return {"color": PALETTE[0], "linewidth": 2.6, "zorder": 5}
@@ -175,21 +178,22 @@ def _square_axes(figure: Figure, left: float, side: float) -> Axes:
     return figure.add_axes((left / width, 1.0 - (0.3 + side) / height, side / width, side / height))
 
 
-def _label_square(axes: Axes, title: str, x: str, y: str) -> None:
+def _label_square(axes: Axes, side: float, title: str, x: str, y: str) -> None:
+    """Label square axes and put the legend half an inch below them; `side` is theirs in inches."""
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel=x, ylabel=y, title=title)
-    below = -0.52 / (axes.get_position().height * axes.figure.get_figheight())
-    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, below), handlelength=3.4, borderaxespad=0.0)
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.52 / side), handlelength=3.4, borderaxespad=0.0)
 
 
-def _draw_roc(axes: Axes, evaluation: Evaluation, totals: Sequence[Row]) -> None:
+def _draw_roc(figure: Figure, left: float, side: float, evaluation: Evaluation, totals: Sequence[Row]) -> None:
+    axes = _square_axes(figure, left, side)
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=0.9)
     for index, row in enumerate(totals):
         points = curves(evaluation.labels, evaluation.signals[row.signal])
         label = f"{_plain(row.signal)}  AUC {interval(row)}"
         axes.plot(points.false_positive_rate, points.true_positive_rate, label=label, **_line(index))
     row = totals[0]
-    if row.threshold is not None:
+    if row.false_positive_rate is not None and row.sensitivity is not None:
         label = "default signal at its held-out threshold"
-        marker = {"markersize": 7, "color": PALETTE[0], "markeredgecolor": "white", "zorder": 6, "label": label}
-        axes.plot(row.false_positive_rate, row.sensitivity, "o", **marker)
-    _label_square(axes, "ROC", "false positive rate (1 - specificity)", "true positive rate (sensitivity)")
+        marker: dict[str, Any] = {"markersize": 7, "color": PALETTE[0], "markeredgecolor": "white", "zorder": 6}
+        axes.plot(row.false_positive_rate, row.sensitivity, "o", label=label, **marker)
+    _label_square(axes, side, "ROC", "false positive rate (1 - specificity)", "true positive rate (sensitivity)")

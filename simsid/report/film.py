@@ -12,7 +12,7 @@ from simsid.errors import InputError
 from simsid.report.examples import Example, HeatMap, color_bar, encode, gray, label_name, map_limit, overlay
 from simsid.report.render import data_uri, render
 
-PAGE_NAME = re.compile(r"films/[A-Za-z0-9._-]+\.html")
+PAGE_NAME = re.compile(r"films/[A-Za-z0-9-]{1,40}-[0-9a-f]{12}\.html")
 SIDE_LIMIT = 1024  # pixels: such a page has a few pictures, so they may be larger than those of the report
 
 
@@ -98,7 +98,7 @@ def write_film(
         if heat.values.shape != example.input.shape:
             raise InputError(f"map {heat.name!r} must have shape {example.input.shape}, got {heat.values.shape}")
     plain = {"input": example.input, "reconstruction": example.reconstruction}
-    shown = [
+    shown: list[dict[str, object]] = [
         {"name": name, "image": data_uri(encode(gray(picture), SIDE_LIMIT)), "limit": None, "unit": ""}
         for name, picture in plain.items()
         if picture is not None
@@ -123,3 +123,14 @@ def write_film(
     path.parent.mkdir(exist_ok=True)
     checkpoint.write_file(path, page)
     return path
+
+
+def remove_films(report: str | os.PathLike[str]) -> None:
+    """Delete the pages that an earlier report left in the folder `films` beside it; other files there stay.
+
+    Args:
+        report: the file of the report. A page that it does not link to would show scores that no longer hold.
+    """
+    for path in (pathlib.Path(report).parent / "films").glob("*.html"):
+        if PAGE_NAME.fullmatch(f"films/{path.name}"):
+            path.unlink()

@@ -15,7 +15,7 @@ from simsid.report.examples import Example, color_bar, encode, heat_limit, label
 from simsid.report.film import FilmRow
 from simsid.report.render import data_uri, render
 
-ROW_LIMIT = 5000  # rows of the table: about 1.5 MB of HTML, which a browser still sorts without a pause
+ROW_LIMIT = 5000  # rows of the table: about 1 MB of HTML with six signals
 
 
 def write_report(
@@ -105,11 +105,8 @@ def _figures(evaluation: Evaluation) -> dict[str, object]:
     precisions = "; ".join(f"{row.signal} {row.average_precision:.3f}" for row in totals)
     with figures.style():
         curves = [
-            (figures.roc_figure(evaluation, totals), f"ROC curves, default signal first: {areas}"),
-            (
-                figures.precision_figure(evaluation, totals),
-                f"Precision-recall curves, default first: {precisions}",
-            ),
+            (figures.roc_figure(evaluation, totals), f"ROC curves, default first: {areas}"),
+            (figures.precision_figure(evaluation, totals), f"Precision-recall curves, default first: {precisions}"),
         ]
         histograms = [
             (
@@ -157,9 +154,7 @@ def _card(example: Example, limit: float) -> dict[str, object]:
 
 def _highest(rows: Sequence[FilmRow]) -> tuple[list[FilmRow], int]:
     """Sort by score, files without one last; return those that the page has room for and the number of the others."""
-    scored = [row for row in rows if row.score is not None]
-    failed = [row for row in rows if row.score is None]
-    ordered = sorted(scored, key=lambda row: row.score, reverse=True) + failed
+    ordered = sorted(rows, key=lambda row: (row.score is None, -(row.score or 0.0)))
     return ordered[:ROW_LIMIT], max(0, len(ordered) - ROW_LIMIT)
 
 

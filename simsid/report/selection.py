@@ -13,7 +13,7 @@ from simsid.evaluation import Evaluation, scores_of
 from simsid.models.base import AnomalyModel
 from simsid.models.signals import SIGNALS
 from simsid.report.examples import Example, HeatMap
-from simsid.report.film import FilmRow, page_name, write_film
+from simsid.report.film import FilmRow, page_name, remove_films, write_film
 from simsid.scoring import Score
 
 
@@ -38,9 +38,12 @@ def typical_indices(evaluation: Evaluation, each: int = 3) -> list[int]:
 def examples_of_set(
     model: AnomalyModel, images: ImageSet, evaluation: Evaluation, indices: Iterable[int]
 ) -> list[Example]:
-    """Return the images at `indices` of an evaluated set, with reconstruction and heat map where the model has them."""
+    """Return the images at `indices` of an evaluated set, with reconstruction and heat map where the model has them.
+
+    Their score is the calibrated one in 0..1, as in the table of all images, and not the raw signal.
+    """
     chosen = [int(index) for index in indices]
-    scores = evaluation.signals[evaluation.default]
+    scores = model.calibrated().probability(evaluation.default, evaluation.signals[evaluation.default])
     return _examples(
         model,
         images.batch(chosen) if chosen else None,
@@ -54,7 +57,9 @@ def examples_of_scores(model: AnomalyModel, scores: Iterable[Score], signal: str
     """Return the images that were kept with their scores, the highest score first."""
     shown = [score for score in reversed(list(scores)) if score.image is not None]
     images = _stacked([score.image for score in shown if score.image is not None])
-    records = [Record(score.path, label=score.label, finding=score.finding) for score in shown]
+    records = [
+        Record(score.path, label=score.label, finding=score.finding, provenance=score.provenance) for score in shown
+    ]
     return _examples(model, images, records, [float(score.score or 0.0) for score in shown], signal or model.signal)
 
 
@@ -87,7 +92,11 @@ def film_row(score: Score, held_out: np.ndarray | None, signal: str, pages: set[
 def write_film_pages(
     report: str | os.PathLike[str], model: AnomalyModel, rows: Sequence[FilmRow], examples: Sequence[Example]
 ) -> None:
-    """Write the page of every example whose row names one, with every map of the model and standardized signals."""
+    """Write the page of every example whose row names one, with every map of the model and standardized signals.
+
+    The pages of an earlier report in that folder are deleted.
+    """
+    remove_films(report)
     row_of = {row.path: row for row in rows if row.page is not None}
     shown = [example for example in examples if example.path in row_of]
     images = _stacked([example.input for example in shown])
@@ -145,9 +154,21 @@ def _examples(
             reconstruction=None if rebuilt is None else rebuilt[i].numpy(),
             heat_map=None if heat is None else heat[i],
             heat_name=shown or "",
+            details=_details(record),
         )
         for i, record in enumerate(records)
     ]
+
+
+def _details(record: Record) -> dict[str, object]:
+    """Return how the file was decoded, in words for a reader."""
+    about = dict(record.provenance)
+    shown: dict[str, object] = {"format": about.pop("format", "")}
+    rows, columns = about.pop("rows", None), about.pop("columns", None)
+    if rows is not None:
+        shown["size"] = f"{columns} x {rows} pixels"
+    shown |= {name.replace("_", " "): value for name, value in about.items()}
+    return {name: value for name, value in shown.items() if value != ""}
 
 
 def _stacked(images: Sequence[np.ndarray]) -> Tensor | None:

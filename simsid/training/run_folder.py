@@ -1,13 +1,12 @@
 """The folder of a training run: configuration, data manifest, metrics, checkpoints, and one writer at a time.
 
 run.json                          the request: data, model and training configuration, versions
-manifest.csv                      every file: path, sha256, split, label, finding, patient
+manifest.csv                      every image: path, sha256, split, label, finding, patient
 metrics.jsonl                     one line per epoch
 last.json, last-*.safetensors     the training state, from which a run resumes
 model.json, model-*.safetensors   the best model so far; `simsid.load(folder)` reads it
 """
 
-import hashlib
 import json
 import os
 import pathlib
@@ -21,7 +20,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from simsid import __version__, checkpoint
-from simsid.data import ImageSet, Record
+from simsid.data import ImageSet
 from simsid.errors import RunError
 
 WRITTEN = ("run.json", "manifest.csv", "metrics.jsonl", "last.json", "last-*", "model.json", "model-*")
@@ -82,21 +81,19 @@ class RunFolder:
         """Read run.json."""
         return checkpoint.read_json(self.path / "run.json")
 
-    def write_manifest(self, records: Iterable[Record], loaded: Iterable[ImageSet] = ()) -> None:
-        """Write manifest.csv: the records with the SHA-256 of each file, empty for images that are not files.
+    def write_manifest(self, *parts: ImageSet | None) -> None:
+        """Write manifest.csv: the record and the SHA-256 of every image, empty where it is not a file.
 
         Args:
-            records: one for each row.
-            loaded: images that were read, with the hashes of their files; only other files are read here.
+            parts: the images to train on and to validate on; None is skipped.
         """
-        hashes = {path: digest for images in loaded for path, digest in zip(images.paths, images.sha256)}
-        hashes |= {failure.path: failure.sha256 for images in loaded for failure in images.failures}
         columns = ["path", "sha256", "split", "label", "finding", "patient"]
         with self.writing("manifest.csv"), checkpoint.csv_writer(self.path / "manifest.csv", columns) as write:
-            for record in records:
-                digest = hashes.get(record.path)
-                digest = _sha256(record.path) if digest is None else digest
-                write([record.path, digest, record.split, record.label, record.finding, record.patient])
+            for images in parts:
+                if images is not None:
+                    hashes = images.sha256 or ("",) * len(images)
+                    for record, digest in zip(images.records, hashes):
+                        write([record.path, digest, record.split, record.label, record.finding, record.patient])
 
     def write_state(self, tensors: dict[str, Tensor], document: Mapping[str, object]) -> None:
         """Write the training state atomically."""
@@ -142,14 +139,3 @@ def versions() -> dict[str, str]:
         "machine": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError:
-        return ""
-    return digest.hexdigest()

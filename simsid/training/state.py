@@ -85,11 +85,6 @@ def check_agreement(group: ProcessGroup, request: Request) -> None:
                 raise RunError(f"the processes must train on the same; rank {rank} has {DIFFERENCES[name]} than rank 0")
 
 
-def weights(model: Model) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a model by name, without what else its `state_dict` carries."""
-    return {name: value for name, value in model.state_dict().items() if not name.endswith("_extra_state")}
-
-
 def save(folder: RunFolder, step: TrainingStep, progress: Progress, request: Request) -> None:
     """Write the training state atomically.
 
@@ -97,7 +92,7 @@ def save(folder: RunFolder, step: TrainingStep, progress: Progress, request: Req
         NonFiniteError: a loss, a gradient, a weight or a running statistic is not finite; the older state is kept.
     """
     progress.sums, progress.counts = step.sums(), dict(step.counts)
-    own = weights(step.model)
+    own = checkpoint.tensors(step.model)
     check_finite(own, "the model's")
     tensors = {f"model.{name}": value for name, value in own.items()}
     names: dict[Tensor, str] = {parameter: name for name, parameter in step.model.named_parameters()}

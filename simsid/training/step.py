@@ -170,9 +170,8 @@ class TrainingStep:
             finally:
                 model.discriminator.requires_grad_(True)
             losses |= terms
-            queue: Any = model.queue
-            if queue is not None and outputs.query is not None:
-                queue.push(self.group.gather(outputs.query.detach()), unless=self.guard.flag.bool())
+            if model.queue is not None and outputs.query is not None:
+                model.queue.push(self.group.gather(outputs.query.detach()), unless=self.guard.flag.bool())
         names = self._trained(with_generator)
         values = torch.stack([losses[name].detach() for name in names]).double()
         self._sums[: len(names)] += self.group.mean(values)
@@ -204,9 +203,8 @@ class TrainingStep:
                     share_memory_with=next(iter(self._graphs.values()), None),
                 )
         except RuntimeError as error:
-            warnings.warn(
-                f"the iteration could not be captured as a CUDA graph and runs eagerly: {error}", stacklevel=2
-            )
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            warnings.warn(f"the iteration cannot be captured as a CUDA graph and runs eagerly: {reason}", stacklevel=2)
             self._restore(before)
             self._use_graph = False
             return None

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from simsid import checkpoint
+from simsid.arguments import require_instance
 from simsid.config import TrainingConfig
-from simsid.data import ImageSet, Preprocessing, as_image_set
+from simsid.data import ImageSet
 from simsid.distributed import ProcessGroup
-from simsid.errors import InputError, InputTypeError, RunError
+from simsid.errors import RunError
 from simsid.kernels.ranges import stage
 from simsid.models.model import Model
 from simsid.training import state
@@ -28,7 +30,7 @@ from simsid.training.parallel import synchronize_batch_norms
 from simsid.training.run_folder import RunFolder
 from simsid.training.state import History, Progress
 from simsid.training.step import TrainingStep
-from simsid.training.validation import calibrate, validate, validate_images
+from simsid.training.validation import calibrate, choose_batch_size, to_image_set, validate, validate_images
 
 ORDER_STREAM = 1
 """Keeps the order of the images apart from what an iteration draws, which uses the stream 2 of the same seed."""
@@ -88,10 +90,10 @@ class Trainer:
     ) -> None:
         self.config = config = TrainingConfig() if config is None else config
         self.group = ProcessGroup() if group is None else group
-        require_type("model", model, Model)
-        require_type("config", config, TrainingConfig)
-        require_type("group", self.group, ProcessGroup)
-        require_type("run", run, RunFolder, str, os.PathLike, type(None))
+        require_instance("model", model, Model)
+        require_instance("config", config, TrainingConfig)
+        require_instance("group", self.group, ProcessGroup)
+        require_instance("run", run, RunFolder, str, os.PathLike, type(None))
         self.model = model
         self.run = run
         self.progress = progress and self.group.main
@@ -126,12 +128,12 @@ class Trainer:
             RunError: the run folder is in use, cannot be written, already holds a run or a model, or holds another
                 run; or ranks that have different images or configurations.
         """
-        images = self._as_image_set(train, "train")
+        images = to_image_set(train, "train", self.model.config)
         is_empty = val is None or (isinstance(val, Sized) and len(val) == 0)
-        val_images = None if is_empty else self._as_image_set(val, "val")
+        val_images = None if is_empty else to_image_set(val, "val", self.model.config)
         validate_images(images, val_images, self.model.config.image_size)
         criterion = choose_criterion(self.config, val_images)
-        batch_size = self._batch_size(len(images))
+        batch_size = choose_batch_size(self.config.batch_size, self.group, len(images))
         if resume and self.run is None:
             raise RunError("resume=True needs the run folder to resume")
         with self._run_folder() as folder:
@@ -232,7 +234,7 @@ class Trainer:
         progress = training.progress
         losses = {f"loss_{name}": value for name, value in training.step.means().items()}
         # An infinite running variance leaves every loss finite and shows only in validation and scoring.
-        check_finite(state.weights(self.model), "the model's")
+        check_finite(checkpoint.tensors(self.model), "the model's")
         epoch: dict[str, float] = {
             "epoch": progress.epoch,
             "step": progress.step,
@@ -252,35 +254,19 @@ class Trainer:
         self._save_if_due(training)
         return epoch, better
 
-    def _as_image_set(self, source: object, name: str) -> ImageSet:
-        """Return images in memory; where the source has no labels they are taken as normal."""
-        config = self.model.config
-        preprocessing = Preprocessing(config.image_size, config.aspect, config.intensity)
-        return as_image_set(source, name=name, label=0, preprocessing=preprocessing)
-
-    def _batch_size(self, images: int) -> int:
-        """Return the number of images in an iteration, which divide among the ranks."""
-        size, ranks = self.config.batch_size, self.group.size
-        if size % ranks or images < ranks:
-            raise InputError(
-                f"the batch size must be a multiple of the {ranks} processes, with an image for each, "
-                f"got batch_size={size} and {images} images"
-            )
-        return min(size, images // ranks * ranks)
-
     def _keep(self, folder: RunFolder | None) -> None:
         """Keep the model as the best so far."""
         if folder is not None:
             self._save_model(folder)
         elif self.group.main:
-            self._best = {name: value.clone() for name, value in state.weights(self.model).items()}
+            self._best = {name: value.clone() for name, value in checkpoint.tensors(self.model).items()}
 
     def _load_best(self, folder: RunFolder | None) -> None:
         """Load the best model, on every rank."""
-        own = state.weights(self.model)
+        own = checkpoint.tensors(self.model)
         if folder is not None:
             best = Model.load(folder.path)
-            self._best, self.model.calibration = state.weights(best), best.calibration
+            self._best, self.model.calibration = checkpoint.tensors(best), best.calibration
         if self._best is not None:
             with torch.no_grad():
                 for name, value in self._best.items():
@@ -321,13 +307,6 @@ class Trainer:
         if self.run is None or not self.group.main:
             return nullcontext(None)
         return nullcontext(self.run) if isinstance(self.run, RunFolder) else RunFolder(self.run)
-
-
-def require_type(name: str, value: object, *expected: type) -> None:
-    """Raise an `InputTypeError` that names the argument where it is of another type."""
-    if not isinstance(value, expected):
-        kinds = " or ".join("None" if kind is type(None) else kind.__name__ for kind in expected)
-        raise InputTypeError(f"{name} must be a {kinds}, got {value!r:.60}")
 
 
 def learning_rate(config: TrainingConfig, epoch: int) -> float:

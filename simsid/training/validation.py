@@ -3,14 +3,19 @@
 import numpy as np
 
 from simsid import metrics
-from simsid.data import ImageSet
+from simsid.config import Config
+from simsid.data import ImageSet, Preprocessing, as_image_set
 from simsid.distributed import ProcessGroup
 from simsid.errors import InputError
+from simsid.models.base import Scorer
 from simsid.models.calibration import Calibration
 from simsid.models.model import Model
 
-READ_SIZE = 256
-"""Images per batch that are converted to float32 at once; the model divides them further."""
+
+def to_image_set(source: object, name: str, config: Config) -> ImageSet:
+    """Read what the user passed as `name` into memory, prepared for a model; images without labels count as normal."""
+    preprocessing = Preprocessing(config.image_size, config.aspect, config.intensity)
+    return as_image_set(source, name=name, label=0, preprocessing=preprocessing)
 
 
 def validate_images(train: ImageSet, val: ImageSet | None, image_size: int) -> None:
@@ -29,14 +34,25 @@ def validate_images(train: ImageSet, val: ImageSet | None, image_size: int) -> N
         raise InputError(f"training needs at least 2 images, got {len(train)}")
 
 
-def measure_signals(model: Model, group: ProcessGroup, images: ImageSet) -> dict[str, np.ndarray]:
+def choose_batch_size(batch_size: int, group: ProcessGroup, images: int) -> int:
+    """Return the number of images in an iteration, which divide among the ranks: at most `batch_size`.
+
+    Raises:
+        InputError: the batch size does not divide, or there are fewer images than ranks.
+    """
+    if batch_size % group.size or images < group.size:
+        raise InputError(
+            f"the batch size must be a multiple of the {group.size} processes, with an image for each, "
+            f"got batch_size={batch_size} and {images} images"
+        )
+    return min(batch_size, images // group.size * group.size)
+
+
+def measure_signals(model: Scorer, group: ProcessGroup, images: ImageSet) -> dict[str, np.ndarray]:
     """Return the signals of all images, `[n]` float64 each, on every rank; each rank measures a shard of them."""
     if group.size == 1:
-        return model.signals(images.batches())
-    own = range(group.rank, len(images), group.size)
-    starts = range(0, len(own), READ_SIZE)
-    batches = (images.batch(own[start : start + READ_SIZE], images.pixels.device) for start in starts)
-    return group.interleave(model.signals(batches), len(images))
+        return model.signals(images)
+    return group.interleave(model.signals(images.select(slice(group.rank, None, group.size))), len(images))
 
 
 def validate(model: Model, group: ProcessGroup, val: ImageSet | None) -> dict[str, float]:
@@ -48,7 +64,8 @@ def validate(model: Model, group: ProcessGroup, val: ImageSet | None) -> dict[st
         return {}
     group.broadcast_tensors(model.buffers())
     # Leave out signals that are not finite: they have no AUC, and JSON has no NaN.
-    signals = {name: values for name, values in measure_signals(model, group, val).items() if np.isfinite(values).all()}
+    measured = measure_signals(model.freeze(), group, val)
+    signals = {name: values for name, values in measured.items() if np.isfinite(values).all()}
     abnormal = val.labels == 1
     result: dict[str, float] = {}
     if "residual" in signals and not abnormal.all():
@@ -62,5 +79,6 @@ def validate(model: Model, group: ProcessGroup, val: ImageSet | None) -> dict[st
 def calibrate(model: Model, group: ProcessGroup, train: ImageSet, val: ImageSet | None) -> None:
     """Calibrate a model on its training images, with the normal images of `val` held out for thresholds."""
     normal = np.flatnonzero(val.labels != 1) if val is not None else np.zeros(0, np.int64)
-    holdout = measure_signals(model, group, val.select(normal)) if val is not None and len(normal) else None
-    model.calibration = Calibration.fit(measure_signals(model, group, train), holdout)
+    frozen = model.freeze()
+    holdout = measure_signals(frozen, group, val.select(normal)) if val is not None and len(normal) else None
+    model.calibration = Calibration.fit(measure_signals(frozen, group, train), holdout)

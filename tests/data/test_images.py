@@ -425,16 +425,6 @@ def test_read_refuses_options_beside_a_preprocessing():
         read(np.zeros((4, 4)), Preprocessing(), image_size=64)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_values_are_bitwise_the_same_on_a_gpu(tmp_path):
-    images = load_images([save(tmp_path / "a.png", ramp(64, 64)), save(tmp_path / "b.png", DEEP)], 64)
-    assert torch.equal(images.batch([0, 1], "cuda").cpu(), images.batch([0, 1]))
-    there = images.to("cuda")
-    for _ in range(20):
-        assert torch.equal(there.batch([1, 0]), images.batch([1, 0]))
-    assert all(batch.is_cuda for batch in there.batches(1))
-
-
 @pytest.mark.parametrize("workers", [1, 4])
 def test_stream_keeps_order_and_reports_every_file_once(folder, workers):
     seen, failed, sizes = [], [], []

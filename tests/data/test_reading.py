@@ -1,42 +1,27 @@
-"""Reading PNG, JPEG, TIFF and BMP files of every kind, and refusing the others in one sentence."""
+"""PNG, JPEG, TIFF and BMP files of every kind are read at their depth, and others refused in one sentence."""
 
 import contextlib
+import io
 import os
 import shutil
 import struct
 import threading
 import warnings
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
-from sample_files import ramp, save, write_dicom
+from sample_files import assert_sentence, png_chunk, ramp, refused, save, write_dicom, write_png, write_tiff
 
-from simsid.data import read_image
+from simsid.data import load_images, read_image
 from simsid.data.reading import MAX_PIXELS
 from simsid.errors import ReadError
-
-
-def assert_sentence(reason):
-    """One non-empty line, no final stop, of readable length."""
-    assert reason
-    assert "\n" not in reason
-    assert len(reason) < 400
-    assert not reason.endswith(".")
-
-
-def refused(path, match, **options):
-    with pytest.raises(ReadError, match=match) as caught:
-        read_image(path, **options)
-    assert_sentence(str(caught.value))
-    assert os.fspath(path) not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("name", "kind"), [("a.png", "PNG"), ("a.bmp", "BMP"), ("a.tif", "TIFF"), ("a.tiff", "TIFF"), ("a.jpeg", "JPEG")]
 )
-def test_eight_bits_come_as_they_are(tmp_path, name, kind):
+def test_eight_bit_pixels_are_unchanged(tmp_path, name, kind):
     image = read_image(save(tmp_path / name, ramp()))
     assert (image.format, image.bits, image.for_display, image.declared) == (kind, 8, True, (0.0, 255.0))
     assert image.pixels.dtype == np.uint8
@@ -45,7 +30,7 @@ def test_eight_bits_come_as_they_are(tmp_path, name, kind):
 
 
 @pytest.mark.parametrize("extension", ["png", "jpg", "tif", "bmp"])
-def test_content_decides_not_the_extension(tmp_path, extension):
+def test_format_is_recognized_by_content_not_by_extension(tmp_path, extension):
     for kind in ("PNG", "JPEG", "TIFF", "BMP"):
         path = tmp_path / f"{kind}.{extension}"
         Image.fromarray(ramp()).save(path, format=kind)
@@ -67,7 +52,7 @@ def test_sixteen_bits_keep_their_depth(tmp_path, name):
 
 
 @pytest.mark.parametrize("compression", [None, "tiff_deflate", "tiff_lzw"])
-def test_sixteen_bit_tiff_in_both_byte_orders(tmp_path, compression):
+def test_sixteen_bit_tiff_is_read_in_both_byte_orders(tmp_path, compression):
     deep = ramp(top=65535, dtype=np.uint16)
     little = save(tmp_path / "little.tif", deep, compression=compression)
     assert np.array_equal(read_image(little).pixels, deep)
@@ -80,37 +65,20 @@ def test_sixteen_bit_tiff_in_both_byte_orders(tmp_path, compression):
     assert image.pixels.dtype.isnative
 
 
-def write_tiff(path, pixels, order="<", photometric=1, bits=None, sample_format=1, orientation=1, byte_count=None):
-    """A TIFF of one strip, written by hand where Pillow does not write that kind."""
-    data = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
-    tags = {
-        256: pixels.shape[1],
-        257: pixels.shape[0],
-        258: bits or 8 * pixels.dtype.itemsize,
-        259: 1,
-        262: photometric,
-        273: 8,
-        274: orientation,
-        277: 1,
-        278: pixels.shape[0],
-        279: byte_count or len(data),
-        339: sample_format,
-    }
-    directory = struct.pack(order + "H", len(tags))
-    for tag, value in tags.items():
-        directory += struct.pack(order + "HHII", tag, 4, 1, value)
-    header = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8 + len(data))
-    path.write_bytes(header + data + directory + b"\0\0\0\0")
-    return path
-
-
-def test_white_is_zero_is_inverted_at_both_depths(tmp_path):
+def test_white_is_zero_is_inverted_at_every_depth(tmp_path):
     assert np.array_equal(read_image(write_tiff(tmp_path / "8.tif", ramp(), photometric=0)).pixels, 255 - ramp())
     deep = ramp(top=65535, dtype=np.uint16)
     assert np.array_equal(read_image(write_tiff(tmp_path / "16.tif", deep, photometric=0)).pixels, 65535 - deep)
+    floats = ramp(top=7).astype(np.float32)
+    image = read_image(write_tiff(tmp_path / "float.tif", floats, photometric=0, sample_format=3))
+    assert np.array_equal(image.pixels, 7 - floats)
 
 
-def test_signed_and_32_bit_tiff(tmp_path):
+def test_signed_and_32_bit_tiff_keep_their_values(tmp_path):
+    small = (ramp().astype(np.int16) - 128).astype(np.int8)
+    image = read_image(write_tiff(tmp_path / "small.tif", small, sample_format=2))
+    assert (image.declared, image.bits, image.for_display) == ((-128.0, 127.0), 8, True)
+    assert np.array_equal(image.pixels, small)
     signed = (ramp(top=60000, dtype=np.int32) - 30000).astype(np.int16)
     image = read_image(write_tiff(tmp_path / "signed.tif", signed, sample_format=2))
     assert image.declared == (-32768.0, 32767.0)
@@ -145,11 +113,14 @@ def test_palette_is_looked_up(tmp_path):
     assert np.array_equal(read_image(save(tmp_path / "a.png", image)).pixels, 255 - 10 * ramp(top=15))
 
 
-def test_grey_stored_as_colour_is_unchanged_and_colour_becomes_luma(tmp_path):
-    grey = np.repeat(ramp()[..., None], 3, 2)
-    assert np.array_equal(read_image(save(tmp_path / "grey.png", grey)).pixels, ramp())
-    red = np.zeros((4, 4, 3), np.uint8) + np.array([200, 0, 0], np.uint8)
-    assert (read_image(save(tmp_path / "red.png", red)).pixels == round(0.299 * 200)).all()
+def test_gray_stored_as_color_is_unchanged_and_color_becomes_luma(tmp_path):
+    gray = np.repeat(ramp()[..., None], 3, 2)
+    assert np.array_equal(read_image(save(tmp_path / "gray.png", gray)).pixels, ramp())
+    red = np.zeros((4, 4, 3), np.uint8)
+    red[:2, :, 0] = 200
+    pixels = read_image(save(tmp_path / "red.png", red)).pixels
+    assert (pixels[:2] == round(0.299 * 200)).all()
+    assert (pixels[2:] == 0).all()
 
 
 def test_transparent_pixels_are_black(tmp_path):
@@ -162,7 +133,87 @@ def test_transparent_pixels_are_black(tmp_path):
     assert np.array_equal(read_image(keyed).pixels, np.where(ramp() == 255, 0, ramp()))
 
 
-def test_cmyk(tmp_path):
+def test_transparent_gray_of_sixteen_bits_is_black_and_does_not_set_the_range(tmp_path):
+    deep = ramp(top=30000, dtype=np.uint16) + 1000
+    deep[:, :6] = 65535
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
+    path = write_png(tmp_path / "a.png", 20, 12, 16, 0, rows, png_chunk(b"tRNS", b"\xff\xff"))
+    image = read_image(path)
+    assert np.array_equal(image.pixels, np.where(deep == 65535, 0, deep))
+    assert np.array_equal(image.padding, deep == 65535)
+    loaded = load_images([path], deep.shape, intensity="minmax").pixels[0, 0].numpy()
+    assert (loaded[:, :6] == 0).all()
+    assert (loaded[:, 6:].min(), loaded[:, 6:].max()) == (0, 65535)
+
+
+@pytest.mark.parametrize(("bits", "key"), [(1, 1), (2, 3), (4, 15)])
+def test_transparent_gray_below_eight_bits_is_black(tmp_path, bits, key):
+    # Each row has every value; the file counts the transparent one in its own bits, Pillow in eight.
+    top = 2**bits - 1
+    values = np.arange(8) % (top + 1)
+    row = np.packbits(np.unpackbits(values.astype(np.uint8)[:, None], axis=1)[:, 8 - bits :].ravel()).tobytes()
+    chunk = png_chunk(b"tRNS", struct.pack(">H", key))
+    path = write_png(tmp_path / "a.png", 8, 2, bits, 0, (b"\0" + row) * 2, chunk)
+    expected = np.where(values == key, 0, values * (255 // top))
+    if bits == 1:
+        refused(path, "no contrast")  # nothing is left of two values
+    else:
+        assert np.array_equal(read_image(path).pixels, [expected] * 2)
+
+
+@pytest.mark.parametrize("top", [0, 1])
+def test_constant_image_is_refused(tmp_path, top):
+    flat = np.full((8, 8), top, np.uint8)
+    for name in ("a.png", "a.tif", "a.bmp", "a.jpg"):
+        refused(save(tmp_path / name, flat), f"no contrast: every pixel is {top}")
+    refused(save(tmp_path / "deep.png", flat.astype(np.uint16)), "no contrast")
+    refused(save(tmp_path / "float.tif", flat.astype(np.float32)), "no contrast")
+
+
+def test_ranges_beyond_float32_are_refused(tmp_path):
+    wide = np.where(ramp() > 100, 3e38, -3e38).astype(np.float32)
+    refused(write_tiff(tmp_path / "wide.tif", wide, sample_format=3), "does not fit float32")
+    infinite = ramp().astype(np.float32)
+    infinite[3, 4] = np.inf
+    refused(write_tiff(tmp_path / "infinite.tif", infinite, sample_format=3), "NaN or infinite")
+
+
+def test_provenance_has_plain_terms_and_numbers(tmp_path):
+    image = read_image(save(tmp_path / "a.png", ramp(top=65535, dtype=np.uint16)))
+    assert image.provenance == {"bits_stored": 16, "mode": "I;16", "photometric_interpretation": "grayscale"}
+    assert not image.for_processing
+    image = read_image(write_tiff(tmp_path / "a.tif", ramp(), photometric=0))
+    assert image.provenance["photometric_interpretation"] == "WhiteIsZero"
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.bmp", "a.dcm"])
+def test_open_file_and_bytes_in_memory_are_read_like_a_path(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.dcm":
+        write_dicom(path, ramp())
+    else:
+        save(path, ramp())
+    expected = read_image(path).pixels
+    with open(path, "rb") as file:
+        assert np.array_equal(read_image(file).pixels, expected)
+        assert not file.closed
+    assert np.array_equal(read_image(io.BytesIO(path.read_bytes())).pixels, expected)
+
+
+def test_orientation_of_xmp_and_raw_profile_is_applied(tmp_path):
+    from PIL.PngImagePlugin import PngInfo
+
+    xmp = PngInfo()
+    xmp.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="3"/>')
+    assert np.array_equal(read_image(save(tmp_path / "x.png", ramp(), pnginfo=xmp)).pixels, ramp()[::-1, ::-1])
+    exif = Image.Exif()
+    exif[274] = 6
+    profile = PngInfo()
+    profile.add_text("Raw profile type exif", f"\nexif\n{len(exif.tobytes())}\n{exif.tobytes().hex()}\n")
+    assert read_image(save(tmp_path / "p.png", ramp(), pnginfo=profile)).pixels.shape == (20, 12)
+
+
+def test_cmyk_becomes_gray(tmp_path):
     image = Image.fromarray(np.dstack([255 - ramp()] * 3)).convert("CMYK")
     for name in ("a.tif", "a.jpg"):
         read = read_image(save(tmp_path / name, image)).pixels.astype(int)
@@ -170,8 +221,8 @@ def test_cmyk(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_honoured(tmp_path, orientation):
-    # What must be stored so that this orientation shows the ramp: the inverse of turning it.
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    # Stored is the inverse of the rotation that the orientation asks for.
     upright = ramp()
     stored = {
         1: upright,
@@ -195,7 +246,7 @@ def test_exif_orientation_is_honoured(tmp_path, orientation):
     assert np.array_equal(tiff, upright)
 
 
-def test_damaged_exif_says_nothing_about_the_pixels(tmp_path):
+def test_damaged_exif_is_ignored(tmp_path):
     path = save(tmp_path / "a.png", ramp(), exif=b"Exif\0\0II*\0\xff\xff\xff\xffgarbage")
     assert np.array_equal(read_image(path).pixels, ramp())
 
@@ -206,20 +257,8 @@ def test_several_pages_are_refused(tmp_path):
     refused(save(tmp_path / "a.png", pages[0], save_all=True, append_images=pages[1:]), "PNG file holds 2 images")
 
 
-def write_png(path, width, height, bits, color, rows):
-    """A PNG from raw scan lines, for the kinds that Pillow does not write and sizes that nobody has."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
-    return path
-
-
 @pytest.mark.parametrize(("color", "channels"), [(2, 3), (4, 2), (6, 4)])
-def test_sixteen_bit_colour_is_refused_rather_than_cut_to_eight(tmp_path, color, channels):
+def test_sixteen_bit_color_is_refused_rather_than_truncated_to_eight(tmp_path, color, channels):
     path = write_png(tmp_path / "a.png", 4, 4, 16, color, (b"\0" + b"\x12\x34" * 4 * channels) * 4)
     refused(path, "16 bits a channel")
 
@@ -227,11 +266,11 @@ def test_sixteen_bit_colour_is_refused_rather_than_cut_to_eight(tmp_path, color,
 def test_lab_is_refused(tmp_path):
     rgb = Image.fromarray(np.dstack([ramp()] * 3))
     convert = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
-    refused(save(tmp_path / "a.tif", ImageCms.applyTransform(rgb, convert)), "LAB colour")
+    refused(save(tmp_path / "a.tif", ImageCms.applyTransform(rgb, convert)), "LAB color")
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.bmp", "deep.png", "deep.tif"])
-def test_truncated_files_are_an_error_at_every_length(tmp_path, name):
+def test_truncated_file_is_refused_at_every_length(tmp_path, name):
     noise = np.random.default_rng(0).integers(0, 256, (40, 40)).astype(np.uint8)
     path = save(tmp_path / name, noise.astype(np.uint16) * 257 if name.startswith("deep") else noise)
     data = path.read_bytes()
@@ -258,9 +297,9 @@ def test_damaged_bytes_give_an_image_or_a_sentence(tmp_path, name):
     outcomes = set()
     for _ in range(150):
         damaged = data.copy()
-        # Mostly headers: what lies in the pixels cannot be told from an image.
-        places = generator.integers(0, min(len(data), 700), generator.integers(1, 6))
-        damaged[places] = generator.integers(0, 256, len(places))
+        # Mostly headers: damage among the pixels often gives another valid image.
+        positions = generator.integers(0, min(len(data), 700), generator.integers(1, 6))
+        damaged[positions] = generator.integers(0, 256, len(positions))
         path.write_bytes(damaged.tobytes())
         try:
             image = read_image(path, max_pixels=1_000_000)
@@ -274,7 +313,7 @@ def test_damaged_bytes_give_an_image_or_a_sentence(tmp_path, name):
     assert outcomes == ({"refused"} if name == "a.png" else {"image", "refused"})
 
 
-def test_the_pixel_cap_is_checked_before_decoding(tmp_path):
+def test_pixel_limit_is_checked_before_decoding(tmp_path):
     # A header of 400 million pixels over no data: decoding it would fail otherwise.
     refused(write_png(tmp_path / "bomb.png", 20000, 20000, 8, 0, b""), "20000 x 20000 pixels|more pixels")
     refused(write_png(tmp_path / "cap.png", 12000, 12000, 8, 0, b""), "12000 x 12000 pixels, more than the 100 million")
@@ -283,7 +322,7 @@ def test_the_pixel_cap_is_checked_before_decoding(tmp_path):
     assert MAX_PIXELS <= Image.MAX_IMAGE_PIXELS * 2, "Pillow would speak before the package"
 
 
-def test_files_that_are_no_images(tmp_path):
+def test_file_that_is_not_an_image_is_refused_with_its_kind(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     refused(tmp_path / "empty.png", "the file is empty")
     (tmp_path / "text.jpeg").write_text("BMI of the patients")
@@ -295,10 +334,10 @@ def test_files_that_are_no_images(tmp_path):
     refused(tmp_path / "absent.png", "No such file")
     refused(tmp_path, "folder")
     os.mkfifo(tmp_path / "pipe.png")
-    refused(tmp_path / "pipe.png", "no regular file")
+    refused(tmp_path / "pipe.png", "not a regular file")
 
 
-def test_no_warning_escapes_and_none_of_others_is_hidden(tmp_path, recwarn):
+def test_warnings_of_a_reader_are_hidden_and_no_others(tmp_path, recwarn):
     warnings.simplefilter("always")
     # Pillow warns about a TIFF whose directory is cut off, and about sizes beyond its own first limit.
     path = write_tiff(tmp_path / "a.tif", ramp())

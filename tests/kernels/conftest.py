@@ -1,7 +1,7 @@
 """Run the kernels in Triton's interpreter where there is no GPU.
 
 The whole test process is interpreted: Triton reads TRITON_INTERPRET when it is first imported, so this file sets it
-while tests are collected. What needs compiled Triton (the gates on machine code) runs in a subprocess without it.
+while tests are collected. Tests that need compiled Triton (the gates on machine code) start a subprocess without it.
 """
 
 import importlib.metadata
@@ -26,7 +26,7 @@ if interpreter_on() and TRITON_INSTALLED:
     _cast_impl = InterpreterBuilder.cast_impl
 
     def _cast_impl_and_round(self, src, dst_type):
-        """Round float32 to bfloat16 as a GPU does, where the interpreter cuts: then one limit on errors serves both."""
+        """Round float32 to bfloat16 as a GPU does, where the interpreter truncates, so that one limit serves both."""
         if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
             return _cast_impl(self, src, dst_type)
         rounded = torch.from_numpy(np.array(src.data)).to(torch.bfloat16)
@@ -40,9 +40,9 @@ if interpreter_on() and TRITON_INSTALLED and importlib.metadata.version("triton"
     _patch_lang_tensor = interpreter._patch_lang_tensor
 
     def _patch_lang_tensor_and_index(tensor, scope):
-        """Let loops run to a bound that a kernel is given: a scalar is an array of one element in the interpreter.
+        """Let loops run to a bound that is an argument: in the interpreter a scalar is an array of one element.
 
-        Triton 3.6 passes that to int(), which NumPy 2.4 refuses; compiled kernels have no such trouble.
+        Triton 3.6 passes that to int(), which NumPy 2.4 refuses; compiled kernels are not affected.
         """
         _patch_lang_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
@@ -52,7 +52,7 @@ if interpreter_on() and TRITON_INSTALLED and importlib.metadata.version("triton"
 
 @pytest.fixture
 def poisoned():
-    """Fill every uninitialised tensor with NaN (integers with their largest value), so that unwritten output shows."""
+    """Fill every uninitialised tensor with NaN (integers with their largest value), so that missing writes are seen."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

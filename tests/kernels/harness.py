@@ -1,5 +1,6 @@
-"""What the tests of both kernels share: where to run, how close is close, and the compiler's reports."""
+"""Shared by the tests of the kernels: where to run, tolerances, and the compiler's reports."""
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -13,11 +14,12 @@ import torch
 from simsid.kernels.backend import TRITON_INSTALLED, why_not_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# What the compiler made of every variant. After a change of a kernel that is meant:
-# python -m simsid.kernels.inspect --update tests/kernels/compiled.json
+ROOT = pathlib.Path(__file__).parents[2]
+# What the compiler made of every variant. After an intended change of a kernel:
+# python benchmarks/compiled.py --update tests/kernels/compiled.json
 BASELINE = pathlib.Path(__file__).with_name("compiled.json")
 
-# The in-painting block of the default model, by the name that each op's inspection cases give it.
+# The in-painting block of the default model, by the name of its case in each op's variants.py.
 MAIN_CASE = {
     "memory": "[A fp32]",
     "attention": "4x4 D=512 float32 pads",
@@ -61,32 +63,47 @@ def terms(p, dw):
     return p * (dw.abs() + (p * dw).sum(-1, keepdim=True).abs())
 
 
-def inspect(*arguments):
-    """Run `python -m simsid.kernels.inspect --json` on compiled Triton and return its reports and Triton's version."""
+def compile_ahead(*arguments):
+    """Run `benchmarks/compiled.py --json` on compiled Triton and return the reports."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # A script's folder replaces the current one on the path, where a checkout that is not installed is found.
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), str(ROOT)]))
     done = subprocess.run(
-        [sys.executable, "-m", "simsid.kernels.inspect", "--json", *arguments],
+        [sys.executable, str(ROOT / "benchmarks" / "compiled.py"), "--json", *arguments],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.stdout, done.stderr
-    result = json.loads(done.stdout)
-    return list(result["reports"].values()), result["triton"]
+    return list(json.loads(done.stdout)["reports"].values())
 
 
-def inspect_every_variant(op):
-    """Return the reports of all variants of `op`: stored ones where nothing changed, the rest compiled now.
+def baseline_fits():
+    """Return whether the baseline is of the installed version of Triton; another version changes every variant."""
+    return json.loads(BASELINE.read_text())["triton"] == importlib.metadata.version("triton")
 
-    Another version of Triton than the baseline's changes everything, so that only the main case is compiled.
+
+@functools.cache
+def compile_every_variant(op):
+    """Return the reports of all variants of `op`: the stored report where nothing changed, the rest compiled now.
+
+    Where the baseline is of another version of Triton, only the main case is compiled.
     """
-    if json.loads(BASELINE.read_text())["triton"] == importlib.metadata.version("triton"):
-        return inspect("--op", op, "--known", str(BASELINE))[0]
-    return inspect("--op", op, "--match", MAIN_CASE[op], "--arch", "90")[0]
+    if baseline_fits():
+        return compile_ahead("--op", op, "--known", str(BASELINE))
+    return compile_ahead("--op", op, "--match", MAIN_CASE[op], "--arch", "90")
+
+
+def reports_of(op, match, architectures):
+    """Return the reports of the variants whose name contains `match`, for some architectures."""
+    if not baseline_fits():
+        return compile_ahead("--op", op, "--match", match, *(f"--arch={arch}" for arch in architectures))
+    reports = compile_every_variant(op)
+    return [report for report in reports if match in report["name"] and report["arch"] in architectures]
 
 
 def assert_no_growth(reports, room=1.05):
-    """Assert that no variant exceeds its baseline but for `room`, and that none without a stack gets one."""
+    """Assert that no variant exceeds `room` times its baseline, and that none without a stack gets one."""
     baseline = json.loads(BASELINE.read_text())
     installed = importlib.metadata.version("triton")
     if baseline["triton"] != installed:
@@ -94,9 +111,7 @@ def assert_no_growth(reports, room=1.05):
     stored = {(report["name"], report["arch"]): report for report in baseline["reports"].values()}
     for report in reports:
         key = report["name"], report["arch"]
-        assert key in stored, (
-            f"{key} is not in {BASELINE.name}: run python -m simsid.kernels.inspect --update {BASELINE}"
-        )
+        assert key in stored, f"{key} is not in {BASELINE.name}: run python benchmarks/compiled.py --update {BASELINE}"
         known = stored[key]
         for count in ("instructions", "registers", "shared", "stack", "spills"):
             assert report[count] <= room * known[count], (

@@ -15,32 +15,32 @@ CPU, CUDA, META = torch.device("cpu"), torch.device("cuda", 0), torch.device("me
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Pretend that a GPU of some compute capability is there."""
+    """Simulate a GPU of a given compute capability."""
     monkeypatch.setattr(module, "TRITON_INSTALLED", True)
     monkeypatch.setattr(torch.version, "hip", None)
 
-    def pretend(major, minor):
+    def simulate(major, minor):
         properties = types.SimpleNamespace(major=major, minor=minor)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
-    pretend(9, 0)
-    return pretend
+    simulate(9, 0)
+    return simulate
 
 
-def test_auto_takes_triton_on_cuda(gpu):
+def test_auto_on_cuda_takes_triton(gpu):
     assert choose_backend("auto", CUDA) == Choice("triton", "supported")
 
 
-def test_auto_takes_torch_where_the_op_refuses(gpu):
+def test_auto_takes_torch_when_the_op_refuses(gpu):
     assert choose_backend("auto", CUDA, "float64 has no kernel") == Choice("torch", "float64 has no kernel")
 
 
-def test_auto_takes_torch_on_an_old_gpu(gpu):
+def test_auto_on_an_old_gpu_takes_torch(gpu):
     gpu(7, 5)
     assert choose_backend("auto", CUDA) == Choice("torch", "compute capability 7.5 is older than 8.0")
 
 
-def test_auto_takes_torch_on_a_cpu_even_under_the_interpreter(monkeypatch):
+def test_auto_on_a_cpu_takes_torch_even_with_the_interpreter(monkeypatch):
     for interpreted in ("0", "1"):
         monkeypatch.setenv("TRITON_INTERPRET", interpreted)
         choice = choose_backend("auto", CPU)
@@ -54,7 +54,7 @@ def test_auto_takes_torch_without_triton(gpu, monkeypatch):
     assert why_not_triton(CPU) == "Triton is not installed"
 
 
-def test_triton_runs_on_a_cpu_under_the_interpreter_alone(monkeypatch):
+def test_triton_on_a_cpu_runs_only_with_the_interpreter(monkeypatch):
     monkeypatch.setattr(module, "TRITON_INSTALLED", True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose_backend("triton", CPU).backend == "triton"
@@ -63,23 +63,51 @@ def test_triton_runs_on_a_cpu_under_the_interpreter_alone(monkeypatch):
         choose_backend("triton", CPU)
 
 
-def test_triton_is_refused_with_the_reason_of_the_op(gpu):
+def test_triton_raises_with_the_reason_of_the_op(gpu):
     with pytest.raises(RuntimeError, match="cannot run here: float64 has no kernel"):
         choose_backend("triton", CUDA, "float64 has no kernel")
 
 
-def test_rocm_is_refused(gpu, monkeypatch):
+def test_auto_on_rocm_takes_torch(gpu, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert "ROCm" in choose_backend("auto", CUDA).reason
 
 
-def test_the_reason_is_logged(caplog):
+@pytest.mark.parametrize(
+    ("transform", "reason"),
+    [
+        (torch.func.vmap, "torch.func transforms"),
+        (lambda call: torch.func.grad(lambda x: call(x).sum()), "torch.func transforms"),
+        (lambda call: lambda x: torch.func.jvp(call, (x,), (x,)), "torch.func transforms"),
+    ],
+    ids=["vmap", "grad", "jvp"],
+)
+def test_auto_inside_a_transform_takes_torch_and_triton_raises(gpu, transform, reason):
+    def call(x):
+        choice = choose_backend("auto", CUDA)
+        assert choice.backend == "torch" and reason in choice.reason
+        with pytest.raises(RuntimeError, match=f'backend="triton" cannot run here: .*{reason}'):
+            choose_backend("triton", CUDA)
+        return 2 * x
+
+    transform(call)(torch.ones(3))
+
+
+def test_auto_in_forward_mode_takes_torch_and_triton_raises(gpu):
+    with torch.autograd.forward_ad.dual_level():
+        assert choose_backend("auto", CUDA).reason == "the kernels do not support forward-mode differentiation"
+        with pytest.raises(RuntimeError, match="forward-mode differentiation"):
+            choose_backend("triton", CUDA)
+    assert choose_backend("auto", CUDA).backend == "triton"
+
+
+def test_reason_is_logged(caplog):
     with caplog.at_level("DEBUG", logger="simsid.kernels.backend"):
         choose_backend("auto", META)
     assert "backend torch: Triton" in caplog.text
 
 
-def test_an_unknown_backend_is_one_error():
+def test_unknown_backend_raises_one_sentence():
     with pytest.raises(ValueError, match="backend must be one of 'auto', 'triton', 'torch', got 'cuda'"):
         choose_backend("cuda", CPU)
 
@@ -95,6 +123,6 @@ CALL = "from torch import ones; from simsid.kernels import space_aware_memory as
     ],
     ids=["not imported before it is needed", "not installed"],
 )
-def test_the_ops_need_no_triton(script):
+def test_ops_run_on_a_cpu_without_triton(script):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -31,10 +31,10 @@ def recorder(monkeypatch):
     return recorder
 
 
-def test_a_call_is_one_range_of_the_domain_simsid_even_if_it_raises(recorder):
+def test_each_call_is_one_range_even_if_it_raises(recorder):
     @named_range
     def double(x: int, *, fail: bool = False) -> int:
-        """Say so."""
+        """Double it."""
         if fail:
             raise ValueError
         return 2 * x
@@ -43,10 +43,10 @@ def test_a_call_is_one_range_of_the_domain_simsid_even_if_it_raises(recorder):
     with pytest.raises(ValueError):
         double(3, fail=True)
     assert recorder.events == ["double", "end"] * 2
-    assert double.__doc__ == "Say so." and list(inspect.signature(double).parameters) == ["x", "fail"]
+    assert double.__doc__ == "Double it." and list(inspect.signature(double).parameters) == ["x", "fail"]
 
 
-def test_a_compiled_graph_is_not_broken_by_ranges(recorder):
+def test_compiled_graph_has_no_range_and_no_break(recorder):
     torch._dynamo.reset()
     double = named_range(lambda x: 2 * x)
     x = torch.ones(3)
@@ -54,5 +54,5 @@ def test_a_compiled_graph_is_not_broken_by_ranges(recorder):
     assert not recorder.events
 
 
-def test_the_public_ops_are_ranges():
+def test_public_ops_are_ranges():
     assert neighbor_attention.__wrapped__.__name__ == "neighbor_attention"

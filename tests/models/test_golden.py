@@ -8,7 +8,6 @@ import torch
 from shared import GOLDEN, needs_golden
 
 from simsid.config import TrainingConfig
-from simsid.kernels.launch import record_launches
 from simsid.models import losses
 from simsid.models.model import Model
 from simsid.models.released import ITEMS, PACKED, convert, renamed_names
@@ -116,31 +115,3 @@ def test_published_names():
     config = convert(*parts, memory="queue", rho=0.95).config
     assert (config.patches, config.width, config.levels, config.image_size) == (2, 32, 4, 128)
     assert (config.items, config.decoder_items, config.skip_levels) == (200, 200, 2)
-
-
-@pytest.fixture
-def full_precision(monkeypatch):
-    """Convolutions in float32, where a GPU would otherwise round to TensorFloat-32 what is compared to 1e-4."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_fused_kernels_compute_the_golden_numbers(golden, full_precision):
-    """The inference and the training case, on a GPU and by the kernels."""
-    model, images = build(golden).cuda(), golden["input"].cuda()
-    with record_launches() as launches, torch.no_grad():
-        found = model(images, teacher=True)
-        logits = model.discriminator(found.student)
-    assert launches
-    wanted = {"reconstruction": found.student, "teacher_reconstruction": found.teacher}
-    wanted |= {"distillation_loss": found.distillation}
-    for name, value in wanted.items():
-        assert error(value.cpu(), golden[f"eval.{name}"]) < FORWARD, name
-    assert error(logits.cpu(), golden["eval.logit"][:, 0]) < FORWARD
-
-    loss, found = generator_loss(model.train(), images)
-    loss.backward()
-    assert error(loss.cpu(), golden["train.generator_loss"]) < FORWARD
-    assert error(found.student.cpu(), golden["train.reconstruction"]) < FORWARD
-    assert_gradients(model, golden)

@@ -384,6 +384,18 @@ def test_arguments():
         Model({"width": 8})
     with pytest.raises(ConfigError, match="'widht' is not a configuration field"):
         Model(tiny.config(), widht=8)
+    for changes in ({"signal": "nonsense"}, {"signal": "memory_distance", "inpainting": "none"}):
+        with pytest.raises(ConfigError, match=f"signal must be one of discriminator_.*, got '{changes['signal']}'"):
+            Model(tiny.config(**changes))
+    with pytest.raises(ConfigError, match="backend must be one of 'auto', 'triton', 'torch', got 'cuda'"):
+        Model(tiny.config(), backend="cuda")
+
+
+def test_backend_can_be_demanded():
+    model = Model(tiny.config(), backend="triton").eval()
+    with pytest.raises(RuntimeError, match='backend="triton" cannot run here: Triton kernels run on CUDA'):
+        model(tiny.images(1))
+    assert Model(tiny.config(), backend="torch").eval()(tiny.images(1)).student.shape == (1, 1, 48, 48)
 
 
 # Saving and loading
@@ -449,6 +461,33 @@ def test_foreign_documents(tmp_path, change, message):
     del document["config"]
     checkpoint.write(tmp_path, "model", tensors, document)
     with pytest.raises(CheckpointError, match=r"model.json is not a model: it has no 'config'"):
+        Model.load(tmp_path)
+
+
+def test_nonfinite_weight_is_refused_at_load_by_name(tmp_path):
+    model = tiny.model()
+    with torch.no_grad():
+        model.encoder.entry.inner[0].weight[0, 0, 0, 0] = float("nan")
+    model.save(tmp_path)
+    with pytest.raises(CheckpointError, match=r"tensor encoder.entry.inner.0.weight holds NaN or infinite values"):
+        Model.load(tmp_path)
+
+
+def test_sizes_of_a_foreign_document_are_compared_before_memory_is_taken(tmp_path):
+    """A million items a location would be 2 TB; on the meta device their shape alone exists."""
+    tiny.model().save(tmp_path)
+    tensors, document = checkpoint.read(tmp_path, "model")
+    config = document["config"] | {"items": 1_000_000, "decoder_items": 1_000_000, "width": 1024}
+    checkpoint.write(tmp_path, "model", tensors, document | {"config": config})
+    with pytest.raises(CheckpointError, match="must have shape"):
+        Model.load(tmp_path)
+
+
+def test_calibration_without_the_models_signal_is_refused(tmp_path):
+    model = tiny.model()
+    model.calibration = Calibration.fit({"residual": np.ones(3)})
+    model.save(tmp_path)
+    with pytest.raises(CheckpointError, match="calibration lacks the model's signal 'discriminator_per_image'"):
         Model.load(tmp_path)
 
 

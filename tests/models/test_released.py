@@ -171,10 +171,11 @@ def test_a_misshaped_tensor_is_named(parts, shape):
 def test_unknown_tensors_are_named(parts, name):
     generator, discriminator = parts
     refuse(
-        (generator | {name: torch.zeros(1)}, discriminator), f"^{re.escape(f'generator.{name}')} is no tensor of the"
+        (generator | {name: torch.zeros(1)}, discriminator), f"^{re.escape(f'generator.{name}')} is not a tensor of the"
     )
     refuse(
-        (generator, discriminator | {"head": torch.zeros(1)}), "^discriminator.head is no tensor of the released code"
+        (generator, discriminator | {"head": torch.zeros(1)}),
+        r"^discriminator\.head is not a tensor of the released",
     )
     more = {"conv_model.99.weight": torch.zeros(1)}
     refuse((generator, discriminator | more), r"has the unknown tensor discriminator\.\S+$")

@@ -29,7 +29,9 @@ class Page(HTMLParser):
         assert not [name for name in attributes if name.startswith("on") or name == "style"], attributes
 
     def handle_data(self, data):
-        if self.tags[-1:] not in (["script"], ["style"]):
+        if self.tags[-1:] == ["wbr"]:  # a possible line break inside a word
+            self.shown[-1] += data
+        elif self.tags[-1:] not in (["script"], ["style"]):
             self.shown.append(data)
 
     @property
@@ -37,12 +39,12 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.shown).split())
 
 
-def evaluation(kinds=("missing", HOSTILE), held_out=40, in_sample=False):
+def evaluation(kinds=("missing", HOSTILE), held_out=40, in_sample=False, names=SIGNALS):
     generator = np.random.default_rng(0)
     labels = np.repeat([0, 1], [40, 30])
     findings = ["NORMAL"] * 40 + [kinds[i % len(kinds)] for i in range(30)]
-    signals = {name: generator.normal(size=70) + index * labels for index, name in enumerate(SIGNALS)}
-    holdout = {name: generator.normal(size=held_out) for name in SIGNALS} if held_out else None
+    signals = {name: generator.normal(size=70) + index * labels for index, name in enumerate(names)}
+    holdout = {name: generator.normal(size=held_out) for name in names} if held_out else None
     if in_sample:
         holdout = {name: scores[labels == 0] for name, scores in signals.items()}
     return Evaluation(labels, findings, [f"{i}.png" for i in range(70)], signals, "residual", holdout)

@@ -9,7 +9,7 @@ import pytest
 import samples
 from samples import HOSTILE, Page
 
-from simsid.report import FilmRow, HeatMap, page_name, write_film
+from simsid.report import FilmRow, HeatMap, page_name, remove_films, write_film
 
 DESCRIPTIONS = {"residual": f"mean squared difference {HOSTILE}"}
 
@@ -92,3 +92,11 @@ def test_row_without_page_and_maps_of_another_shape_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"map 'x' must have shape \(24, 20\), got \(2, 2\)"):
         write_film(tmp_path / "report.html", row, example, maps=[HeatMap("x", np.zeros((2, 2)))])
     assert not (tmp_path / "films").exists()
+
+
+def test_pages_of_an_earlier_report_are_removed_and_other_files_stay(tmp_path):
+    remove_films(tmp_path / "report.html")  # no folder yet
+    write_film(tmp_path / "report.html", samples.rows(pages=1)[0], samples.examples(1)[0])
+    (tmp_path / "films" / "notes.html").write_text("mine")
+    remove_films(tmp_path / "report.html")
+    assert os.listdir(tmp_path / "films") == ["notes.html"]

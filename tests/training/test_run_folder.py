@@ -1,4 +1,4 @@
-"""Run folders: one writer at a time, a manifest of every file, files that are whole."""
+"""Run folders: one writer at a time, a manifest of every file, atomic writes."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import tiny
+import torch
 
 from simsid import data
 from simsid.errors import RunError
@@ -15,15 +16,17 @@ from simsid.training.run_folder import WRITTEN, RunFolder, versions
 
 HOLD = """
 import sys, time
-from simsid.training.run_folder import RunFolder
+from filelock import FileLock
 
-folder = RunFolder(sys.argv[1])
+lock = FileLock(sys.argv[1])
+lock.acquire()
 print("held", flush=True)
 time.sleep(99)
 """
+"""The lock of `RunFolder` without its imports, which take seconds."""
 
 
-def test_one_holder_at_a_time(tmp_path):
+def test_second_writer_is_refused(tmp_path):
     with RunFolder(tmp_path / "run") as folder:
         with pytest.raises(RunError, match=r"is in use by another process that writes into it$"):
             RunFolder(tmp_path / "run")
@@ -32,8 +35,9 @@ def test_one_holder_at_a_time(tmp_path):
         pass
 
 
-def test_a_killed_holder_lets_go(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+def test_lock_of_a_killed_process_is_free(tmp_path):
+    RunFolder(tmp_path / "run").close()
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run" / ".lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=tiny.ENVIRONMENT) as holder:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(RunError, match="in use"):
@@ -44,7 +48,7 @@ def test_a_killed_holder_lets_go(tmp_path):
             pass
 
 
-def test_a_file_is_no_run_folder(tmp_path):
+def test_file_instead_of_a_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RunError, match="must be a folder, got the file"):
         RunFolder(tmp_path / "file")
@@ -53,37 +57,38 @@ def test_a_file_is_no_run_folder(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_what_a_killed_process_left_half_written_goes(tmp_path):
-    left = [tmp_path / f".{name.replace('*', '0123')}.x7_k2" for name in WRITTEN]
+def test_unfinished_files_of_a_killed_process_are_removed(tmp_path):
+    unfinished = [tmp_path / f".{name.replace('*', '0123')}.x7_k2" for name in WRITTEN]
     others = [tmp_path / name for name in (".notes", "run.json", "mine.csv", ".DS_Store")]
-    for path in (*left, *others):
+    for path in (*unfinished, *others):
         path.write_text("{}")
     with RunFolder(tmp_path):
-        assert not [path for path in left if path.exists()]
+        assert not [path for path in unfinished if path.exists()]
         assert all(path.exists() for path in others)
 
 
-def test_the_manifest_names_every_file(tmp_path):
+def test_manifest_names_every_image_with_the_hash_of_its_file(tmp_path):
     film = tiny.film(tmp_path / 'a, "b"' / "film 1.png")
     odd = tiny.film(os.path.join(os.fsencode(tmp_path), b"caf\xe9.png").decode("utf-8", "surrogateescape"), 1)
-    records = [
-        data.Record(str(film), "train", 0, "NORMAL", "p1"),
-        data.Record(str(odd), "val", 1, "PNEUMONIA"),
-        data.Record("digits/train/00000", "train", None),
-    ]
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (film, odd)]
+    train = data.load_images([data.Record(str(film), "train", 0, "NORMAL", "p1")], 48)
+    val = data.load_images([data.Record(str(odd), "val", 1, "PNEUMONIA")], 48)
+    digits = data.ImageSet(torch.zeros(1, 1, 48, 48), (data.Record("digits/train/00000", "train", None),))
+    # The manifest must not read the files again.
+    film.unlink(), odd.unlink()
     with RunFolder(tmp_path / "run") as folder:
-        folder.write_manifest(records)
+        folder.write_manifest(train, val, None, digits)
     rows = tiny.rows(tmp_path / "run" / "manifest.csv")
     assert list(rows[0]) == ["path", "sha256", "split", "label", "finding", "patient"]
-    assert [row["path"] for row in rows] == [record.path for record in records]
-    assert rows[0]["sha256"] == hashlib.sha256(film.read_bytes()).hexdigest()
+    assert [row["path"] for row in rows] == [str(film), str(odd), "digits/train/00000"]
+    assert [row["sha256"] for row in rows] == [*hashes, ""]
     assert [row["split"] for row in rows] == ["train", "val", "train"]
     assert [row["label"] for row in rows] == ["0", "1", ""]
+    assert [row["finding"] for row in rows] == ["NORMAL", "PNEUMONIA", ""]
     assert [row["patient"] for row in rows] == ["p1", "", ""]
-    assert rows[2]["sha256"] == "" and rows[1]["finding"] == "PNEUMONIA"
 
 
-def test_request_and_metrics(tmp_path):
+def test_request_and_metrics_round_trip(tmp_path):
     with RunFolder(tmp_path / "run") as folder:
         folder.write_request({"command": "train"})
         assert folder.read_request() == {"command": "train", "versions": versions()}

@@ -1,8 +1,6 @@
-"""One iteration, however it is executed: eagerly, compiled, or recorded and replayed."""
+"""One iteration of training: eager, compiled, and captured as a CUDA graph."""
 
 import functools
-import subprocess
-import sys
 
 import nvtx
 import pytest
@@ -10,14 +8,20 @@ import tiny
 import torch
 
 from simsid import TrainingConfig, cuda_graph
-from simsid.errors import NonFiniteError
+from simsid.errors import DeviceMemoryError
 from simsid.training.step import LOSSES, TrainingStep
 
-CHANGES = [{}, {"memory": "queue", "rho": 0.7, "dropout": 0.3}, {"distillation": False}, {"pixel_inpainting": 0.25}]
+CHANGES = {
+    "simsid": {},
+    "queue and dropout": {"memory": "queue", "rho": 0.7, "dropout": 0.3},
+    "no teacher": {"distillation": False},
+    "blank patches": {"pixel_inpainting": 0.25},
+}
+each_model = pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 
 
 def train(steps=4, device="cpu", seed=0, changes=(), **options):
-    """Run some iterations; returns the step with its model in the state they leave."""
+    """Run some iterations and return the step."""
     config = TrainingConfig(batch_size=4, learning_rate=1e-3, **options)
     step = TrainingStep(tiny.model(**dict(changes)).to(device).train(), config)
     for number in range(steps):
@@ -34,90 +38,101 @@ def state(step):
         for parameter, entry in optimizer.state.items()
         for key, value in entry.items()
     }
-    return {**step.model.state_dict(), **moments}
+    return {**dict(step.model.named_parameters()), **dict(step.model.named_buffers()), **moments}
+
+
+def different(one, other):
+    """Return the names of the tensors that are not bitwise equal."""
+    assert one.keys() == other.keys() and len(one) > 100
+    return [name for name in one if not torch.equal(one[name], other[name])]
 
 
 def assert_close(one, other, tolerance):
-    """Tensor by tensor, relative to the largest value; Adam turns rounding around a zero gradient into full steps."""
+    """Compare means, not elements: Adam turns the rounding of a zero gradient into a full step."""
     assert one.keys() == other.keys() and len(one) > 100
-    apart = {}
+    errors = {}
     for name, value in one.items():
-        mine, theirs = value.double().cpu(), other[name].double().cpu()
-        apart[name] = (mine - theirs).abs().mean() / theirs.abs().mean().clamp_min(1e-6)
-    worst = sorted(apart, key=apart.get)[-3:]
-    share = sum(value < tolerance for value in apart.values()) / len(apart)
-    assert share > 0.9, [(name, apart[name].item()) for name in worst]
+        actual, expected = value.double().cpu(), other[name].double().cpu()
+        errors[name] = ((actual - expected).abs().mean() / expected.abs().mean().clamp_min(1e-6)).item()
+    worst = sorted(errors, key=errors.get)[-3:]
+    fraction = sum(error < tolerance for error in errors.values()) / len(errors)
+    assert fraction > 0.9, [(name, errors[name]) for name in worst]
 
 
-class Rehearsed(cuda_graph.Replay):
-    """Stands for a recording where there is no GPU: rehearses, puts back, and then runs the work itself."""
+class WarmedUp(cuda_graph.CapturedGraph):
+    """Replaces a captured graph where there is no GPU: it warms up and restores, then runs the work eagerly."""
 
-    made = 0
+    count = 0
 
-    def __init__(self, work, inputs, *, between, share):
-        Rehearsed.made += 1
-        assert (share is None) == (Rehearsed.made == 1)
+    def __init__(self, work, inputs, *, after_warmup, share_memory_with):
+        WarmedUp.count += 1
+        assert (share_memory_with is None) == (WarmedUp.count == 1)
         self.inputs, self.work = [tensor.clone() for tensor in inputs], work
-        for _ in range(cuda_graph.REHEARSALS):
+        for _ in range(cuda_graph.WARMUPS):
             work(*self.inputs)
-        between()
+        after_warmup()
 
     def __call__(self, *inputs):
-        for kept, given in zip(self.inputs, inputs, strict=True):
-            kept.copy_(given)
+        for target, source in zip(self.inputs, inputs, strict=True):
+            target.copy_(source)
         self.work(*self.inputs)
 
 
-@pytest.mark.parametrize("changes", CHANGES)
-def test_rehearsals_leave_no_trace(monkeypatch, changes):
-    """Recording rehearses each kind of iteration; weights, moments, statistics, queue and sums are as without it."""
-    eager = train(5, changes=changes)
-    monkeypatch.setattr(cuda_graph, "record", Rehearsed)
-    monkeypatch.setattr(Rehearsed, "made", 0)
-    real = TrainingStep.__init__
-
-    def recording(self, *arguments):
-        real(self, *arguments)
-        self._record = True
-
-    monkeypatch.setattr(TrainingStep, "__init__", recording)
-    recorded = train(5, changes=changes)
-    assert Rehearsed.made == 2
-    one, other = state(eager), state(recorded)
-    assert one.keys() == other.keys()
-    assert not [name for name in one if not torch.equal(one[name], other[name])]
-    assert eager.means() == recorded.means() and eager.counts == recorded.counts
+def capturing(changes=()):
+    """Return a step on a CPU that captures its iterations as one on a GPU does."""
+    config = TrainingConfig(batch_size=4, learning_rate=1e-3)
+    step = TrainingStep(tiny.model(**dict(changes)).train(), config)
+    step._use_graph = True
+    return step
 
 
-def test_what_cannot_be_recorded_runs_eagerly(monkeypatch):
-    def refuse(work, inputs, **_):
+@each_model
+def test_warmup_before_capture_leaves_no_trace(monkeypatch, changes):
+    """Weights, moments, statistics, queue and sums are bitwise those of a training without warm-up runs."""
+    eager, captured = train(3, changes=changes), capturing(changes)
+    monkeypatch.setattr(cuda_graph, "capture", WarmedUp)
+    monkeypatch.setattr(WarmedUp, "count", 0)
+    for number in range(3):
+        captured(tiny.images(4, number), number)
+    assert WarmedUp.count == 2
+    assert not different(state(eager), state(captured))
+    assert eager.means() == captured.means() and eager.counts == captured.counts
+
+
+def test_failed_capture_falls_back_to_eager(monkeypatch):
+    def fail(work, inputs, **_):
         work(*inputs)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    eager = train(3)
-    monkeypatch.setattr(cuda_graph, "record", refuse)
-    step = TrainingStep(tiny.model().train(), TrainingConfig(batch_size=4, learning_rate=1e-3))
-    step._record = True
+    monkeypatch.setattr(cuda_graph, "capture", fail)
+    step = capturing()
     with pytest.warns(UserWarning, match="runs eagerly: operation not permitted"):
         for number in range(3):
             step(tiny.images(4, number), number)
-    one, other = state(eager), state(step)
-    assert not [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different(state(train(3)), state(step))
 
 
-def test_the_compiled_step_is_the_eager_one(monkeypatch):
-    """Inductor would compile C++ for minutes; what it is given, forward and backward, is the same."""
+def test_compiled_step_equals_eager(monkeypatch):
+    """With the backend `aot_eager`: the same traced forward and backward passes, without minutes of C++."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    compiled, eager = (train(3, compile=compile, translate=0.0, scale=0.0) for compile in (True, False))
+    # Tracing takes seconds, so one level; two iterations run all that is compiled: with and without the generator.
+    changes = {"image_size": 36, "levels": 1, "skip_levels": 1, "merge_levels": 1, "decoder_memories": 1}
+    results = []
+    for compiled in (True, False):
+        config = TrainingConfig(batch_size=4, learning_rate=1e-3, translate=0.0, scale=0.0, compile=compiled)
+        results.append(TrainingStep(tiny.model(**changes).train(), config))
+        for number in range(2):
+            results[-1](tiny.images(4, number)[:, :, :36, :36], number)
+    compiled, eager = results
     torch._dynamo.reset()
     assert compiled.means() == pytest.approx(eager.means(), rel=1e-3)
     assert_close(state(compiled), state(eager), 1e-2)
 
 
-def test_losses_are_summed_and_go_on():
+def test_losses_are_averaged_and_resume_from_sums():
     step = train(3)
-    assert step.counts == {"real": 3, "fake": 3, "student": 2, "generator": 2, "teacher": 2, "distillation": 2}
+    assert step.counts == {"real": 3, "fake": 3, "student": 2, "adversarial": 2, "teacher": 2, "distillation": 2}
     sums, counts, means = step.sums(), step.counts, step.means()
     assert list(means) == list(LOSSES) and means["student"] == sums["student"] / 2
     step.reset()
@@ -127,27 +142,19 @@ def test_losses_are_summed_and_go_on():
     assert "teacher" not in train(1, changes={"distillation": False}).means()
 
 
-def test_after_something_not_finite_nothing_moves(monkeypatch):
-    """On a GPU the host hears of it later; the iterations until then must change no weight."""
-    monkeypatch.setattr(TrainingStep, "check", lambda self: None)
-    step = train(2, changes={"memory": "queue"})
-    before = {name: value.clone() for name, value in state(step).items()}
-    images = tiny.images(4, 9)
-    for number in range(2, 7):
-        step(images * torch.inf if number == 3 else images, number)
-        if number == 2:
-            before = {name: value.clone() for name, value in state(step).items()}
-    monkeypatch.undo()
-    with pytest.raises(NonFiniteError, match=r"^step 3: the real loss is nan"):
-        step.means()
-    after = state(step)
-    statistics = ("running_mean", "running_var", "num_batches_tracked")
-    changed = [name for name in before if not name.endswith(statistics) and not torch.equal(before[name], after[name])]
-    assert not changed
+def test_out_of_memory_is_one_sentence_with_the_remedy(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    step = train(0)
+    monkeypatch.setattr(step, "_iterate", fail)
+    message = r"ran out of memory in an iteration of 4 images, 48 x 48 pixels; choose a batch_size below 4, precision="
+    with pytest.raises(DeviceMemoryError, match=message):
+        step(tiny.images(4), 0)
 
 
-def test_every_stage_is_a_range(monkeypatch):
-    """What `nsys` shows of an iteration and of scoring: each stage once, nested as the work is."""
+def test_every_stage_is_an_nvtx_range(monkeypatch):
+    """The ranges that `nsys` shows of an iteration and of scoring: each stage once, nested like the calls."""
     seen, open_ranges = [], []
 
     class Domain:
@@ -177,72 +184,3 @@ def test_every_stage_is_a_range(monkeypatch):
     seen.clear()
     step.model.eval().signals(tiny.images(1))
     assert [name for name in seen if "/" not in name] == ["encoder", "student", "signals"]
-
-
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@cuda
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("changes", CHANGES)
-def test_the_replayed_step_is_the_eager_one(changes, precision):
-    eager, replayed = (
-        train(6, "cuda", changes=changes, precision=precision, cuda_graph=graph) for graph in (False, True)
-    )
-    assert set(replayed._replays) == {False, True}
-    assert replayed.means() == pytest.approx(eager.means(), rel=1e-2)
-    assert_close(state(replayed), state(eager), 5e-2)
-
-
-@cuda
-@pytest.mark.parametrize("graph", [False, True])
-def test_no_iteration_waits_for_the_device(graph):
-    step = train(4, "cuda", cuda_graph=graph)
-    images = tiny.images(4).cuda()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for number in range(4, 8):
-            step(images, number)
-            step.set_learning_rate(1e-4)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert step.means()
-
-
-@pytest.fixture
-def deterministic(monkeypatch):
-    """PyTorch's algorithms that repeat bit for bit: its gradient of an upsampling otherwise adds in any order."""
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@cuda
-# The queue's places are then checked on the host, which no recording allows.
-@pytest.mark.parametrize(("changes", "graph"), [(CHANGES[0], True), (CHANGES[1], False)])
-def test_steps_repeat_bit_for_bit(deterministic, changes, graph):
-    one, other = (train(6, "cuda", changes=changes, cuda_graph=graph) for _ in range(2))
-    assert bool(one._replays) == graph
-    one, other = state(one), state(other)
-    assert not [name for name in one if not torch.equal(one[name], other[name])]
-
-
-FAILS = """
-import torch
-from simsid import cuda_graph
-
-before, x = torch.cuda.current_stream(), torch.ones(4, device="cuda")
-try:
-    cuda_graph.record(lambda x: (x * 2).sum().item(), [x])
-except RuntimeError:
-    assert torch.cuda.current_stream() == before and (x * 2).sum().item() == 8
-    print("as before")
-"""
-
-
-@cuda
-def test_a_recording_that_fails_leaves_the_stream_as_it_was():
-    """Waiting for the device cannot be recorded. In a process of its own: PyTorch's allocator remembers the failure."""
-    done = subprocess.run([sys.executable, "-c", FAILS], capture_output=True, text=True)
-    assert done.stdout == "as before\n", done.stderr

@@ -1,0 +1,63 @@
+"""Registration of the custom ops and the error of their second derivative, written once for all of them.
+
+`torch.library` define + impl + fake with a plain `autograd.Function` around it is the cheapest registration that
+`torch.compile(fullgraph=True)`, export and opcheck accept. The Functions do without `setup_context`, with which every
+call would bind its signature; only `torch.func` needs it, and `backend.py` sends that to the references.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("simsid", "FRAGMENT")
+
+
+def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register an op of the namespace `simsid`.
+
+    Args:
+        schema: name, arguments and results, as in `"scale(Tensor x, float factor) -> Tensor"`.
+        run: computes it by kernels, on CUDA or, in Triton's interpreter, on a CPU.
+        fake: returns empty tensors of the results' shapes and dtypes, for tracing.
+
+    Returns:
+        The op, `torch.ops.simsid.<name>`.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for device in ("CUDA", "CPU"):
+        _library.impl(name, run, device)
+    torch.library.register_fake(f"simsid::{name}", fake, lib=_library)
+    return getattr(torch.ops.simsid, name)
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Return whether autograd has to record a function of these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def run_backward(name: str, backward: Callable[..., Any], *arguments: Any) -> Any:
+    """Run an op's backward pass; where a graph of it is recorded, differentiating its result is one clear error.
+
+    Gradients are enabled inside a backward pass only under `create_graph`. `once_differentiable` does not replace
+    this: where the incoming gradient does not require one itself, it detaches and the second derivative is lost
+    without a message.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _DifferentiableOnce.apply(name, backward, *arguments)
+    return backward(*arguments)
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """A backward pass as a node of its own, which raises when it is differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, backward: Callable[..., Any], *arguments: Any) -> Any:
+        ctx.name = name
+        return backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(f'{ctx.name} has no second derivative in Triton; use backend="torch" for it')

@@ -1,0 +1,80 @@
+"""Inputs of the space-aware memory, and the comparison of its kernels with the reference in float64."""
+
+import math
+
+import torch
+from harness import DEVICE, assert_as_close_as_torch, terms
+
+from simsid.kernels import space_aware_memory
+from simsid.kernels.memory.reference import shrink, space_aware_memory_reference
+
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
+PAIRS = [(FLOAT32, FLOAT32), (BFLOAT16, FLOAT32), (FLOAT16, FLOAT32), (BFLOAT16, BFLOAT16), (FLOAT16, FLOAT16)]
+
+
+def draw(B, L, N, D, query=FLOAT32, memory=FLOAT32, shared=False, noisy=False, seed=0):
+    """Return query, memory, cotangent and noise; scores are of order 1."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    z, M, g = normal(B, L, D), normal(1 if shared else L, N, D) / math.sqrt(D), normal(B, L, D)
+    noise = normal(B, L, N).to(DEVICE) if noisy else None
+    return z.to(query).to(DEVICE), M.to(memory).to(DEVICE), g.to(query).to(DEVICE), noise
+
+
+def gap(z, M, k, noise, temperature, exclusive):
+    """Return the smallest distance between the last score that is kept and the first that is not."""
+    s = torch.einsum("bld,lnd->bln", z.double(), M.double().expand(z.shape[1], -1, -1))
+    s = torch.sort((s if noise is None else s + noise) / temperature, descending=True).values
+    k = min(k, s.shape[-1]) - (1 if exclusive else 0)
+    return math.inf if k in (0, s.shape[-1]) else (s[..., k - 1] - s[..., k]).min().item()
+
+
+def gradients(function, z, M, g):
+    z, M = z.detach().requires_grad_(), M.detach().requires_grad_()
+    out = function(z, M)
+    out.backward(g)
+    return {"out": out, "dz": z.grad, "dM": M.grad}
+
+
+def roundings_of(query):
+    """Return the float32 roundings a product may be off by; float32 for a bf16 query is a pair of bf16, to 2^-18."""
+    return 64.0 if query == BFLOAT16 else 3.0
+
+
+def sizes(z, M, g, k, noise, threshold, temperature):
+    """Return, by name, the largest result there would be without cancellation, and the largest |z M / temperature|."""
+    z, M, g = z.detach().double(), M.detach().double().expand(z.shape[1], -1, -1), g.double()
+    s = torch.einsum("bld,lnd->bln", z, M)
+    logits = (s if noise is None else s + noise) / temperature
+    p = torch.softmax(logits, dim=-1)
+    w = shrink(logits, p, k, threshold)[0]
+    ds = terms(p, torch.einsum("bld,lnd->bln", g, M)) / temperature
+    results = {
+        "out": torch.einsum("bln,lnd->bld", w, M.abs()),
+        "dz": torch.einsum("bln,lnd->bld", ds, M.abs()),
+        "dM": torch.einsum("bln,bld->lnd", w, g.abs()) + torch.einsum("bln,bld->lnd", ds, z.abs()),
+    }
+    return {name: value.amax().item() for name, value in results.items()}, s.abs().amax().item() / temperature
+
+
+def compare(z, M, g, k, noise=None, threshold="inclusive", temperature=1.0):
+    """Compare fused output and gradients with the reference in float64; the reference in their dtype is the measure."""
+
+    def reference(z, M):
+        return space_aware_memory_reference(z, M, k, threshold, noise, temperature)[0]
+
+    def fused(z, M):
+        options = {"threshold": threshold, "noise": noise, "temperature": temperature}
+        return space_aware_memory(z, M, k, backend="triton", **options)
+
+    exact = gradients(reference, z.double(), M.double(), g.double())
+    same, got = gradients(reference, z, M, g), gradients(fused, z, M, g)
+    scale, score = sizes(z, M, g, k, noise, threshold, temperature)
+    # Two products, and the one that makes the scores, whose error is an error of the exponent.
+    slack = roundings_of(z.dtype) * (2.0 + score)
+    for name in exact:
+        assert_as_close_as_torch(name, got[name], same[name], exact[name], slack, scale[name])
+    return got
