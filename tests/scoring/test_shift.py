@@ -56,7 +56,7 @@ def test_scoring_an_archive_reports_the_shift_of_the_signal_that_scores(tmp_path
     held = np.array(model.calibration.holdout["residual"])
     # Images without noise have another residual.
     for i, path in enumerate(files):
-        tiny.write_png(path, np.full((48, 48), 100 + i, np.uint8))
+        tiny.write_png(path, np.tile(np.arange(48, dtype=np.uint8) + 3 * i, (48, 1)))
     summary = score(model, tmp_path / "data", tmp_path / "out", signal="residual")
     values = np.array([float(row["residual"]) for row in tiny.rows(tmp_path / "out" / "scores.csv")])
     assert summary.shift == find_shift(values, held) and summary.shift.scored == 30
