@@ -28,7 +28,7 @@ setup(
     ],
     package_dir={"simsid.kernels": "kernels"},
     package_data={
-        "simsid": ["py.typed"],
+        "simsid": ["py.typed", "samples/*", "samples/*/*"],
         "simsid.models": ["weights/*", "shipped/*/*"],
         "simsid.report": ["templates/*"],
     },

@@ -17,6 +17,7 @@ from simsid.commands.convert import Convert
 from simsid.commands.demo import Demo
 from simsid.commands.doctor import Doctor
 from simsid.commands.evaluate import Evaluate
+from simsid.commands.models import Models
 from simsid.commands.scan import Scan
 from simsid.commands.score import Score
 from simsid.commands.train import Train
@@ -37,6 +38,7 @@ COMMANDS: dict[str, type] = {
     "calibrate": Calibrate,
     "scan": Scan,
     "convert": Convert,
+    "models": Models,
     "doctor": Doctor,
 }
 
@@ -140,7 +142,7 @@ def _train_command(arguments: list[str]) -> tuple[type, Any]:
 
     if name not in presets.PRESETS:
         return Train, subcommand("train", prefix_name=False)
-    config = presets.preset(name)
+    config = presets.preset(name).config()
     kind: Any = fit_command(type(config))  # type: ignore[arg-type]  # a class is hashable
     return kind, subcommand("train", prefix_name=False, default=kind(model=config))
 
