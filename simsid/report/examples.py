@@ -101,10 +101,13 @@ def gray(image: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, heat: np.ndarray, limit: float) -> np.ndarray:
-    """Lay a heat map over its dimmed input: `[H, W, 3]` uint8, brightest where `heat` reaches `limit`."""
+    """Lay a heat map over its dimmed input: `[H, W, 3]` uint8, brightest where `heat` reaches `limit`.
+
+    The input stays visible everywhere: some maps are well above 0 on normal anatomy too.
+    """
     heat = np.clip(np.nan_to_num(np.asarray(heat, np.float64), nan=0.0) / limit, 0.0, 1.0)
-    opacity = np.minimum(1.0, 0.25 + 1.5 * heat)[..., None]
-    return (opacity * _colors(heat) + (1.0 - opacity) * 0.7 * gray(image)[..., None]).astype(np.uint8)
+    opacity = 0.8 * heat[..., None] ** 1.5
+    return (opacity * _colors(heat) + (1.0 - opacity) * 0.8 * gray(image)[..., None]).astype(np.uint8)
 
 
 def color_bar() -> bytes:
