@@ -12,7 +12,7 @@ from simsid.data import ImageSet, Record
 from simsid.evaluation import Evaluation, scores_of
 from simsid.models.base import AnomalyModel
 from simsid.models.signals import SIGNALS
-from simsid.report.examples import Example, HeatMap
+from simsid.report.examples import Example, HeatMap, map_limit
 from simsid.report.film import FilmRow, page_name, remove_films, write_film
 from simsid.scoring import Score
 
@@ -103,13 +103,15 @@ def write_film_pages(
     if images is None:
         return
     maps = {name: model.maps(images, name).numpy() for name in distinct_maps(model)}
+    # One scale for all pages: on its own scale a normal image would glow like an abnormal one.
+    limits = {name: map_limit(HeatMap(name, values)) for name, values in maps.items()}
     for i, example in enumerate(shown):
         row = row_of[example.path]
         write_film(
             pathlib.Path(report),
             row,
             example,
-            maps=[HeatMap(name, values[i], SIGNALS[name].unit) for name, values in maps.items()],
+            maps=[HeatMap(name, values[i], SIGNALS[name].unit, limits[name]) for name, values in maps.items()],
             standardized=_standardized(model, row.signals),
             descriptions=descriptions(model),
         )
