@@ -16,6 +16,7 @@ from simsid.commands.convert import Convert
 from simsid.commands.demo import Demo
 from simsid.commands.doctor import Doctor
 from simsid.commands.evaluate import Evaluate
+from simsid.commands.explain import Explain
 from simsid.commands.scan import Scan
 from simsid.commands.score import Score
 from simsid.commands.train import Train
@@ -32,6 +33,7 @@ COMMANDS: dict[str, type] = {
     "train": Train,
     "evaluate": Evaluate,
     "score": Score,
+    "explain": Explain,
     "calibrate": Calibrate,
     "scan": Scan,
     "convert": Convert,
