@@ -32,6 +32,7 @@ _EXPORTS = {
     "Model": "simsid.models.model",
     "Reconstruction": "simsid.models.model",
     "AnomalyModel": "simsid.models.base",
+    "Detector": "simsid.detector",
     "freeze": "simsid.models.inference",
     "load": "simsid.models.loading",
     "SimsidError": "simsid.errors",

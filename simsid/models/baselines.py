@@ -188,7 +188,7 @@ class PixelPCA(PixelBaseline):
         fitted = PCA(n_components=kept, svd_solver="randomized", random_state=0).fit(pixels)
         self.tensors = {
             "mean": torch.from_numpy(fitted.mean_.astype(np.float32)),
-            "components": torch.from_numpy(fitted.components_.astype(np.float32)),
+            "components": torch.from_numpy(np.ascontiguousarray(fitted.components_, np.float32)),
         }
         self._prepare()
 
