@@ -27,7 +27,7 @@ setup(
         *(f"simsid.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"simsid.kernels": "kernels"},
-    package_data={"simsid.report": ["templates/*"]},
+    package_data={"simsid.models": ["weights/*", "shipped/*/*"], "simsid.report": ["templates/*"]},
     install_requires=[
         "torch>=2.10",
         "triton; platform_system == 'Linux'",
@@ -49,7 +49,7 @@ setup(
         "tensorboard": TENSORBOARD,
         "test": [*TEST, *CODECS, *TENSORBOARD],
     },
-    entry_points={"console_scripts": ["simsid = simsid.commands.main:main"]},
+    entry_points={"console_scripts": ["simsid = simsid.__main__:main"]},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",

@@ -1,10 +1,10 @@
-"""SimSID and SQUID written out: the same weights and the same numbers as `simsid.Model`, computed naively.
+"""A written-out model in the manner of the released code, which computes the numbers of `simsid.Model` naively.
 
-What the benchmarks measure against, in the manner of the released code: a Python loop over the locations of every
-memory, the eight neighbours of every location copied into a window and projected there, the teacher computed at every
-iteration and in inference, a gradient graph for iterations that need none, a discriminator that is not frozen in the
-generator's step, a host synchronisation for every loss, Adam as PyTorch's defaults run it, contiguous float32, and
-scoring image by image.
+The benchmarks compare with it. It has the weights of the model, a Python loop over the locations of every memory, the
+eight neighbors of every location copied into a window and projected there, the teacher at every iteration and in
+inference, a gradient graph for iterations that need none, a discriminator that is not frozen in the step of the
+generator, a host synchronization for every loss, the default Adam of PyTorch, contiguous float32, and scoring image by
+image.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,27 +25,27 @@ from simsid.models.layers import ConvBlock
 from simsid.models.memory import DecoderMemory, SpaceAwareMemory
 from simsid.models.model import Reconstruction
 from simsid.models.patches import merge, split
-from simsid.scoring.stream import Score, preparation, threshold
+from simsid.scoring.stream import Score
 
 PAPERS = {"distillation": True, "inpainting": "attention", "border": "zero", "shrinkage": "topk", "gumbel_noise": False}
 AROUND = [(row, column) for row in (0, 1, 2) for column in (0, 1, 2) if (row, column) != (1, 1)]
 
 
 class Baseline:
-    """A model's modules in the written-out manner; the model becomes contiguous.
+    """Compute with the modules of a model in the written-out manner; the model becomes contiguous.
 
     Raises:
-        ValueError: a configuration that is none of the papers' two methods'.
+        ValueError: the configuration is not one of the two papers.
     """
 
     def __init__(self, model: Model) -> None:
         for name, value in PAPERS.items():
             if (got := getattr(model.config, name)) != value:
-                raise ValueError(f"the baseline computes {name}={value!r} only, got {got!r}")
+                raise ValueError(f"{name} must be {value!r}, the only value that the baseline computes, got {got!r}")
         self.model = model.to(memory_format=torch.contiguous_format)
 
     def __call__(self, images: Tensor) -> Reconstruction:
-        """Reconstruct `[B, 1, H, W]`, by the teacher too whatever the mode."""
+        """Reconstruct `[B, 1, H, W]`, also with the teacher, in training and in inference mode."""
         model = self.model
         encoded = encode(model, split(images, model.config.patches))
         x, query, retrieved = inpaint(model.student.inpainting, encoded.deepest)
@@ -58,41 +58,41 @@ class Baseline:
         return Reconstruction(student, teacher, distillation, query, retrieved)
 
     def signals(self, images: Tensor, batch_size: int = 1) -> dict[str, np.ndarray]:
-        """Return the signals of `[B, 1, H, W]` as `Model.signals` does; the released evaluation has batches of one.
+        """Return the signals of `[B, 1, H, W]` like `Model.signals`; the released evaluation has batches of one.
 
-        In larger batches the discriminator still normalises image by image, in one pass over all.
+        In larger batches the discriminator normalizes each image with its own statistics, in one pass over all.
         """
         columns: dict[str, list[float]] = {name: [] for name in self.model.signal_names}
         with torch.no_grad(), inference(self.model):
             for batch in images.split(batch_size):
-                found, discriminator = self(batch), self.model.discriminator
-                logits = judge(discriminator, found.student, per_image=True), judge(discriminator, found.student)
-                for name, values in all_signals(batch, found, *logits).items():
+                outputs, discriminator = self(batch), self.model.discriminator
+                logits = judge(discriminator, outputs.student, per_image=True), judge(discriminator, outputs.student)
+                for name, values in all_signals(batch, outputs, *logits).items():
                     columns[name] += [value.item() for value in values]
         return {name: np.array(values) for name, values in columns.items()}
 
     def score_files(self, files: Iterable[Record | str], batch_size: int = 1) -> Iterator[Score]:
-        """Score readable files as `simsid.scoring.stream.score_files` does, each batch read file by file before it."""
-        model, files = self.model, list(files)
-        limit, name = threshold(model), model.signal
+        """Score readable files like `simsid.scoring.stream.score_files`; reads the files of a batch one by one."""
+        model, files, name = self.model, list(files), self.model.signal
+        threshold = model.calibrated().threshold(name)
         for start in range(0, len(files), batch_size):
             chosen = files[start : start + batch_size]
-            read = [load_images([file], workers=1, **preparation(model)) for file in chosen]
+            read = [load_images([file], workers=1, **model.preprocessing.to_dict()) for file in chosen]
             images = torch.cat([one.batch([0], model.device) for one in read])
-            found = self.signals(images, batch_size)
-            probability = model.calibrated().probability(name, found[name])
+            signals_of_batch = self.signals(images, batch_size)
+            probability = model.calibrated().probability(name, signals_of_batch[name])
             for i, one in enumerate(read):
-                values = {key: float(column[i]) for key, column in found.items()}
-                alarm = None if limit is None else values[name] > limit
-                yield Score(one.paths[0], score=float(probability[i]), alarm=alarm, signals=values)
+                values = {key: float(column[i]) for key, column in signals_of_batch.items()}
+                flagged = None if threshold is None else values[name] > threshold
+                yield Score(one.paths[0], score=float(probability[i]), flagged=flagged, signals=values)
 
 
 class BaselineStep:
-    """Updates a model as `simsid.training.step.TrainingStep` does, in the written-out manner."""
+    """Updates a model like `simsid.training.step.TrainingStep`, in the written-out manner."""
 
     def __init__(self, model: Model, config: TrainingConfig | None = None) -> None:
         self.baseline, self.config = Baseline(model), config or TrainingConfig()
-        self.seen: dict[str, list[float]] = {}
+        self.losses: dict[str, list[float]] = {}
         sides = {"generator": [], "discriminator": []}
         for name, parameter in model.named_parameters():
             sides["discriminator" if name.startswith("discriminator.") else "generator"].append(parameter)
@@ -105,11 +105,11 @@ class BaselineStep:
         """Run iteration `number` on `[B, 1, H, W]` images, not yet augmented."""
         config, model = self.config, self.baseline.model
         images = augment(images, translate=config.translate, scale=config.scale)
-        found = self.baseline(images)
+        outputs = self.baseline(images)
 
         losses = {
             "real": adversarial(judge(model.discriminator, images), 1.0),
-            "fake": adversarial(judge(model.discriminator, found.student.detach()), 0.0),
+            "fake": adversarial(judge(model.discriminator, outputs.student.detach()), 0.0),
         }
         total = config.discriminator_weight * (losses["real"] + losses["fake"])
         self.discriminator.zero_grad()
@@ -118,10 +118,10 @@ class BaselineStep:
 
         if number % config.generator_every == 0:
             terms = {
-                "student": F.mse_loss(found.student, images),
-                "teacher": F.mse_loss(found.teacher, images),
-                "distillation": found.distillation,
-                "adversarial": adversarial(judge(model.discriminator, found.student), 1.0),
+                "student": F.mse_loss(outputs.student, images),
+                "teacher": F.mse_loss(outputs.teacher, images),
+                "distillation": outputs.distillation,
+                "adversarial": adversarial(judge(model.discriminator, outputs.student), 1.0),
             }
             total = sum(getattr(config, f"{name}_weight") * term for name, term in terms.items())
             self.generator.zero_grad()
@@ -129,18 +129,18 @@ class BaselineStep:
             self.generator.step()
             losses |= terms
             if model.queue is not None:
-                push(model.queue, found.query)
+                push(model.queue, outputs.query)
         for name, loss in losses.items():
-            self.seen.setdefault(name, []).append(loss.item())
+            self.losses.setdefault(name, []).append(loss.item())
 
     def means(self) -> dict[str, float]:
         """Return each loss, unweighted, averaged over the iterations so far."""
-        return {name: sum(values) / len(values) for name, values in self.seen.items()}
+        return {name: sum(values) / len(values) for name, values in self.losses.items()}
 
 
 @contextmanager
 def inference(model: Model) -> Iterator[None]:
-    """Put a model into inference mode for a moment."""
+    """Put a model into inference mode, and back at the end."""
     training = model.training
     model.eval()
     try:
@@ -149,15 +149,15 @@ def inference(model: Model) -> Iterator[None]:
         model.train(training)
 
 
-def all_signals(images: Tensor, found: Reconstruction, per_image: Tensor, running: Tensor) -> dict[str, Tensor]:
-    """Return every signal `[B]` of `[B, 1, H, W]` by its reconstruction and the discriminator's logits on that."""
+def all_signals(images: Tensor, outputs: Reconstruction, per_image: Tensor, running: Tensor) -> dict[str, Tensor]:
+    """Return every signal `[B]` of images `[B, 1, H, W]`, from their reconstruction and the logits `[B]` on it."""
     return {
         "discriminator_per_image": -per_image,
         "discriminator_running": -running,
-        "residual": signals.residual(images, found.student),
-        "local_residual": signals.local_residual(images, found.student),
-        "focal_residual": signals.focal_residual(images, found.student),
-        "memory_distance": signals.memory_distance(found.query, found.retrieved),
+        "residual": signals.residual(images, outputs.student),
+        "local_residual": signals.local_residual(images, outputs.student),
+        "focal_residual": signals.focal_residual(images, outputs.student),
+        "memory_distance": signals.memory_distance(outputs.query, outputs.retrieved),
     }
 
 
@@ -199,33 +199,33 @@ def decode(generator: Generator, x: Tensor, skips: list[Tensor]) -> tuple[Tensor
 
 
 def look_up(memory: SpaceAwareMemory, query: Tensor) -> Tensor:
-    """Look `[B, L, D]` up, one location after the other."""
-    found = []
+    """Look up `[B, L, D]`, one location after the other."""
+    retrieved = []
     for location in range(query.shape[1]):
         items = memory.items[location if len(memory.items) > 1 else 0]
         p = torch.softmax(F.linear(query[:, location], items) / memory.temperature, dim=-1)
         with torch.no_grad():
             kth = p.topk(min(memory.topk, p.shape[1]), dim=-1).values[:, -1:]
-            kept = p * (p >= kth if memory.threshold == "inclusive" else p > kth)
-            w = F.normalize(kept, p=1, dim=-1)
-        found.append((p + (w - p).detach()) @ items)
-    return torch.stack(found, dim=1)
+            weight = p * (p >= kth if memory.threshold == "inclusive" else p > kth)
+            w = F.normalize(weight, p=1, dim=-1)
+        retrieved.append((p + (w - p).detach()) @ items)
+    return torch.stack(retrieved, dim=1)
 
 
 def remember(memory: DecoderMemory, maps: Tensor) -> Tensor:
-    """Look a decoder's map `[B * L, C, h, w]` (`[B, C, H, W]` when merged) up."""
+    """Look up the map of a decoder, `[B * L, C, h, w]` (`[B, C, H, W]` when merged)."""
     if memory.merged:
         maps = split(maps, memory.patches)
     windows = split(maps, 2) if memory.subpatch else maps
     query = windows.reshape(-1, memory.locations, windows[0].numel())
-    found = look_up(memory.memory, query).reshape(windows.shape)
+    retrieved = look_up(memory.memory, query).reshape(windows.shape)
     if memory.subpatch:
-        found = merge(found, 2)
-    return merge(found, memory.patches) if memory.merged else found
+        retrieved = merge(retrieved, 2)
+    return merge(retrieved, memory.patches) if memory.merged else retrieved
 
 
 def attend(module: NeighborAttention, query: Tensor, memory: Tensor) -> Tensor:
-    """Attend from `[B, L, D]` to a zero-bordered window of eight for every location, projected window by window."""
+    """Attend from `[B, L, D]` to the eight neighbors of each location, zero outside, projected window by window."""
     (rows, columns), D = module.grid, query.shape[-1]
     padded = F.pad(memory.unflatten(1, module.grid), (0, 0, 1, 1, 1, 1))
     windows = [
@@ -259,7 +259,7 @@ def attend(module: NeighborAttention, query: Tensor, memory: Tensor) -> Tensor:
 
 
 def inpaint(module: InpaintingBlock, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rebuild `[B * L, C, h, w]`; also returns the queries and their look-up, `[B, L, D]` each."""
+    """Return the in-painted `[B * L, C, h, w]`, and the queries and their look-up, `[B, L, D]` each."""
     BL, _, h, w = x.shape
     B = BL // module.locations
     f = F.relu(module.entry(x)).reshape(B, module.locations, -1)
@@ -276,7 +276,7 @@ def inpaint(module: InpaintingBlock, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 @torch.no_grad()
 def push(queue: SpaceAwareMemory, query: Tensor) -> None:
-    """Put a step's queries `[B, L, D]` into the queue, location by location and image by image."""
+    """Put the queries `[B, L, D]` of a step into the queue, location by location and image by image."""
     B, N = len(query), queue.items.shape[1]
     pointer = int(queue.pointer.item())
     for location in range(query.shape[1]):
@@ -286,7 +286,7 @@ def push(queue: SpaceAwareMemory, query: Tensor) -> None:
 
 
 def judge(discriminator: Discriminator, images: Tensor, per_image: bool = False) -> Tensor:
-    """Return the logits `[B]`; `per_image` normalises each image with its own statistics."""
+    """Return the logits `[B]`; `per_image` normalizes each image with its own statistics."""
     x = F.leaky_relu(discriminator.convolutions[0](images), 0.2)
     for convolution, norm in zip(discriminator.convolutions[1:], discriminator.norms):
         x = convolution(x)

@@ -1,5 +1,7 @@
 """`pytest benchmarks/ --benchmark`: the options, a description of the machine, and the tables at the end."""
 
+import contextlib
+import importlib.metadata
 import platform
 
 import pytest
@@ -32,19 +34,15 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="benchmarks run only with --benchmark"))
 
 
-def pytest_benchmark_update_machine_info(machine_info):
-    machine_info["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-    try:
-        import triton
-    except ImportError:
-        machine_info["versions"]["triton"] = "none"
-    else:
-        machine_info["versions"]["triton"] = triton.__version__
+def pytest_benchmark_generate_machine_info():
+    """Describe the machine; the default of pytest-benchmark spends seconds on the CPU's flags."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": "none"}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["triton"] = importlib.metadata.version("triton")
+    device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
-        machine_info["device"] = torch.cuda.get_device_name()
-        machine_info["versions"]["cuda"] = torch.version.cuda
-    else:
-        machine_info["device"] = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        device, versions["cuda"] = torch.cuda.get_device_name(), torch.version.cuda
+    return {"device": device, "machine": platform.machine(), "system": platform.platform(), "versions": versions}
 
 
 @pytest.fixture

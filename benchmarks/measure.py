@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -49,6 +50,12 @@ def on_stream() -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
     torch.cuda.synchronize()
     return torch.cuda.stream(_stream())
+
+
+def forget_compiled() -> None:
+    """Drop compiled code of other groups, which would count against the limit of recompilations."""
+    if "torch._dynamo" in sys.modules:  # its import takes seconds
+        torch._dynamo.reset()
 
 
 def synchronize() -> None:
@@ -145,9 +152,9 @@ class PeakMemory:
     """
 
     def __init__(self) -> None:
-        gc.collect()
         self.before = 0
         if torch.cuda.is_available():
+            gc.collect()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

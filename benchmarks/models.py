@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from simsid import Config, Model, TrainingConfig
 from simsid.data import Radiographs, stream_images
 from simsid.kernels.backend import why_not_triton
-from simsid.models.model import BATCH
-from simsid.scoring.stream import Score, preparation, score_files
+from simsid.models.base import BATCH
+from simsid.scoring.stream import Score, score_files
 from simsid.training.step import TrainingStep
 
 METHODS = {"SimSID": Config.simsid, "SQUID": Config.squid}
@@ -114,14 +114,14 @@ def scorer(name: str, model: Model, batch: int) -> Scorer:
     if name == PRODUCT:
         # The layout in which a training leaves the model and `Model.load` restores it.
         model.to(memory_format=torch.channels_last)
-        return functools.partial(model.signals, batch_size=batch)
+        return functools.partial(model.freeze().signals, batch_size=batch)
     return _vectorized(model.eval(), batch, **VARIANTS[name].options)
 
 
 def _vectorized(
     model: Model, batch: int, cuda_graph: bool = False, compile: bool = False, precision: str = "float32"
 ) -> Scorer:
-    """Score through `Model.forward`, without anything that `Model.signals` does for inference."""
+    """Score through `Model.forward`, without anything that `Model.freeze` does for inference."""
 
     def compute(images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
@@ -164,7 +164,7 @@ def folder_scorer(name: str, model: Model, batch: int) -> Callable[[list[str]], 
         return lambda files: list(score_files(model, files, batch_size=batch))
 
     def rows(files: list[str]) -> Iterator[Score]:
-        for images, records, _ in stream_images(files, **preparation(model), batch_size=batch):
+        for images, records, _ in stream_images(files, **model.preprocessing.to_dict(), batch_size=batch):
             signals = score(images.to(model.device))
             probability = model.calibrated().probability(model.signal, signals[model.signal])
             for i, record in enumerate(records):

@@ -13,7 +13,6 @@ from roofline import Cost
 from shapes import Shape
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from simsid.kernels import neighbor_attention, residual_layer_norm, space_aware_memory
 from simsid.kernels.attention.reference import neighbor_index
@@ -69,8 +68,10 @@ def _same(call: Call) -> Callable[[Shape, torch.device], Call]:
 
 def _compiled(build: Callable[[Shape, torch.device], Call]) -> Callable[[Shape, torch.device], Call]:
     def compiled(shape: Shape, device: torch.device) -> Call:
+        from torch._functorch import config
+
         # A backward pass timed alone runs many times on the same saved tensors, which it would otherwise overwrite.
-        torch._functorch.config.donated_buffer = False
+        config.donated_buffer = False
         return torch.compile(build(shape, device), fullgraph=True, dynamic=False)
 
     return compiled
@@ -176,6 +177,9 @@ def _attention_sdpa(shape: Shape, device: torch.device) -> Call:
 
 def _attention_flex(shape: Shape, device: torch.device) -> Call:
     """Mask all but the neighbors, and add log(n_pad) to the score of the extra key."""
+    # Here, because the import takes seconds.
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
     L, counts = shape.locations, _log_counts(shape, device)
 
     def sees(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:

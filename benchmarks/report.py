@@ -137,24 +137,24 @@ def target_table(rows: list[dict]) -> str:
 def _op_targets(rows: list[dict]) -> list[tuple[str, str, str, bool]]:
     device = [row for row in rows if "device_us" in row and row["dtype"] == "float32"]
     groups = {(row["op"], row["shape"], row["pass"], row["variant"]): row for row in device}
-    found = []
+    judged = []
     for op, shape, variant, least in FASTER:
         other, fused = (groups.get((op, shape, "both", name)) for name in (variant, "fused"))
         if other is not None and fused is not None:
             ratio = other["device_us"] / fused["device_us"]
             text = f"{ratio:.2f}x ({other['device_us']:.1f} µs against {fused['device_us']:.1f} µs)"
-            found.append((f"{op} {shape}, against {variant}", text, f"at least {least:g}x", ratio >= least))
+            judged.append((f"{op} {shape}, against {variant}", text, f"at least {least:g}x", ratio >= least))
     for which, least in BANDWIDTH:
         row = groups.get((MEMORY, "B", which, "fused"))
         if row is not None:
             percent = row["percent_of_copy"]
             name = f"{MEMORY} B, {which}, bandwidth"
-            found.append((name, f"{percent:.0f} % of a copy", f"at least {least:.0f} %", percent >= least))
-    return found
+            judged.append((name, f"{percent:.0f} % of a copy", f"at least {least:.0f} %", percent >= least))
+    return judged
 
 
 def _model_targets(rows: list[dict]) -> list[tuple[str, str, str, bool]]:
-    found = []
+    judged = []
     measured = [row for row in rows if "peak_mb" in row and row["op"] in ("train_step", "inference")]
     for name, group in _groups(measured).items():
         baseline = group.get("baseline")
@@ -164,11 +164,11 @@ def _model_targets(rows: list[dict]) -> list[tuple[str, str, str, bool]]:
                 continue
             ratio, memory = baseline["ms"] / row["ms"], row["peak_mb"] / baseline["peak_mb"]
             text = f"{ratio:.2f}x ({baseline['ms']:.2f} ms against {row['ms']:.2f} ms)"
-            found.append((f"{name}, {variant}", text, f"at least {least:g}x", ratio >= least))
+            judged.append((f"{name}, {variant}", text, f"at least {least:g}x", ratio >= least))
             if variant == "simsid":
                 text = f"{memory:.2f} ({row['peak_mb']:.0f} MB against {baseline['peak_mb']:.0f} MB)"
-                found.append((f"{name}, peak memory", text, f"at most {PEAK_MEMORY}", memory <= PEAK_MEMORY))
-    return found
+                judged.append((f"{name}, peak memory", text, f"at most {PEAK_MEMORY}", memory <= PEAK_MEMORY))
+    return judged
 
 
 def epoch_lines(rows: list[dict]) -> list[str]:
@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
     titles = []
     for machine in (result["machine_info"] for result in results):
         versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
-        titles.append(f"{machine.get('device', machine['machine'])}: {versions}")
+        titles.append(f"{machine['device']}: {versions}")
     if len(set(titles)) > 1:
         parser.error(f"the results must be of one machine and its versions, got {'; '.join(dict.fromkeys(titles))}")
     rows = [row for result in results for row in rows_of(result)]

@@ -73,7 +73,7 @@ def space_aware_memory_backward(
 
 
 def _neighbors(grid: tuple[int, int]) -> int:
-    """Count the pairs of a location and one of its neighbours inside the grid."""
+    """Count the pairs of a location and one of its neighbors inside the grid."""
     rows, columns = grid
     straight = rows * (columns - 1) + columns * (rows - 1)
     diagonal = 2 * (rows - 1) * (columns - 1)
@@ -81,7 +81,7 @@ def _neighbors(grid: tuple[int, int]) -> int:
 
 
 def neighbor_attention_forward(batch: int, grid: tuple[int, int], features: int, *, element_bytes: int = 4) -> Cost:
-    """Return the cost of reading query, key and value and writing the output; two products a pair of neighbours."""
+    """Return the cost of reading query, key and value and writing the output; two products a pair of neighbors."""
     tensor = batch * grid[0] * grid[1] * features * element_bytes
     return Cost(4 * tensor, 2 * 2 * batch * _neighbors(grid) * features, launches=1)
 

@@ -38,7 +38,7 @@ CPU = {
 
 
 class Sizes(NamedTuple):
-    """A whole-model benchmark: width, images of a folder, a training epoch and a forward pass (None is all)."""
+    """Width of the whole model, and images of a folder, of a training epoch and of an inference pass (None is all)."""
 
     width: int
     folder: int

@@ -20,9 +20,11 @@ from baseline import Baseline  # noqa: E402
 from models import BASELINE, METHODS, PAPERS, PRODUCT, VARIANTS  # noqa: E402
 
 from simsid.data import ZhangLab, load_images  # noqa: E402
+from simsid.models.base import BATCH  # noqa: E402
 from simsid.models.losses import reconstruction_loss  # noqa: E402
-from simsid.models.model import BATCH  # noqa: E402
-from simsid.scoring.stream import preparation  # noqa: E402
+
+# A step that falls back to eager execution must not be timed as a captured one.
+pytestmark = pytest.mark.filterwarnings("error:.*CUDA graph:UserWarning")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LONG = 10.0  # seconds of a round above which two rounds must do
@@ -134,9 +136,40 @@ def run_rounds(calls, again, rounds_for, pedantic):
     return seconds
 
 
+def time_group(
+    about, builders, images, rounds_for, pedantic, *, check=lambda _: None, more=lambda _: {}, again=PRODUCT
+):
+    """Check, build and time the variants of a group in turn; returns their rows and what others got wrong."""
+    calls, peaks, wrong = {}, {}, []
+    for name, build in builders.items():
+        measure.forget_compiled()
+        try:
+            check(name)
+        except AssertionError as error:
+            wrong.append(str(error))
+            continue
+        measure.forget_compiled()
+        memory = measure.PeakMemory()
+        calls[name] = build()
+        if DEVICE.type == "cuda":
+            for _ in range(2):  # captures, compiles, allocates the state of the optimizers
+                calls[name]()
+        peaks[name] = memory.row()
+    rows = []
+    for name, values in run_rounds(calls, again, rounds_for, pedantic).items():
+        times, best = Times.of(values), min(values)
+        row = about | {"variant": name, "ms": 1e3 * best, "spread": times.spread, "wall_us": 1e6 * times.median}
+        row |= {"image_ms": 1e3 * best / images, "images_per_s": images / best}
+        row |= peaks.get(name, {}) | more(name.removesuffix(", again"))
+        if "gflop_per_image" in row:
+            row["gflop_per_s"] = row["gflop_per_image"] * images / best
+        rows.append(row)
+    return rows, wrong
+
+
 @pytest.fixture
 def timed(request, benchmark, add_rows):
-    """Return a function that checks, builds and times the variants of a group in turn and keeps a row of each."""
+    """Return a function that times a group and keeps its rows."""
     options = request.config.option
 
     def rounds_for(round_seconds):
@@ -144,35 +177,13 @@ def timed(request, benchmark, add_rows):
             return 2
         return max(options.benchmark_min_rounds, int(float(options.benchmark_max_time) / round_seconds))
 
-    def time_group(about, builders, images, *, check=lambda _: None, more=lambda _: {}, again=PRODUCT):
-        calls, peaks, wrong = {}, {}, []
-        for name, build in builders.items():
-            torch._dynamo.reset()
-            try:
-                check(name)
-            except AssertionError as error:
-                wrong.append(str(error))
-                continue
-            torch._dynamo.reset()
-            memory = measure.PeakMemory()
-            calls[name] = build()
-            for _ in range(2):  # captures, compiles, allocates the state of the optimizers
-                calls[name]()
-            peaks[name] = memory.row()
+    def run(about, builders, images, **more):
         benchmark.group = report.group_of(about)
-        rows = []
-        for name, values in run_rounds(calls, again, rounds_for, benchmark.pedantic).items():
-            times, best = Times.of(values), min(values)
-            row = about | {"variant": name, "ms": 1e3 * best, "spread": times.spread, "wall_us": 1e6 * times.median}
-            row |= {"image_ms": 1e3 * best / images, "images_per_s": images / best}
-            row |= peaks.get(name, {}) | more(name.removesuffix(", again"))
-            if "gflop_per_image" in row:
-                row["gflop_per_s"] = row["gflop_per_image"] * images / best
-            rows.append(row)
+        rows, wrong = time_group(about, builders, images, rounds_for, benchmark.pedantic, **more)
         add_rows(rows)
         assert not wrong
 
-    return time_group
+    return run
 
 
 def counted(op, width):
@@ -268,7 +279,7 @@ def test_epoch(timed, sizes, variants, note, epoch_files, what):
 
     def training(name, method):
         model = model_of(name, sizes.width, method)
-        images, step = load_images(train, **preparation(model)), models.training_step(name, model)
+        images, step = load_images(train, **model.preprocessing.to_dict()), models.training_step(name, model)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
 
         def epoch():

@@ -33,7 +33,8 @@ def prepare(call, which, inputs, cotangent):
     """
     inputs = tuple(x.detach().clone().requires_grad_(which != "forward") for x in inputs)
     if which == "forward":
-        return lambda: torch.no_grad()(call)(*inputs)
+        call = torch.no_grad()(call)
+        return lambda: call(*inputs)
     cotangent = cotangent.clone()
     if which == "both":
         return lambda: torch.autograd.grad(call(*inputs), inputs, cotangent)
@@ -50,8 +51,8 @@ def assert_agreement(variant, got, want, tolerance):
 
 @functools.lru_cache(maxsize=1)
 def built(op, shape):
-    """Return every variant's call; kept for the passes of a shape, so that each is compiled once."""
-    torch._dynamo.reset()
+    """Return the call of every variant, cached for the passes of a shape, so that each is compiled once."""
+    measure.forget_compiled()
     return {
         name: variant.build(SHAPES[shape], DEVICE)
         for name, variant in OPS[op].variants.items()
@@ -62,11 +63,11 @@ def built(op, shape):
 def measurements(prepared, bytes_read):
     """Return what is measured of a variant: name to a function that measures once and returns seconds."""
     work = prepared()
-    found = {"wall": lambda: measure.wall_seconds(work)}
+    functions = {"wall": lambda: measure.wall_seconds(work)}
     if DEVICE.type == "cuda":
         replays = measure.device_replays(prepared, bytes_read)
-        found |= {name: graph.seconds for name, graph in replays.items()}
-    return found
+        functions |= {name: graph.seconds for name, graph in replays.items()}
+    return functions
 
 
 def row_of(seconds, cost):

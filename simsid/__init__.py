@@ -24,8 +24,8 @@ class _CheckoutKernels(importlib.abc.MetaPathFinder):
         )
 
 
-# Last in the list: an installed `simsid.kernels` is found before.
-sys.meta_path.append(_CheckoutKernels)
+# First in the list: another checkout may be installed, whose kernels must not be mixed with this one's modules.
+sys.meta_path.insert(0, _CheckoutKernels)
 
 _EXPORTS = {
     "Config": "simsid.config",
@@ -33,6 +33,8 @@ _EXPORTS = {
     "Reconstruction": "simsid.models.model",
     "AnomalyModel": "simsid.models.base",
     "Detector": "simsid.detector",
+    "FeatureMemory": "simsid.models.feature_memory",
+    "FeatureConfig": "simsid.models.feature_config",
     "freeze": "simsid.models.inference",
     "load": "simsid.models.loading",
     "SimsidError": "simsid.errors",

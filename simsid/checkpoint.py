@@ -158,6 +158,35 @@ def write(folder: str | os.PathLike, name: str, tensors: dict[str, Tensor], docu
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     content = save_safetensors({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+    with _only_writer(folder):
+        _write_pair(folder, name, content, document)
+
+
+@contextlib.contextmanager
+def _only_writer(folder: pathlib.Path) -> Iterator[None]:
+    """Lock a folder against other writers of pairs, each of whom removes what the others have not finished.
+
+    Raises:
+        CheckpointError: another process or thread is writing.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    # The folder itself is locked, so that no lock file remains.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{folder} is being written by another process; save again when it is done") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _write_pair(folder: pathlib.Path, name: str, content: bytes, document: dict[str, object]) -> None:
     digest = hashlib.sha256(content).hexdigest()
     file = f"{name}-{digest[:16]}.safetensors"
     write_file(folder / file, content)

@@ -4,24 +4,13 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from simsid.errors import ConfigError
+from simsid.fields import check_fields, from_dict, replaced, require
 
 WIDEST = 16
 """The deepest feature map has at most this many times `width` channels."""
-
-LARGEST = {
-    "image_size": 8192,
-    "patches": 64,
-    "width": 1024,
-    "levels": 10,
-    "items": 1_000_000,
-    "decoder_items": 1_000_000,
-    "topk": 1_000_000,
-    "heads": 1024,
-}
-"""No configuration of use is larger; a damaged or hostile file must not make the network's size absurd."""
 
 
 @dataclass(frozen=True)
@@ -97,27 +86,27 @@ class Config:
         at_least |= {"items": 1, "decoder_items": 1, "decoder_memories": 0, "topk": 1, "heads": 1}
         check_fields(self, at_least)
         for name in ("skip_levels", "merge_levels", "decoder_memories"):
-            _require(getattr(self, name) <= self.levels, name, f"at most levels = {self.levels}", getattr(self, name))
-        _require(0 < self.temperature < math.inf, "temperature", "a positive number", self.temperature)
+            require(getattr(self, name) <= self.levels, name, f"at most levels = {self.levels}", getattr(self, name))
+        require(0 < self.temperature < math.inf, "temperature", "a positive number", self.temperature)
         for name in ("rho", "pixel_inpainting", "hard_threshold"):
-            _require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
-        _require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1", self.dropout)
+            require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
+        require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1", self.dropout)
         step = self.patches * 2**self.levels
-        _require(
+        require(
             self.image_size % step == 0,
             "image_size",
             f"a multiple of patches * 2**levels = {step}, so that every patch can be halved {self.levels} times",
             self.image_size,
         )
         if self.inpainting != "none":
-            _require(
+            require(
                 self.deepest_channels % 4 == 0,
                 "width",
                 f"such that the deepest channels ({self.deepest_channels}) divide by 4",
                 self.width,
             )
         if self.inpainting == "attention":
-            _require(
+            require(
                 self.bottleneck_features % self.heads == 0,
                 "heads",
                 f"a divisor of the {self.bottleneck_features} bottleneck features",
@@ -240,7 +229,7 @@ PRESETS: dict[str, Callable[..., Config]] = {
 
 
 ConfigName = Literal[tuple(ABLATIONS)]  # type: ignore[valid-type]
-PresetName = Literal["simsid", "squid", "digit_anatomy", "memae", "autoencoder", "pixel_knn", "pixel_pca"]
+PresetName = Literal["simsid", "squid", "digit_anatomy", "memae", "autoencoder", "features", "pixel_knn", "pixel_pca"]
 """Names of `simsid.models.presets.PRESETS`, which a test compares; here, since that module needs PyTorch."""
 
 
@@ -299,11 +288,11 @@ class TrainingConfig:
         """Refuse values that cannot be trained with."""
         check_fields(self, {"epochs": 1, "batch_size": 1, "generator_every": 1, "patience": 0, "seed": 0})
         for name in (entry.name for entry in dataclasses.fields(self) if entry.name.endswith("_weight")):
-            _require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0", getattr(self, name))
+            require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0", getattr(self, name))
         for name in ("learning_rate", "final_learning_rate", "generator_weight_decay", "checkpoint_seconds"):
-            _require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0", getattr(self, name))
+            require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0", getattr(self, name))
         for name in ("translate", "scale"):
-            _require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
+            require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
 
     def to_dict(self) -> dict[str, object]:
         """Return plain values for JSON."""
@@ -349,58 +338,3 @@ class PixelPCAConfig:
     def __post_init__(self) -> None:
         """Refuse values that cannot be used, naming the field."""
         check_fields(self, {"image_size": 1, "components": 1})
-
-
-Fields = TypeVar("Fields")
-
-
-def replaced(config: Fields, changes: dict[str, object]) -> Fields:
-    """Return a copy of a configuration with `changes`; an unknown field is an error that lists the known ones."""
-    _check_names(type(config), changes)
-    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
-
-
-def from_dict(kind: type[Fields], values: object) -> Fields:
-    """Rebuild a configuration from plain values; absent fields keep their defaults, unknown ones are an error."""
-    return kind(**_check_names(kind, values))
-
-
-def check_fields(config: Any, at_least: dict[str, int]) -> None:
-    """Check the type of every field and the bounds of numbers; raise `ConfigError` naming the field."""
-    for entry in dataclasses.fields(config):
-        _check_type(entry, getattr(config, entry.name))
-    for name, low in at_least.items():
-        value, high = getattr(config, name), LARGEST.get(name, math.inf)
-        _require(low <= value <= high, name, f"at least {low}" if value < low else f"at most {high}", value)
-
-
-def _require(holds: bool, name: str, expected: str, value: object) -> None:
-    if not holds:
-        raise ConfigError(f"{name} must be {expected}, got {value!r}")
-
-
-def _check_names(kind: type, values: object) -> dict[str, Any]:
-    if not isinstance(values, dict):
-        raise ConfigError(f"a configuration must be a dictionary of fields, got {values!r}")
-    known = [entry.name for entry in dataclasses.fields(kind)]
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"{name!r} is not a configuration field; the fields are {', '.join(known)}")
-    return values
-
-
-def _check_type(entry: dataclasses.Field, value: object) -> None:
-    choices = getattr(entry.type, "__args__", None)
-    if entry.type is str:
-        _require(isinstance(value, str), entry.name, "a string", value)
-    elif choices:
-        _require(value in choices, entry.name, f"one of {', '.join(map(repr, choices))}", value)
-    elif entry.type is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        # A whole number beyond the floats compares as smaller than infinity and then overflows.
-        overflows = isinstance(value, int) and abs(value) > 2**1000
-        _require(number and not overflows, entry.name, "a number", value)
-    else:
-        is_bool = isinstance(value, bool)
-        fits = is_bool if entry.type is bool else isinstance(value, int) and not is_bool
-        _require(fits, entry.name, "true or false" if entry.type is bool else "a whole number", value)

@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from simsid import metrics
-from simsid.data import ImageSet
+from simsid.arguments import require_instance
+from simsid.data import ImageSet, Record
 from simsid.errors import InputError
 from simsid.metrics import check_labels, check_rate, check_scores
 from simsid.models.base import AnomalyModel
@@ -98,12 +100,14 @@ class Evaluation:
     def in_sample(self) -> bool:
         """Whether the thresholds come from images that are evaluated here, so that their figures are in-sample.
 
+        That is so where most of the held-out images are evaluated, or most of the evaluated normal ones were held out.
         Equal scores show it: a signal has the same value, bit for bit, whenever an image is scored.
         """
         held = (self.holdout or {}).get(self.default)
         if held is None:
             return False
-        return bool(np.isin(held, self.signals[self.default][self.labels == 0]).mean() > 0.5)
+        normal = self.signals[self.default][self.labels == 0]
+        return bool(max(np.isin(held, normal).mean(), np.isin(normal, held).mean()) > 0.5)
 
     def subset(self, finding: str | None) -> np.ndarray:
         """Return the mask `[n]` of the normal images and the abnormal ones of a kind; None keeps every image."""
@@ -164,6 +168,8 @@ def evaluate(
         CalibrationError: the model has not been calibrated.
         InputError: an image without a label, labels of one class only, an unknown signal, or a rate out of range.
     """
+    require_instance("model", model, AnomalyModel)
+    require_instance("images", images, ImageSet)
     require_labels(images.labels)
     check_rate("false_positive_rate", false_positive_rate)
     (default,) = check_signals([signal or model.signal], model.signal_names)
@@ -181,8 +187,26 @@ def evaluate(
     )
 
 
-def scores_of(model: AnomalyModel, images: ImageSet, evaluation: Evaluation) -> Iterator[Score]:
-    """Yield a result for every image evaluated, then for every file that could not be read, as scoring gives them."""
+def scores_of(
+    model: AnomalyModel, images: ImageSet, evaluation: Evaluation, records: Iterable[Record] | None = None
+) -> Iterator[Score]:
+    """Yield a result for every image evaluated and for every file that could not be read, as scoring gives them.
+
+    Args:
+        records: what was to be read, in whose order the results come. None: the failed files come last, without labels.
+    """
+    reasons = {failure.path: failure.reason for failure in images.failures}
+    if records is None:
+        records = [*images.records, *(Record(path) for path in reasons)]
+    scored = _scored(model, images, evaluation)
+    for record in records:
+        if record.path in reasons:
+            yield Score(record.path, record.label, record.finding, reason=reasons[record.path])
+        else:
+            yield next(scored)
+
+
+def _scored(model: AnomalyModel, images: ImageSet, evaluation: Evaluation) -> Iterator[Score]:
     name = evaluation.default
     threshold = evaluation.thresholds().get(name)
     probability = model.calibrated().probability(name, evaluation.signals[name])
@@ -190,8 +214,6 @@ def scores_of(model: AnomalyModel, images: ImageSet, evaluation: Evaluation) -> 
         signals = {key: float(values[i]) for key, values in evaluation.signals.items()}
         flagged = None if threshold is None else signals[name] > threshold
         yield Score(record.path, record.label, record.finding, float(probability[i]), flagged, signals)
-    for failure in images.failures:
-        yield Score(failure.path, reason=failure.reason)
 
 
 def format_table(evaluation: Evaluation) -> str:
@@ -205,7 +227,8 @@ def format_table(evaluation: Evaluation) -> str:
     lines = []
     for row, previous in zip(rows, [None, *rows]):
         first = previous is None or previous.signal != row.signal
-        cells = [row.signal if first else "", "all abnormal" if row.finding is None else row.finding, str(row.abnormal), str(row.normal)]
+        finding = "all abnormal" if row.finding is None else row.finding
+        cells = [row.signal if first else "", finding, str(row.abnormal), str(row.normal)]
         cells += [f"{row.auc:.3f}", f"{row.low:.3f} - {row.high:.3f}", f"{row.average_precision:.3f}"]
         if held_out:
             cells += [_figure(value) for value in (row.sensitivity, row.specificity, row.accuracy, row.f1)]
@@ -228,9 +251,9 @@ def _row(finding: str | None, signal: str, labels: np.ndarray, scores: np.ndarra
     area = metrics.auc(labels, scores)
     best_threshold = metrics.best_threshold(labels, scores)
     best = metrics.rates(labels, scores, best_threshold)
-    held_out: dict[str, float | None] = dict.fromkeys(field.name for field in dataclasses.fields(metrics.Rates))
+    held_out: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(metrics.Rates))
     if threshold is not None:
-        held_out |= dataclasses.asdict(metrics.rates(labels, scores, threshold))
+        held_out = dataclasses.asdict(metrics.rates(labels, scores, threshold))
     return Row(
         finding=finding,
         signal=signal,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from simsid.errors import InputError
+from simsid.arguments import require_whole_number
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,9 +25,7 @@ def thread_count(workers: int | None) -> int:
 
         # A container often has fewer cores than the machine, by affinity or by quota.
         return cpu_count()
-    if workers < 1:
-        raise InputError(f"workers must be at least 1, got {workers}")
-    return workers
+    return require_whole_number("workers", workers, least=1)
 
 
 def in_order(

@@ -1,75 +1,223 @@
-"""The benchmark command, its flag, its JSON and the report made of it; the written-out baseline it measures against."""
+"""The benchmark command, its options, its report and its profile."""
 
-import copy
+import functools
+import importlib.util
+import json
+import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 import tiny
 import torch
 
-from simsid import TrainingConfig
-from simsid.models.losses import reconstruction_loss
-from simsid.training.step import TrainingStep
-
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import baseline  # noqa: E402
+import measure  # noqa: E402
 import profile_cpu  # noqa: E402
 import report  # noqa: E402
 
-on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's run takes minutes, and is made by hand")
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU a run takes minutes and is started by hand")
+# An outer pytest-xdist tells its workers by these variables, and pytest-benchmark in the child would read them.
+ENVIRONMENT = {name: value for name, value in tiny.ENVIRONMENT.items() if not name.startswith("PYTEST")}
+# The child loads no other plugin: importing them takes longer than the benchmarks.
+ENVIRONMENT["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+# Runs pytest where only PyTorch and Triton, with what they need themselves, can be imported.
+BARE = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in {blocked} else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+import pytest
+
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+BLOCKED = {"numpy", "PIL", "sklearn", "joblib", "safetensors", "matplotlib", "nvtx", "tqdm", "tyro", "pydicom", "scipy"}
 
 
-def run(*arguments, folder=ROOT):
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+def run(*arguments):
+    command = [sys.executable, *arguments, "-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def cells(table):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
 
 
-def test_without_the_flag_benchmarks_are_skipped_with_a_message():
-    assert "benchmarks run only with --benchmark" in run("-m", "pytest", "benchmarks/", "-rs", "-k", "norm-Q")
-
-
 @on_cpu
-def test_a_run_says_what_it_left_out_and_its_json_becomes_a_table_and_a_plot(tmp_path):
+def test_op_benchmarks_run_with_pytorch_and_triton_alone(tmp_path, capsys):
     results, picture = tmp_path / "speed.json", tmp_path / "speed.png"
-    chosen = "neighbor_attention-Q or norm-Q"
-    out = run("-m", "pytest", "benchmarks/", "--benchmark", f"--benchmark-json={results}", "-k", chosen)
-    assert "left out, 4 times: fused: Triton kernels run on CUDA" in out
-    assert "SDPA with an extra key" in out and "nn.MultiheadAttention" not in out
+    chosen = ["-k", "neighbor_attention-Q-float32-backward or norm-Q or test_inference"]
+    code = BARE.replace("{blocked}", repr(BLOCKED))
+    out = run("-c", code, "benchmarks/", "--benchmark", "-rs", f"--benchmark-json={results}", *chosen)
+    assert "not timed, 4 groups: fused: Triton kernels run on CUDA" in out
+    assert "benchmarks of the whole model need numpy" in out
 
-    table = run("benchmarks/report.py", str(results), "--plot", str(picture))
-    assert f"torch {torch.__version__}" in table
+    report.main([str(results), "--plot", str(picture)])
+    table = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in table and "SDPA with an extra key" in table
     rows = cells(table)
-    assert rows[0] == ["group", "variant", "wall µs", "GB/s", "speed-up"]
-    (batched,) = [row for row in rows if row[:2] == ["residual_layer_norm Q float32 forward", "batched"]]
-    assert float(batched[2].replace(",", "")) > 0 and batched[4] == "1.00x"
+    assert rows[0] == ["group", "variant", "wall µs", "± %", "GB/s", "speed-up"]
+    groups = {tuple(row[:2]): row[2:] for row in rows[2:]}
+    for which in ("forward", "backward", "both"):
+        once, again = (groups[f"residual_layer_norm Q float32 {which}", name] for name in ("batched", "batched, again"))
+        assert float(once[0].replace(",", "")) > 0 and once[-1] == "1.00x" and float(again[-1].removesuffix("x")) > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def whole_model(monkeypatch):
+    """Return the benchmarks of the whole model at tiny sizes, and the rows that they keep."""
+    import models
+    import test_models
+
+    monkeypatch.setattr(models, "METHODS", dict.fromkeys(models.METHODS, lambda width: tiny.config()))
+    monkeypatch.setattr(models, "IMAGE_SIZE", (60, 50))
+    models.gflop.cache_clear()
+    test_models.assert_baseline_agrees.cache_clear()
+    rows = []
+
+    def timed(about, builders, images, **more):
+        made, wrong = test_models.time_group(
+            about, builders, images, lambda _: 1, lambda call, rounds, iterations: call(), **more
+        )
+        rows.extend(made)
+        assert not wrong
+
+    yield types.SimpleNamespace(benchmarks=test_models, models=models, timed=timed, rows=rows)
+    models.gflop.cache_clear()
+    test_models.assert_baseline_agrees.cache_clear()
+
+
+SIZES = types.SimpleNamespace(width=4, folder=5, train=16, test=4)
+CHOSEN = ["baseline", "simsid"]
 
 
 @on_cpu
-def test_the_whole_model_is_timed_once_it_agrees_with_the_baseline(tmp_path):
-    results, picture = tmp_path / "speed.json", tmp_path / "speed.png"
-    chosen = "inference and 16 and (baseline or simsid or graph) and not (epoch or bf16) or train_step and simsid"
-    options = ("--benchmark", "--width=1", "--benchmark-max-time=0.1", "--benchmark-min-rounds=1", "-k", chosen)
-    out = run("-m", "pytest", "benchmarks/test_whole_model.py", f"--benchmark-json={results}", *options)
-    assert "no GPU: the whole model ran on the CPU, at width 1 (--width 32 is the papers')" in out
-    assert "left out, 1 times: fused, CUDA graph: Triton kernels run on CUDA" in out
+def test_whole_model_is_timed_in_turn_with_the_baseline(whole_model):
+    whole_model.benchmarks.test_train_step(whole_model.timed, SIZES, CHOSEN)
+    whole_model.benchmarks.test_inference(whole_model.timed, SIZES, CHOSEN, 16)
+    groups = {}
+    for row in whole_model.rows:
+        groups.setdefault(row["op"], {})[row["variant"]] = row
+    assert groups.keys() == {"train_step", "inference"}
+    for group in groups.values():
+        assert list(group) == ["baseline", "simsid", "simsid, again"]
+        assert all(row["ms"] > 0 and row["gflop_per_s"] > 0 for row in group.values())
+        assert group["baseline"]["gflop_per_image"] > group["simsid"]["gflop_per_image"]
 
-    rows = cells(run("benchmarks/report.py", str(results), "--plot", str(picture)))
-    assert rows[0][2:] == ["ms", "ms an image", "images/s", "GFLOP an image", "GFLOP/s", "speed-up"]
-    found = {tuple(row[:2]): row[2:] for row in rows[2:]}
-    naive, product = (found["inference SimSID, width 1, batch 16", variant] for variant in ("baseline", "simsid"))
-    assert naive[-1] == "1.00x" and float(naive[3]) > float(product[3])
-    # Timed in turn with a baseline that has no row of its own.
-    assert float(found["train_step SimSID, width 1, batch 16", "simsid"][-1].removesuffix("x")) > 0
-    assert picture.read_bytes().startswith(b"\x89PNG")
+
+@on_cpu
+def test_folder_is_timed_image_by_image_too(whole_model, tmp_path):
+    folder = whole_model.models.write_images(tmp_path, 16)
+    whole_model.benchmarks.test_score_folder(whole_model.timed, SIZES, CHOSEN, folder)
+    assert [row["variant"] for row in whole_model.rows] == ["baseline", "simsid", "baseline, batch 1", "simsid, again"]
+
+
+@on_cpu
+def test_epoch_compares_simsid_with_squid(whole_model, tmp_path):
+    files, notes = whole_model.models.files_of(whole_model.models.write_images(tmp_path, 17), None), []
+    files = (files[:16], files[:4], (len(files), len(files)), "generated images")
+    whole_model.benchmarks.test_epoch(whole_model.timed, SIZES, CHOSEN, notes.append, files, "training")
+    assert [row["shape"] for row in whole_model.rows] == 5 * ["training, 16 images"]
+    assert len(report.epoch_lines(whole_model.rows)) == 2 and "16 of 17 images trained on, 4 of 17 scored" in notes[0]
+
+
+@on_cpu
+def test_step_that_is_wrong_is_not_timed(whole_model, monkeypatch):
+    monkeypatch.setattr(baseline, "adversarial", lambda logits, label: 2 * logits.square().mean())
+    with pytest.raises(AssertionError, match=r"simsid: (real|fake|adversarial)"):
+        whole_model.benchmarks.test_train_step(whole_model.timed, SIZES, CHOSEN)
+    assert [row["variant"] for row in whole_model.rows] == ["baseline"]
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_benchmarks_are_skipped_without_the_flag(flag):
+    spec = importlib.util.spec_from_file_location("benchmark_conftest", ROOT / "benchmarks" / "conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    marks = []
+    config = types.SimpleNamespace(getoption=lambda name: flag and name == "--benchmark")
+    conftest.pytest_collection_modifyitems(config, [types.SimpleNamespace(add_marker=marks.append)])
+    assert [mark.kwargs["reason"] for mark in marks] == ([] if flag else ["benchmarks run only with --benchmark"])
+
+
+@on_cpu
+def test_variant_that_disagrees_is_not_timed():
+    import test_ops
+
+    calls = {"batched": torch.sin, "right": lambda x: torch.sin(x) + 1e-7, "wrong": torch.cos}
+    inputs, cotangent = (torch.rand(4, 5),), torch.rand(4, 5)
+    for which in ("forward", "backward", "both"):
+        makers, wrong = test_ops.agreeing(calls, which, inputs, cotangent, 1e-4)
+        assert list(makers) == ["batched", "right"] and len(wrong) == 1
+        assert wrong[0].startswith("wrong: result 0 is ")
+    seconds = test_ops.time_group(makers, 1, lambda one_round, _: [one_round() for _ in range(3)])
+    assert {name: len(values["wall"]) for name, values in seconds.items()} == {
+        "batched": 3,
+        "right": 3,
+        "batched, again": 3,
+    }
+
+
+def test_backward_pass_is_timed_without_its_forward_pass():
+    import test_ops
+
+    forward_passes = []
+
+    def call(x):
+        forward_passes.append(x)
+        return x.sin()
+
+    work = test_ops.prepare(call, "backward", (torch.rand(3),), torch.ones(3))
+    assert all(torch.equal(*work(), forward_passes[0].cos()) for _ in range(3)) and len(forward_passes) == 1
+
+
+def test_cold_calls_go_round_more_tensors_than_the_cache_holds(monkeypatch):
+    graphs, made = [], iter(range(1000))
+
+    class Replays:
+        def __init__(self, calls):
+            graphs.append([call() for call in calls])
+
+        def seconds(self):
+            return 1e-4
+
+    monkeypatch.setattr(measure, "Replays", Replays)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(L2_cache_size=1000))
+
+    def prepare():
+        number = next(made)
+        return lambda: number
+
+    assert list(measure.device_replays(prepare, bytes_read=300)) == ["device", "cold"]
+    once, warm, cold = graphs
+    assert once == [0] and warm == [0] * 20  # 2 ms of calls that take 0.1
+    # Seven copies of 300 bytes are more than twice 1000, and no call finds its tensors in the cache.
+    assert cold == [*range(1, 8)] * 3
+
+
+def test_spread_is_half_the_interquartile_range():
+    times = measure.Times.of([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert times == (3.0, pytest.approx(100 / 3))
 
 
 def whole(op, variant, ms, peak=None, **more):
@@ -77,14 +225,13 @@ def whole(op, variant, ms, peak=None, **more):
     return row | more | ({} if peak is None else {"peak_mb": peak})
 
 
-def test_the_report_compares_the_whole_model_with_its_baseline():
+def test_report_compares_the_whole_model_with_its_baseline():
     kernel = {"op": "norm", "shape": "A", "dtype": "float32", "pass": "forward", "variant": "batched", "wall_us": 5.0}
     rows = [
         whole("train_step", "baseline", 8.0, 100.0),
         kernel,
         whole("inference", "eager", 3.0),
         whole("train_step", "simsid", 2.0, 60.0),
-        whole("train_step", "in turn", 2.0, baseline_ms=6.0),
     ]
     kernels, models = report.table(rows).split("\n\n")
     assert cells(kernels)[2:] == [["norm A float32 forward", "batched", "5.00", "1.00x"]]
@@ -92,12 +239,11 @@ def test_the_report_compares_the_whole_model_with_its_baseline():
     assert cells(models)[2:] == [
         ["train_step SimSID", "baseline", "8.00", "125", "100", "1.00x", "1.00x"],
         ["train_step SimSID", "simsid", "2.00", "500", "60.0", "4.00x", "0.60x"],
-        ["train_step SimSID", "in turn", "2.00", "500", "", "3.00x", ""],
         ["inference SimSID", "eager", "3.00", "333", "", "", ""],
     ]
 
 
-def test_the_report_sets_simsid_against_squid_beside_the_papers():
+def test_report_compares_simsid_with_squid_beside_the_papers():
     papers = {"SimSID": 11.0, "SQUID": 28.2}
     rows = [
         whole("epoch", f"{method}, {kind}", ms, papers_s=papers[method], against=f"{method}, baseline")
@@ -111,117 +257,93 @@ def test_the_report_sets_simsid_against_squid_beside_the_papers():
     assert [row[-1] for row in cells(report.table(rows))[2:]] == ["1.00x", "1.00x", "4.00x", "3.00x"]
     first, second = report.epoch_lines(rows)
     assert "baseline: SimSID 4.00 s against SQUID 6.00 s, 1.50x as fast" in first
-    assert "2.00x as fast; the papers': 11.0 s against 28.2 s, 2.56x" in second
+    assert "2.00x as fast; in the papers 11.0 s against 28.2 s, 2.56x" in second
     assert report.epoch_lines(rows[2:3]) == []
 
 
-CONFIGS = {
-    "simsid": {},
-    "squid": {"memory": "queue", "rho": 0.7, "topk": 3},
-    "released": {"threshold": "exclusive", "decoder_memory": "subpatch"},
-    "merged last": {"merge_levels": 0, "skip_levels": 0, "image_size": 72, "patches": 3},
-    "shared": {"space_aware": False, "temperature": 2.0, "stop_gradient": False},
-}
+def timed_op(op, shape, variant, device, which="both", **more):
+    row = {"op": op, "shape": shape, "dtype": "float32", "pass": which, "variant": variant}
+    return row | {"device_us": device, "cold_us": device, "wall_us": 2 * device} | more
 
 
-def pair(**changes):
-    """Return a model in float64 and a baseline of the same weights."""
-    ours = tiny.model(**changes).double()
-    return ours, baseline.Baseline(copy.deepcopy(ours))
+def test_report_judges_the_ops_by_their_targets():
+    op = report.MEMORY
+    rows = [
+        timed_op(op, "B", "loop over locations", 1000.0),
+        timed_op(op, "B", "batched", 250.0),
+        timed_op(op, "B", "batched, torch.compile", 160.0),
+        timed_op(op, "B", "fused", 100.0),
+        timed_op(op, "B", "fused", 30.0, "forward", percent_of_copy=76.7),
+        timed_op(op, "B", "fused", 70.0, "backward", percent_of_copy=55.0),
+        timed_op(report.LAYER, "A", report.WINDOWS, 90.0),
+        timed_op(report.LAYER, "A", "fused", 40.0),
+        timed_op(report.ATTENTION, "A", "batched", 90.0),
+        timed_op(report.ATTENTION, "A", "fused", 20.0),
+    ]
+    judged = {line[0]: line[1:] for line in cells(report.target_table(rows))[2:]}
+    assert judged == {
+        f"{op} B, against loop over locations": ["10.00x (1000.0 µs against 100.0 µs)", "at least 10x", "pass"],
+        f"{op} B, against batched": ["2.50x (250.0 µs against 100.0 µs)", "at least 3x", "**miss**"],
+        f"{op} B, against batched, torch.compile": ["1.60x (160.0 µs against 100.0 µs)", "at least 1.5x", "pass"],
+        f"{op} B, forward, bandwidth": ["77 % of a copy", "at least 70 %", "pass"],
+        f"{op} B, backward, bandwidth": ["55 % of a copy", "at least 60 %", "**miss**"],
+        f"{report.LAYER} A, against {report.WINDOWS}": ["2.25x (90.0 µs against 40.0 µs)", "at least 2x", "pass"],
+        f"{report.ATTENTION} A, against batched": ["4.50x (90.0 µs against 20.0 µs)", "at least 5x", "**miss**"],
+    }
 
 
-def films(model, count=3):
-    size = model.config.image_size
-    noise = torch.rand(count, 1, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return noise * 2 - 1
+def test_report_judges_the_whole_model_by_its_targets():
+    rows = [
+        whole("train_step", "baseline", 60.0, 2000.0),
+        whole("train_step", "simsid", 9.0, 1300.0),
+        whole("train_step", "fused, CUDA graph, bf16", 8.0, 900.0),
+        whole("inference", "baseline", 30.0, 500.0),
+        whole("inference", "simsid", 2.5, 250.0),
+    ]
+    judged = {line[0]: line[1:] for line in cells(report.target_table(rows))[2:]}
+    assert {name: line[-1] for name, line in judged.items()} == {
+        "train_step SimSID, simsid": "pass",
+        "train_step SimSID, peak memory": "**miss**",
+        "train_step SimSID, fused, CUDA graph, bf16": "**miss**",
+        "inference SimSID, simsid": "pass",
+        "inference SimSID, peak memory": "pass",
+    }
+    assert judged["train_step SimSID, peak memory"][0] == "0.65 (1300 MB against 2000 MB)"
 
 
-def close(mine, reference, relative=1e-9):
-    assert (mine - reference).norm() <= relative * reference.norm()
+def test_report_judges_nothing_from_a_cpu():
+    cpu = {"op": report.MEMORY, "shape": "B", "dtype": "float32", "pass": "both", "wall_us": 1.0}
+    rows = [cpu | {"variant": name} for name in ("batched", "fused")]
+    rows += [whole("train_step", name, 1.0) for name in ("baseline", "simsid")]
+    assert report.target_table(rows) == ""
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("training", [True, False])
-def test_the_baseline_reconstructs_and_learns_as_the_model_does(name, training):
-    ours, theirs = pair(**CONFIGS[name])
-    images, results = films(ours), []
-    for model, reconstruct in ((ours, ours), (theirs.model, theirs)):
-        model.train(training)
-        torch.manual_seed(1)
-        found = reconstruct(images) if training or model is theirs.model else reconstruct(images, teacher=True)
-        loss = reconstruction_loss(images, found.student) + reconstruction_loss(images, found.teacher)
-        parameters = [weight for part, weight in model.named_parameters() if not part.startswith("discriminator.")]
-        gradients = torch.autograd.grad(loss + found.distillation, parameters)
-        results.append((found, torch.cat([gradient.flatten() for gradient in gradients])))
-    (mine, my_gradient), (reference, gradient) = results
-    for part in ("student", "teacher", "distillation", "query", "retrieved"):
-        close(getattr(mine, part), getattr(reference, part))
-    close(my_gradient, gradient)
+def test_report_refuses_results_of_two_machines(tmp_path, capsys):
+    for number, device in enumerate(("NVIDIA H100", "NVIDIA A100")):
+        content = {"machine_info": {"device": device, "versions": {"torch": "2.13"}}, "benchmarks": []}
+        (tmp_path / f"{number}.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path / "0.json"), str(tmp_path / "1.json")])
+    assert (
+        "must be of one machine and its versions, got NVIDIA H100: torch 2.13; NVIDIA A100" in capsys.readouterr().err
+    )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_the_baseline_scores_as_the_model_does(name, batch_size):
-    ours, theirs = pair(**CONFIGS[name])
-    want, got = ours.signals(films(ours)), theirs.signals(films(ours), batch_size)
-    assert got.keys() == want.keys()
-    for signal, values in want.items():
-        assert got[signal] == pytest.approx(values, rel=1e-7), signal
-
-
-@pytest.mark.parametrize("name", ["simsid", "squid"])
-def test_the_baseline_trains_as_the_product_does(name):
-    # Without draws, which the two make in another order.
-    ours, theirs = pair(**CONFIGS[name] | {"rho": 1.0})
-    options = TrainingConfig(translate=0.0, scale=0.0)
-    images, means = films(ours, 5), []
-    for model, make in ((ours, TrainingStep), (theirs.model, baseline.BaselineStep)):
-        model.train()
-        step = make(model, options)
-        for number in range(4):
-            step(images, number)
-        means.append(step.means())
-    mine, reference = means
-    assert mine == pytest.approx(reference, rel=1e-4)
-    assert reference.keys() == {"real", "fake", "student", "teacher", "distillation", "generator"}
-    if ours.queue is not None:
-        close(ours.queue.items, theirs.model.queue.items, 1e-4)
-        assert ours.queue.pointer == theirs.model.queue.pointer == 10 % ours.config.items
-
-
-def test_the_baseline_scores_files_as_the_product_does(tmp_path):
-    from simsid.scoring.stream import score_files
-
-    model = tiny.calibrated(tmp_path / "model")
-    files = tiny.films(tmp_path / "films", 3)
-    want = list(score_files(model, files))
-    for batch_size in (1, 2):
-        got = list(baseline.Baseline(copy.deepcopy(model)).score_files(files, batch_size))
-        assert [score.path for score in got] == [score.path for score in want]
-        assert [score.alarm for score in got] == [score.alarm for score in want]
-        assert [score.score for score in got] == pytest.approx([score.score for score in want], rel=1e-3)
-
-
-def test_the_baseline_refuses_what_the_papers_do_not_have():
-    with pytest.raises(ValueError, match="border='zero' only, got 'mask'"):
-        baseline.Baseline(tiny.model(border="mask"))
-
-
-@pytest.mark.parametrize("naive", [False, True])
-def test_the_profile_finds_convolutions_memories_and_attention_both_ways(naive, monkeypatch):
-    # Every event takes as long as the others: the seconds count events then, the same in every run.
+@pytest.mark.parametrize("naive", [False, True], ids=["model", "baseline"])
+def test_profile_finds_convolutions_memories_and_attention_in_both_passes(naive, monkeypatch):
+    # Every event takes as long as the others: the seconds then count events, which are the same in every run.
     monkeypatch.setattr(profile_cpu.FunctionEvent, "self_cpu_time_total", 1.0)
     model = tiny.model().train()
     reconstruct = baseline.Baseline(model) if naive else model
     images = tiny.images(2)
 
     def learn():
-        found = reconstruct(images)
-        (found.student.square().mean() + found.distillation).backward()
+        outputs = reconstruct(images)
+        (outputs.student.square().mean() + outputs.distillation).backward()
 
-    forward, both = profile_cpu.shares(lambda: reconstruct(images)), profile_cpu.shares(learn)
+    forward, both = map(profile_cpu.seconds_by_kind, (functools.partial(reconstruct, images), learn))
     for seconds in (forward, both):
-        assert seconds.keys() >= {"convolution", "normalisation", "memory", "attention", "interpolation", "activation"}
+        assert seconds.keys() >= {"convolution", "normalization", "memory", "attention", "interpolation", "activation"}
     assert both["memory"] > forward["memory"] and both["attention"] > forward["attention"]
     table = profile_cpu.table({"scoring": forward, "training step": both}, {"scoring": 2, "training step": 2})
     assert cells(table)[-1][0] == "all" and cells(table)[-1][1] == "100.0"

@@ -363,3 +363,16 @@ def test_load_state_refuses_nonfinite_values():
     values = checkpoint.tensors(module) | {"bias": torch.tensor([float("inf")])}
     with pytest.raises(CheckpointError, match="here: tensor bias holds NaN or infinite values"):
         checkpoint.load_state(module, values, "here")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders can be locked on POSIX systems alone")
+def test_second_writer_fails_clearly_and_the_folder_stays_loadable(tmp_path):
+    checkpoint.write(tmp_path, "model", OLD, {"kind": "test"})
+    with (
+        checkpoint._only_writer(tmp_path),
+        pytest.raises(CheckpointError, match="is being written by another process; save again when it is done"),
+    ):
+        checkpoint.write(tmp_path, "model", NEW, {"kind": "test"})
+    assert same(checkpoint.read(tmp_path, "model")[0], OLD)
+    checkpoint.write(tmp_path, "model", NEW, {"kind": "test"})
+    assert same(checkpoint.read(tmp_path, "model")[0], NEW)

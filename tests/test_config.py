@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 
+import numpy as np
 import pytest
 import tiny
 
@@ -162,3 +163,11 @@ def test_training_defaults_are_the_papers():
     assert weights == (0.01, 10.0, 0.001, 0.005) and config.discriminator_weight == 0.005
     assert (config.translate, config.scale) == (0.05, 0.05)
     assert TrainingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_numpy_numbers_become_python_numbers():
+    config = Config(topk=np.int64(3), temperature=np.float32(2.0), space_aware=np.bool_(False))
+    assert (config.topk, config.temperature, config.space_aware) == (3, 2.0, False)
+    assert json.loads(json.dumps(config.to_dict()))["topk"] == 3
+    with pytest.raises(ConfigError, match="topk must be at least 1, got 0"):
+        Config(topk=np.int64(0))

@@ -1,12 +1,12 @@
+"""AUC and its interval, curves, thresholds and their intervals, against other ways to compute them."""
+
 import dataclasses
-import json
 import math
-import warnings
 
 import numpy as np
 import pytest
 
-from simsid.metrics import AUC, Evaluation, Row, auc, average_precision, curves, format_table, normal_threshold
+from simsid.metrics import auc, average_precision, curves, false_positive_interval, normal_threshold
 
 
 def some_scores(seed=0, abnormal=40, normal=60, shift=1.0, levels=None):
@@ -18,20 +18,6 @@ def some_scores(seed=0, abnormal=40, normal=60, shift=1.0, levels=None):
         scores = np.round(scores * levels) / levels
     order = generator.permutation(len(labels))
     return labels[order], scores[order]
-
-
-def some_evaluation(held_out=True, **changes):
-    labels, scores = some_scores(abnormal=30, normal=50)
-    kinds = np.where(labels == 0, "NORMAL", np.where(np.arange(len(labels)) % 2, "missing", "flipped"))
-    fields = {
-        "labels": labels,
-        "findings": kinds.tolist(),
-        "paths": [f"{i}.png" for i in range(len(labels))],
-        "signals": {"residual": -scores, "discriminator_per_image": scores},
-        "default": "discriminator_per_image",
-        "holdout": {"discriminator_per_image": np.random.default_rng(9).normal(size=99)} if held_out else None,
-    }
-    return Evaluation(**{**fields, **changes})
 
 
 def auc_by_pairs(labels, scores):
@@ -121,17 +107,17 @@ def test_curves_match_scikit_learn(levels):
 
     labels, scores = some_scores(5, levels=levels)
     points = curves(labels, scores)
-    false_alarms, hits, _ = roc_curve(labels, scores, drop_intermediate=False)
-    np.testing.assert_allclose(points.false_positive_rate, false_alarms, atol=1e-15)
-    np.testing.assert_allclose(points.true_positive_rate, hits, atol=1e-15)
+    false_positives, true_positives, _ = roc_curve(labels, scores, drop_intermediate=False)
+    np.testing.assert_allclose(points.false_positive_rate, false_positives, atol=1e-15)
+    np.testing.assert_allclose(points.true_positive_rate, true_positives, atol=1e-15)
     precision, recall, _ = precision_recall_curve(labels, scores)
     np.testing.assert_allclose(points.precision, precision[::-1], atol=1e-15)
-    np.testing.assert_allclose(points.recall, recall[::-1], atol=1e-15)
+    np.testing.assert_allclose(points.true_positive_rate, recall[::-1], atol=1e-15)
     assert average_precision(labels, scores) == pytest.approx(average_precision_score(labels, scores), abs=1e-14)
-    trapezes = np.sum(
+    trapezoids = np.sum(
         np.diff(points.false_positive_rate) * (points.true_positive_rate[1:] + points.true_positive_rate[:-1])
     )
-    assert trapezes / 2 == pytest.approx(auc(labels, scores).value, abs=1e-14)
+    assert trapezoids / 2 == pytest.approx(auc(labels, scores).value, abs=1e-14)
 
 
 def test_normal_threshold_is_the_documented_order_statistic():
@@ -144,105 +130,20 @@ def test_normal_threshold_is_the_documented_order_statistic():
 
 
 @pytest.mark.parametrize(("count", "rate"), [(19, 0.05), (50, 0.1), (200, 0.05)])
-def test_normal_threshold_keeps_the_false_alarm_rate(count, rate):
+def test_normal_threshold_keeps_the_false_positive_rate(count, rate):
     generator = np.random.default_rng(1)
-    alarms = [
+    rates = [
         np.mean(generator.standard_cauchy(500) > normal_threshold(generator.standard_cauchy(count), rate))
         for _ in range(2000)
     ]
-    promised = math.floor((count + 1) * rate + 1e-9) / (count + 1)
-    assert np.mean(alarms) == pytest.approx(promised, abs=0.006)
-    assert np.mean(alarms) <= rate + 0.004
+    guaranteed = math.floor((count + 1) * rate + 1e-9) / (count + 1)
+    assert np.mean(rates) == pytest.approx(guaranteed, abs=0.006)
+    assert np.mean(rates) <= rate + 0.004
 
 
 def test_normal_threshold_warns_when_too_few():
-    with pytest.warns(UserWarning, match=r"10 held-out normal images cannot promise .* 0.05.*good for 0.091"):
+    with pytest.warns(UserWarning, match=r"10 held-out normal images cannot guarantee .* 0.05.*guarantees 0.091"):
         assert normal_threshold(np.arange(10.0), 0.05) == 9.0
-
-
-def test_rows_are_one_for_each_signal_and_finding_with_the_default_first():
-    rows = some_evaluation().rows()
-    assert [(row.signal, row.finding) for row in rows] == [
-        (signal, finding)
-        for signal in ("discriminator_per_image", "residual")
-        for finding in ("all", "flipped", "missing")
-    ]
-    whole, *parts = rows[:3]
-    assert (whole.normal, whole.abnormal) == (50, 30)
-    assert sum(row.abnormal for row in parts) == 30
-    assert all(row.normal == 50 for row in parts)
-    weighted = sum(row.auc * row.abnormal for row in parts) / 30
-    assert whole.auc == pytest.approx(weighted, abs=1e-12)
-    assert rows[3].auc == pytest.approx(1.0 - whole.auc, abs=1e-12)
-
-
-def test_rows_measure_at_the_held_out_threshold():
-    evaluation = some_evaluation()
-    row = evaluation.rows()[0]
-    alarm = evaluation.signals["discriminator_per_image"] > row.threshold
-    abnormal = evaluation.labels == 1
-    assert row.threshold == normal_threshold(evaluation.holdout["discriminator_per_image"], 0.05)
-    assert row.sensitivity == np.mean(alarm[abnormal])
-    assert row.false_alarm_rate == np.mean(alarm[~abnormal])
-    assert row.specificity == pytest.approx(np.mean(~alarm[~abnormal]))
-    assert row.accuracy == np.mean(alarm == abnormal)
-    hits = np.sum(alarm & abnormal)
-    assert row.f1 == pytest.approx(2 * hits / (np.sum(alarm) + np.sum(abnormal)))
-
-
-def test_rows_without_held_out_scores_have_no_threshold():
-    names = ("threshold", "false_alarm_rate", "accuracy", "f1", "sensitivity", "specificity")
-    rows = some_evaluation(held_out=False).rows() + some_evaluation().rows()[3:]
-    for row in rows:
-        assert [getattr(row, name) for name in names] == [None] * 6
-        assert all(value is not None for name, value in dataclasses.asdict(row).items() if name not in names)
-
-
-def test_best_figures_match_a_search_over_every_threshold():
-    for levels in (None, 2):
-        labels, scores = some_scores(11, abnormal=12, normal=9, levels=levels)
-        tried = []
-        for threshold in [*scores, scores.min() - 1.0]:
-            alarm = scores > threshold
-            hits = np.sum(alarm & (labels == 1))
-            tried.append((np.mean(alarm == labels), 2 * hits / (np.sum(alarm) + np.sum(labels)), threshold))
-        accuracy, f1, _ = max(tried)
-        row = Evaluation(labels, ["x"] * 21, [""] * 21, {"residual": scores}, "residual").rows()[0]
-        assert (row.best_accuracy, row.best_f1) == pytest.approx((accuracy, f1))
-        assert np.mean((scores > row.best_threshold) == labels) == row.best_accuracy
-
-
-def test_best_threshold_may_alarm_everything_or_nothing():
-    labels = np.array([1, 1, 1, 1, 0])
-    rows = Evaluation(labels, ["x"] * 5, [""] * 5, {"a": np.zeros(5), "b": np.arange(5.0)}, "a").rows()
-    for row, scores in zip(rows[::2], (np.zeros(5), np.arange(5.0))):
-        assert row.best_accuracy == 0.8
-        assert np.all(scores > row.best_threshold)
-    row = Evaluation(1 - labels, ["x"] * 5, [""] * 5, {"a": np.zeros(5)}, "a").rows()[0]
-    assert (row.best_accuracy, row.best_f1, row.best_threshold) == (0.8, 0.0, 0.0)
-
-
-def test_table_marks_the_optimistic_figures():
-    table = format_table(some_evaluation().rows())
-    lines = table.splitlines()
-    assert "acc.*" in lines[0]
-    assert "* optimistic" in lines[-1]
-    assert lines[2].startswith("discriminator_per_image  all")
-    assert lines[3].startswith(" " * 25 + "flipped")
-    assert max(len(line) for line in lines) <= 130
-    assert "sens." not in format_table(some_evaluation(held_out=False).rows())
-
-
-def test_evaluation_keeps_float64_and_warns_nothing():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        evaluation = some_evaluation()
-        rows = evaluation.rows()
-    assert list(evaluation.signals) == ["discriminator_per_image", "residual"]
-    assert all(scores.dtype == np.float64 for scores in evaluation.signals.values())
-    assert all(isinstance(row, Row) for row in rows)
-    json.dumps([dataclasses.asdict(row) for row in rows], allow_nan=False)
-    assert isinstance(auc([0, 1], [0, 1]), AUC)
 
 
 @pytest.mark.parametrize(
@@ -265,20 +166,13 @@ def test_bad_input_is_named(labels, scores, message):
             function(labels, scores)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"labels": np.zeros(80, dtype=int)}, "no abnormal image"),
-        ({"findings": ["NORMAL"]}, "findings must have one entry an image, got 1 for 80"),
-        ({"paths": []}, "paths must have one entry"),
-        ({"default": "memory_distance"}, r"default must be one of .*'residual'.* got 'memory_distance'"),
-        ({"signals": {"discriminator_per_image": np.full(80, np.nan)}}, "signal 'discriminator_per_image' .* 80 NaN"),
-        ({"signals": {"discriminator_per_image": np.zeros(3)}}, "'discriminator_per_image' .* got 3 for 80"),
-        ({"holdout": {"residual": np.array([0.0, np.nan])}}, "held-out signal 'residual' .* 1 NaN"),
-        ({"holdout": {"residual": np.array([])}}, "held-out signal 'residual' must be a row of one or more"),
-        ({"false_alarm_rate": 0.0}, "false_alarm_rate must lie strictly between 0 and 1, got 0.0"),
-    ],
-)
-def test_bad_evaluations_are_named(changes, message):
-    with pytest.raises(ValueError, match=message):
-        some_evaluation(**changes)
+@pytest.mark.parametrize(("count", "rate"), [(19, 0.05), (99, 0.1)])
+def test_false_positive_interval_covers_the_rate_of_new_images(count, rate):
+    generator = np.random.default_rng(2)
+    low, high = false_positive_interval(count, rate)
+    # Uniform scores: the share of new images above a threshold t is 1 - t.
+    shares = np.array([1 - normal_threshold(generator.uniform(size=count), rate) for _ in range(4000)])
+    assert np.mean(shares < low) == pytest.approx(0.025, abs=0.01)
+    assert np.mean(shares > high) == pytest.approx(0.025, abs=0.01)
+    with pytest.raises(ValueError, match="false_positive_rate must lie strictly between 0 and 1"):
+        false_positive_interval(count, 0.0)

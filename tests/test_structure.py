@@ -15,7 +15,7 @@ TIERS = [
     {"evaluation"},
     {"training", "scoring"},
     {"models", "data"},
-    {"metrics", "checkpoint", "distributed", "cuda_graph", "parallel", "config", "errors"},
+    {"metrics", "checkpoint", "distributed", "cuda_graph", "parallel", "config", "fields", "arguments", "errors"},
     {"kernels"},
     {"__init__"},
 ]

@@ -1,9 +1,10 @@
-"""The smallest models, films and runs that the tests of training, scoring and the command line share."""
+"""The smallest models, image files and runs that the tests of training, scoring and the command line use."""
 
 import csv
 import json
 import os
 import pathlib
+import re
 
 import numpy as np
 import torch
@@ -13,7 +14,10 @@ from simsid import Config, Model, checkpoint
 
 SIZES = {"image_size": 48, "patches": 2, "levels": 2, "width": 4, "items": 6, "decoder_items": 6, "heads": 2, "topk": 2}
 OPTIONS = [text for name, value in SIZES.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+TRAINING = [*OPTIONS, "--epochs", "1", "--batch-size", "4"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+DAMAGED = b"\x89PNG\r\n\x1a\n nothing more"
+"""The content of a file that is a PNG by its first bytes and cannot be decoded."""
 
 
 def config(**changes):
@@ -38,32 +42,50 @@ def calibrated(folder, seed=0, held=19, **changes):
     return Model.load(folder)
 
 
-def film(path, seed=0):
-    """Write one film of noise, not square."""
+def write_png(path, pixels):
+    """Write a PNG file, with a name that need not be text, and return its path."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (40, 52), dtype=np.uint8)
-    # Through a handle, which takes names that are no text.
+    # Pillow takes a file object for a name of arbitrary bytes.
     with open(path, "wb") as file:
         Image.fromarray(pixels).save(file, format="PNG")
     return path
 
 
+def film(path, seed=0):
+    """Write a PNG of noise, not square."""
+    return write_png(path, np.random.default_rng(seed).integers(0, 256, (40, 52), dtype=np.uint8))
+
+
 def films(folder, count, seed=0):
-    """Write a folder of films."""
+    """Write a folder of PNG files of noise."""
     return [film(pathlib.Path(folder) / f"film {i}, {seed}.png", 1000 * seed + i) for i in range(count)]
 
 
+def damaged(folder, name="damaged.png"):
+    """Write a file that cannot be decoded, and return its path as text."""
+    path = os.path.join(os.fspath(folder), name)
+    with open(path, "wb") as file:
+        file.write(DAMAGED)
+    return path
+
+
 def zhanglab(folder, train=6, val=2, test=3):
-    """Write films in ZhangLab's layout: `train` normal and 2 abnormal, `val` and `test` of each."""
-    for place, (split, normal, abnormal) in enumerate(
-        (("train", train, 2), ("val", val, val), ("test", test, test)), 1
-    ):
-        for i in range(100 * place, 100 * place + normal):
+    """Write images in ZhangLab's layout: `train` normal and 2 abnormal, `val` and `test` of each."""
+    counts = (("train", train, 2), ("val", val, val), ("test", test, test))
+    for number, (split, normal, abnormal) in enumerate(counts, 1):
+        for i in range(100 * number, 100 * number + normal):
             film(folder / split / "NORMAL" / f"IM-{i:04d}-0001.png", i)
-        for i in range(100 * place, 100 * place + abnormal):
+        for i in range(100 * number, 100 * number + abnormal):
             film(folder / split / "PNEUMONIA" / f"person{i}_bacteria_1.png", i + 1000)
     return folder
+
+
+def write_list(path, columns, rows):
+    """Write a CSV list of images, and return its path."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([columns, *rows])
+    return path
 
 
 def rows(path):
@@ -78,16 +100,24 @@ def metrics(run):
     return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
 
 
+def assert_self_contained(path):
+    """The page has pictures and refers to nothing but itself and the pages of single images; returns its text."""
+    page = path.read_text("utf-8")
+    assert "<img" in page and "</html>" in page
+    assert not re.search(r'(src|href)="(?!data:|#|films/[\w-]+\.html")', page)
+    return page
+
+
 def assert_same_run(one, other):
-    """Two finished runs agree bit for bit: training state with optimisers, best model, calibration, metrics."""
+    """Two finished runs agree bit for bit: training state with optimizers, best model, calibration, metrics."""
     assert metrics(one) == metrics(other)
     for name in ("last", "model"):
-        mine, about_mine = checkpoint.read(one, name)
-        theirs, about_theirs = checkpoint.read(other, name)
-        assert mine.keys() == theirs.keys() and len(mine) > 50
-        different = [key for key in mine if not torch.equal(mine[key], theirs[key])]
+        tensors, document = checkpoint.read(one, name)
+        other_tensors, other_document = checkpoint.read(other, name)
+        assert tensors.keys() == other_tensors.keys() and len(tensors) > 50
+        different = [key for key in tensors if not torch.equal(tensors[key], other_tensors[key])]
         assert not different
-        assert about_mine.get("calibration") == about_theirs.get("calibration")
+        assert document.get("calibration") == other_document.get("calibration")
     states = [checkpoint.read(run, "last")[1]["progress"] for run in (one, other)]
     for state in states:
         assert state["finished"]

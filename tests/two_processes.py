@@ -1,15 +1,25 @@
-"""What each of two processes does for test_distributed.py; torchrun starts them with the name of a scene."""
+"""What each of two ranks does for test_distributed.py: a scene by name.
 
+`python two_processes.py FOLDER SCENE...` imports PyTorch once and forks the ranks, `torchrun` starts them one by one.
+"""
+
+import gc
+import importlib
+import json
+import math
 import os
 import pathlib
 import signal
+import socket
 import sys
+import time
 
 import tiny
 import torch
 
 from simsid import Trainer, TrainingConfig, checkpoint
-from simsid.distributed import Team
+from simsid.commands import main as cli
+from simsid.distributed import ProcessGroup
 from simsid.errors import NonFiniteError, RunError
 from simsid.training import step as step_module
 from simsid.training.step import TrainingStep
@@ -18,140 +28,203 @@ CHANGES = {"memory": "queue"}
 OPTIONS = {"batch_size": 4, "learning_rate": 1e-3, "sync_batchnorm": True}
 
 
-def steps(team, dtype, changes=CHANGES, count=4):
-    """Run iterations on this member's share of the same batches; returns all that they leave, gradients first."""
-    step = TrainingStep(tiny.model(**changes).to(dtype).train(), TrainingConfig(**OPTIONS), team)
-    found = {}
+def steps(group, dtype, changes=CHANGES, count=3):
+    """Run iterations on this rank's shard of the same batches; return gradients of the first, and the final state."""
+    step = TrainingStep(tiny.model(**changes).to(dtype).train(), TrainingConfig(**OPTIONS), group)
+    tensors = {}
     for number in range(count):
-        step(team.share(tiny.images(4, number).to(dtype)), number)
+        step(group.shard(tiny.images(4, number).to(dtype)), number)
         if number == 0:
             gradients = {name: value.grad for name, value in step.model.named_parameters()}
-            found |= {f"gradient {name}": value.clone() for name, value in gradients.items() if value is not None}
-    found |= {f"state {name}": value for name, value in step.model.state_dict().items()}
-    return found | {f"loss {name}": torch.tensor(value) for name, value in step.means().items()}
+            tensors |= {f"gradient {name}": value.clone() for name, value in gradients.items() if value is not None}
+    tensors |= {f"state {name}": value for name, value in checkpoint.tensors(step.model).items()}
+    return tensors | {f"loss {name}": torch.tensor(value) for name, value in step.means().items()}
 
 
-def fit(team, run, resume=False, images=None, val=5, **options):
-    """Train as every member does; only the first of them sees the run folder."""
+def fit(group, run, resume=False, images=None, val=5, **options):
+    """Train as every rank does; only rank 0 sees the run folder."""
     model = tiny.model()
-    config = TrainingConfig(**{"batch_size": 4, "epochs": 3, "checkpoint_seconds": 0.0, **options})
-    trainer = Trainer(model, config, run=run if team.main else run.with_name("out of sight"), team=team)
+    config = TrainingConfig(**{"batch_size": 4, "epochs": 2, "checkpoint_seconds": 0.0, **options})
+    trainer = Trainer(model, config, run=run if group.main else run.with_name("out of sight"), group=group)
     return model, trainer.fit(tiny.images(12) if images is None else images, tiny.images(val, 1), resume=resume)
 
 
-def refused(team, folder, name, error, call):
-    """Write what a call says as it fails."""
+def write(group, folder, name, tensors, document):
+    checkpoint.write(folder / f"rank-{group.rank}", name, tensors, document)
+
+
+def write_error(group, folder, name, error, call):
+    """Write the message of the error that a call raises."""
     try:
         call()
-    except error as said:
-        checkpoint.write(folder / f"rank-{team.rank}", name, {}, {"said": str(said)})
+    except error as raised:
+        write(group, folder, name, {}, {"message": str(raised)})
 
 
-def scene_steps(team, folder):
+def scene_steps(group, folder):
     for name, dtype in (("double", torch.float64), ("single", torch.float32)):
-        checkpoint.write(folder / f"rank-{team.rank}", name, steps(team, dtype), {})
+        write(group, folder, name, steps(group, dtype), {})
 
 
-def scene_fit(team, folder):
-    """Without synchronised statistics, as is the default: the members end with one model all the same."""
-    model, history = fit(team, folder / "run")
-    values = {name: value.clone() for name, value in model.state_dict().items()}
-    about = {"epochs": history.epochs, "calibration": model.calibration.to_dict()}
-    checkpoint.write(folder / f"rank-{team.rank}", "fit", values, about)
+def scene_fit(group, folder):
+    """With the statistics of each rank's own shard, which is the default, all ranks still end with one model."""
+    model, history = fit(group, folder / "run")
+    document = {"epochs": history.epochs, "calibration": model.calibration.to_dict()}
+    write(group, folder, "fit", checkpoint.tensors(model), document)
 
 
-def scene_finished(team, folder):
-    """A finished run is resumed: nothing is left to do, and everyone has the kept model."""
-    model, history = fit(team, folder / "run", resume=True)
-    about = {"epochs": history.epochs, "calibration": model.calibration.to_dict()}
-    checkpoint.write(folder / f"rank-{team.rank}", "finished", model.state_dict(), about)
+def scene_finished(group, folder):
+    """A finished run is resumed: nothing is left to do, and every rank gets the best model."""
+    model, history = fit(group, folder / "run", resume=True)
+    document = {"epochs": history.epochs, "calibration": model.calibration.to_dict()}
+    write(group, folder, "finished", checkpoint.tensors(model), document)
 
 
-def scene_small(team, folder):
-    """One image to validate on, statistics synchronised while it lasts."""
-    model, history = fit(team, folder / "small", val=1, sync_batchnorm=True, epochs=1)
+def scene_small(group, folder):
+    """One image to validate on, and synchronized statistics during training."""
+    model, history = fit(group, folder / "small", val=1, sync_batchnorm=True, epochs=1)
     kinds = sorted({type(module).__name__ for module in model.modules() if "BatchNorm" in type(module).__name__})
-    about = {"epochs": history.epochs, "calibration": model.calibration.to_dict(), "kinds": kinds}
-    checkpoint.write(folder / f"rank-{team.rank}", "small", {}, about)
+    document = {"epochs": history.epochs, "calibration": model.calibration.to_dict(), "kinds": kinds}
+    write(group, folder, "small", {}, document)
 
 
-def scene_differ(team, folder):
-    """The members were given different images, or different settings."""
+def scene_differ(group, folder):
+    """The ranks have different images, or different settings."""
     run = folder / "differ"
-    refused(team, folder, "images", RunError, lambda: fit(team, run, images=tiny.images(12, team.rank)))
-    refused(team, folder, "count", RunError, lambda: fit(team, run, images=tiny.images(12 + 4 * team.rank)))
-    refused(team, folder, "settings", RunError, lambda: fit(team, run, seed=team.rank))
+    write_error(group, folder, "images", RunError, lambda: fit(group, run, images=tiny.images(12, group.rank)))
+    write_error(group, folder, "count", RunError, lambda: fit(group, run, images=tiny.images(12 + 4 * group.rank)))
+    write_error(group, folder, "settings", RunError, lambda: fit(group, run, seed=group.rank))
 
 
-def scene_bad(team, folder):
-    """A loss is not finite at one member, where no gradient shows it."""
+def scene_nonfinite(group, folder):
+    """A loss is not finite on one rank, where no gradient shows it."""
     real = step_module.reconstruction_loss
 
     def loss(images, reconstruction):
-        return real(images, reconstruction) + (torch.inf if team.rank == 1 and bad else 0)
+        return real(images, reconstruction) + (torch.inf if group.rank == 1 and bad else 0)
 
     step_module.reconstruction_loss = loss
-    step = TrainingStep(tiny.model().train(), TrainingConfig(batch_size=4), team)
-    for number in range(3):
+    step = TrainingStep(tiny.model().train(), TrainingConfig(batch_size=4), group)
+    for number in (0, 2):
         bad = number == 2
         if bad:
             step.optimizers["generator"].zero_grad()
             before = {name: value.clone() for name, value in step.model.named_parameters()}
-        images = team.share(tiny.images(4, number))
-        refused(team, folder, "bad", NonFiniteError, lambda: step(images, number))  # noqa: B023 - called at once
+        images = group.shard(tiny.images(4, number))
+        write_error(group, folder, "nonfinite", NonFiniteError, lambda: step(images, number))  # noqa: B023 - called now
     step_module.reconstruction_loss = real
     changed = [name for name, value in step.model.named_parameters() if not torch.equal(value, before[name])]
-    checkpoint.write(folder / f"rank-{team.rank}", "changed", {}, {"changed": changed})
+    write(group, folder, "changed", {}, {"changed": changed})
 
 
-def scene_shares(team, folder):
-    """Each computes a part of what all are given."""
-    mine = []
+def scene_collectives(group, folder):
+    """Each rank computes its part, and all get the whole result."""
+    own = []
 
     def square(item):
-        mine.append(item)
+        own.append(item)
         return item**2
 
     for count in (0, 1, 2, 300):
-        mine.clear()
-        assert list(team.in_order(square, range(count), 2)) == [(item, item**2) for item in range(count)]
-        assert sorted(mine) == list(range(team.rank, count, 2))
-    assert team.from_main(lambda: team.rank) == 0 and team.everyones(team.rank) == [0, 1]
+        own.clear()
+        assert list(group.in_order(square, range(count), 2)) == [(item, item**2) for item in range(count)]
+        assert sorted(own) == list(range(group.rank, count, 2))
+    assert group.broadcast(lambda: group.rank) == 0 and group.all_gather_object(group.rank) == [0, 1]
+    assert group.gather(torch.tensor([float(group.rank)])).tolist() == [0, 1]
+    assert group.mean(torch.tensor([float(group.rank)])).tolist() == [0.5]
+    assert group.any(group.rank == 1) and not group.any(False)
+    values = torch.full((2,), float(group.rank))
+    group.broadcast_tensors([values])
+    assert values.tolist() == [0, 0]
+    for count in (1, 4, 5):
+        column = torch.arange(float(count), dtype=torch.float64)[group.rank :: 2].numpy()
+        assert group.interleave({"a": column}, count)["a"].tolist() == list(range(count))
 
 
-def scene_interrupt(team, folder):
-    """Ctrl-C at one member stops both at the same iteration; then both go on."""
+def scene_interrupt(group, folder):
+    """Ctrl-C on one rank stops both at the same iteration; then both resume."""
     real = TrainingStep.__call__
 
     def step(self, images, number):
-        if number == 4 and team.rank == 1:
+        if number == 4 and group.rank == 1:
             signal.raise_signal(signal.SIGINT)
         real(self, images, number)
 
     TrainingStep.__call__ = step
-    _, history = fit(team, folder / "again")
+    _, history = fit(group, folder / "again")
     assert history.interrupted
     TrainingStep.__call__ = real
-    _, history = fit(team, folder / "again", resume=True)
-    assert not history.interrupted and len(history.epochs) == 3
+    _, history = fit(group, folder / "again", resume=True)
+    assert not history.interrupted and len(history.epochs) == 2
 
 
-def scene_death(team, folder):
-    """One member dies in the middle of an epoch."""
+def scene_death(group, folder):
+    """One rank is killed in the middle of an epoch."""
     real = TrainingStep.__call__
 
     def step(self, images, number):
-        if number == 4 and team.rank == 1:
+        if number == 4 and group.rank == 1:
             print("rank 1 is about to die", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         real(self, images, number)
 
     TrainingStep.__call__ = step
-    fit(team, folder / "dead")
+    fit(group, folder / "dead")
+
+
+def refused(folder):
+    """Let the command line refuse a batch size, after the ranks have exchanged the decoded images."""
+    arguments = ["train", folder / "films", "-o", folder / "refused", *tiny.OPTIONS, "--batch-size", "5"]
+    cli.main(list(map(str, [*arguments, "--device", "cpu", "--threads", "1"])))
+
+
+def fork_ranks(work):
+    """Let two forked ranks do the work and exit as any process does; return their exit statuses."""
+    # Otherwise a rank that exits would traverse, and copy, all that the parent has imported.
+    gc.freeze()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = {}
+    for rank in (0, 1):
+        pid = os.fork()
+        if not pid:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            work()
+            sys.exit()
+        ranks[pid] = rank
+    statuses, end = {}, math.inf
+    while len(statuses) < 2:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            statuses[ranks.pop(pid)] = os.waitstatus_to_exitcode(status)
+            end = time.monotonic() + 60
+        elif time.monotonic() > end:
+            for pid in ranks:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return [statuses[rank] for rank in (0, 1)]
+
+
+def main(folder, scenes):
+    def work():
+        if scenes == ["refused"]:
+            refused(folder)
+        with ProcessGroup.from_environment().joined("cpu") as group:
+            for scene in scenes:
+                globals()[f"scene_{scene}"](group, folder)
+
+    torch.set_num_threads(1)
+    if "WORLD_SIZE" in os.environ:
+        work()
+        return
+    if scenes != ["refused"]:
+        # DistributedDataParallel imports it, which would take each rank seconds.
+        importlib.import_module("torch._dynamo")
+    repetitions = 3 if scenes == ["refused"] else 1
+    print(json.dumps([fork_ranks(work) for _ in range(repetitions)]))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with Team.gathered("cpu") as team:
-        for scene in sys.argv[2:]:
-            globals()[f"scene_{scene}"](team, pathlib.Path(sys.argv[1]))
+    main(pathlib.Path(sys.argv[1]), sys.argv[2:])

@@ -3,11 +3,10 @@
     forward    s = z M (partial sums over splits of D);  top-k of s, p = softmax(s), out = w M  (one program a row)
     backward   dw = g M (the score kernel again);  ds = p (dw - <p, dw>);  dz = ds M and dM = w' g + ds' z
 
-Bytes: the forward reads M once and the kept items again, out of the L2 cache at best; the backward reads M once for dw
-and once for dz, writes dM once, and keeps p [B, L, N] from the forward (negative where the item was kept: w needs no
-more). The order of sums depends on the memory's shape alone, so that an image's output is the same in every batch.
-The design stops being good with many kept items (each costs a pass over the row's keys) and with large batches, whose
-products are bound by arithmetic, where a plain matrix product is hard to beat.
+Bytes: the forward reads M once, and the kept items again out of L2 at best; the backward reads M once for dw and once
+for dz, writes dM once, and reads p [B, L, N], which the forward saves with a minus sign where the item was kept. The
+order of sums depends on the memory's shape alone: an image's output is the same in every batch. The design stops being
+good with many kept items (a pass over the row's keys each) and at large batches, where plain matrix products win.
 """
 
 import triton
@@ -113,9 +112,8 @@ def memory_scores_kernel(
 ):
     """Multiply queries and items over one chunk of features.
 
-    Grid: (tiles of B * tiles of N * L, SPLITS), the queries' tiles fastest: they share the items in the L2 cache. A
-    program owns BLOCK_N items, BLOCK_B queries of one location and one chunk. Items are the rows of the product, the
-    side that suits tensor cores. Saves: partial sums, which the next kernel adds in order.
+    Grid: (tiles of B * tiles of N * L, SPLITS), tiles of B fastest: they share the items in L2. A program owns BLOCK_N
+    items, the side of the product that suits tensor cores, BLOCK_B queries and one chunk. Saves: the partial sums.
     """
     tiles_b, tiles_n = tl.cdiv(B, BLOCK_B), tl.cdiv(N, BLOCK_N)
     i_b, i_rest = tl.program_id(0) % tiles_b, tl.program_id(0) // tiles_b
@@ -337,10 +335,7 @@ def memory_query_gradient_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Make dz = ds M.
-
-    Grid: (tiles of B * blocks of D, L). A program owns BLOCK_B queries of one location and BLOCK_D features.
-    """
+    """Make dz = ds M. Grid: (tiles of B * blocks of D, L). A program owns BLOCK_B queries and BLOCK_D features."""
     tiles_b = tl.cdiv(B, BLOCK_B)
     i_b, i_d, i_l = tl.program_id(0) % tiles_b, tl.program_id(0) // tiles_b, tl.program_id(1).to(tl.int64)
     o_b = (i_b * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)

@@ -3,11 +3,15 @@
 import contextlib
 import pathlib
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tyro.conf import OmitArgPrefixes
 
 from simsid.commands.common import Data, Exclude, Machine, ModelFolder, load_set
-from simsid.errors import UsageError
+from simsid.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from simsid.models import AnomalyModel
 
 
 @dataclass(frozen=True)
@@ -35,40 +39,44 @@ class Calibrate:
     def run(self) -> int:
         """Calibrate, save and print the threshold with its interval."""
         from simsid.data import open_dataset, partition
+        from simsid.metrics import check_rate
         from simsid.models import load
         from simsid.training.run_folder import RunFolder
 
-        folder = pathlib.Path(self.model)
+        folder, workers = pathlib.Path(self.model), self.machine.workers
         device = self.machine.prepare()
-        model = load(folder, device=device)
-        dataset = open_dataset(self.data, exclude=self.exclude)
-        if self.local:
-            train_records, normal = [record for record in dataset.records if record.label != 1], []
-        else:
-            train_records, val_records = partition(dataset, self.val_share)
-            normal = [record for record in val_records if record.label != 1]
-        if not train_records:
-            raise UsageError(f"{self.data} has no normal image to calibrate on")
-        # A training in progress would get back the weights that were loaded here.
+        check_rate("false_positive_rate", self.false_positive_rate)
+        # A training in progress would get back the weights that are loaded here.
         is_run = (folder / "run.json").exists()
         with RunFolder(folder) if is_run else contextlib.nullcontext():
-            train = load_set(train_records, model.preprocessing, self.machine.workers)
-            val = load_set(normal, model.preprocessing, self.machine.workers) if normal else None
+            model = load(folder, device=device)
+            dataset = open_dataset(self.data, exclude=self.exclude)
+            if self.local:
+                train_records, normal = [record for record in dataset.records if record.label != 1], []
+            else:
+                train_records, val_records = partition(dataset, self.val_share)
+                normal = [record for record in val_records if record.label != 1]
+            if not train_records:
+                raise UsageError(f"{self.data} has no normal image to calibrate on")
+            train = load_set(train_records, model.preprocessing, workers)
+            val = load_set(normal, model.preprocessing, workers) if normal else None
             model.calibrate(train, train if self.local else val)
             model.save(folder)
         held = len(train) if self.local else len(val) if val is not None else 0
         print(f"{self.model}: calibrated on {len(train)} normal images, with {held} held out for thresholds")
+        failures = [*train.failures, *(val.failures if val is not None else ())]
+        if failures:
+            first = f"{printable(failures[0].path)}: {failures[0].reason}"
+            print(f"{len(failures)} files could not be read, such as {first}")
         if held:
             print(threshold_sentence(model, self.false_positive_rate))
         return 0
 
 
-def threshold_sentence(model: object, false_positive_rate: float) -> str:
+def threshold_sentence(model: "AnomalyModel", false_positive_rate: float) -> str:
     """Describe the threshold: how many held-out images it rests on, and the interval of its false positive rate."""
     from simsid.metrics import false_positive_interval
-    from simsid.models import AnomalyModel
 
-    assert isinstance(model, AnomalyModel)
     calibration = model.calibrated()
     count = len(calibration.holdout[model.signal])
     low, high = false_positive_interval(count, false_positive_rate)

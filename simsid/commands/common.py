@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -108,12 +109,24 @@ def usual_split(dataset: "Dataset") -> str | None:
     return next((name for name in ("test", "val") if name in splits), None)
 
 
-def output_folder(path: pathlib.Path) -> pathlib.Path:
-    """Create the folder for results; refuse a file."""
+def refuse_file(path: pathlib.Path) -> None:
+    """Refuse a file where a folder for results is meant."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"the output must be a folder, got the file {path}")
+
+
+def output_folder(path: pathlib.Path) -> pathlib.Path:
+    """Create the folder for results; refuse a file."""
+    refuse_file(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def clear_film_pages(folder: pathlib.Path) -> None:
+    """Remove the pages of single images that an earlier report left, and nothing else that is in their folder."""
+    for page in (folder / "films").glob("*.html"):
+        if re.fullmatch(r"[A-Za-z0-9-]+-[0-9a-f]{12}", page.stem):
+            page.unlink()
 
 
 def write_failures(path: pathlib.Path, failures: "Iterable[Any]") -> None:
@@ -141,6 +154,7 @@ def write_evaluation_report(
     from simsid import report
     from simsid.report import selection
 
+    clear_film_pages(path.parent)
     examples = selection.examples_of_set(model, images, evaluation, selection.typical_indices(evaluation))
     rows = selection.evaluation_rows(model, images, evaluation, [example.path for example in examples])
     report.write_report(
@@ -152,9 +166,17 @@ def write_evaluation_report(
         configuration={"model": described(model), **(configuration or {})},
         versions=versions(),
         notes=list(notes),
+        warnings=for_processing_notes(sum(record.for_processing for record in images.records)),
         descriptions=selection.descriptions(model),
     )
     selection.write_film_pages(path, model, rows, examples)
+
+
+def for_processing_notes(count: int) -> list[str]:
+    """Return a warning where some images are raw detector data, whose gray scale is not that of a diagnostic image."""
+    if not count:
+        return []
+    return [f"{count} images are stored FOR PROCESSING: their gray values are not those meant for display."]
 
 
 def described(model: "AnomalyModel") -> dict[str, object]:

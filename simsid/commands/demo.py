@@ -4,6 +4,7 @@ import pathlib
 import shlex
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 from tyro.conf import OmitArgPrefixes
 
@@ -46,8 +47,8 @@ class Demo:
         config, training = Config.digit_anatomy(), demo_training(self.epochs, self.seed)
         if self.images < 2:
             raise UsageError(f"images must be at least 2, got {self.images}")
-        data = DigitAnatomy(seed=self.seed, train=self.images, mnist=self.mnist)
         _check_replaceable(self.output)
+        data = DigitAnatomy(seed=self.seed, train=self.images, mnist=self.mnist)
         with RunFolder(self.output) as folder:
             _clear_run(folder.path)
             request = {"command": "demo", "model": config.to_dict(), "training": training.to_dict()}
@@ -57,7 +58,7 @@ class Demo:
                 f"DigitAnatomy: {len(train)} normal images to train on; {len(val)} to validate, {len(test)} to test",
                 flush=True,
             )
-            model = seeded_model(config, self.seed, device)
+            model: Any = seeded_model(config, self.seed, device)
             history = Trainer(model, training, run=folder, progress=True).fit(train, val)
             if history.interrupted:
                 print("stopped; run the demo again to start over", file=sys.stderr)

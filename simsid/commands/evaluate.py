@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 from dataclasses import dataclass, field
 
 from tyro.conf import OmitArgPrefixes
@@ -15,6 +16,7 @@ from simsid.commands.common import (
     SignalName,
     SplitName,
     calibrated_model,
+    for_processing_notes,
     load_set,
     output_folder,
     saved,
@@ -49,12 +51,13 @@ class Evaluate:
         from simsid import checkpoint
         from simsid.data import open_dataset
         from simsid.evaluation import evaluate, format_table, require_labels, scores_of
+        from simsid.metrics import check_rate
         from simsid.models.signals import check_signals
         from simsid.scoring import columns, row
 
         model = calibrated_model(self.model, self.machine.prepare())
         check_signals([self.signal or model.signal], model.signal_names)
-        model.calibrated().threshold(model.signal, self.false_positive_rate)
+        check_rate("false_positive_rate", self.false_positive_rate)
         dataset = open_dataset(self.data, exclude=self.exclude)
         split = self.split if self.split is not None else usual_split(dataset)
         records = dataset.select(split)
@@ -68,9 +71,11 @@ class Evaluate:
         document = {"data": str(self.data.resolve()), "split": split, "in_sample": evaluation.in_sample}
         checkpoint.write_json(output / "metrics.json", {**document, "rows": figures})
         with checkpoint.csv_writer(output / "scores.csv", columns(model.signal_names)) as write:
-            for score in scores_of(model, images, evaluation):
+            for score in scores_of(model, images, evaluation, records):
                 write(row(score, model.signal_names))
         print(format_table(evaluation), flush=True)
+        for note in for_processing_notes(sum(record.for_processing for record in images.records)):
+            print(f"simsid: note: {note}", file=sys.stderr)
         if images.failures:
             print(f"{len(images.failures)} of {len(records)} files could not be read (reasons in scores.csv)")
         title = f"simsid: {self.data.resolve().name}, {split or 'all images'}"

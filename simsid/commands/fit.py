@@ -30,8 +30,6 @@ class Fit:
     """Fraction of the training images held out where the data has too few normal validation images."""
     exclude: Exclude = ()
     """Files to leave out, as patterns of their path below the folder, such as masks/*."""
-    seed: int = 0
-    """Seed of everything drawn."""
 
     def run(self) -> int:
         """Fit, save, and report on the validation images where they are labelled."""
@@ -43,7 +41,7 @@ class Fit:
         device = machine.prepare()
         path = self.output or pathlib.Path("runs") / f"{self.data.resolve().stem}-{self.preset}"
         train_records, val_records = split(self.data, self)
-        document = {
+        document: dict[str, object] = {
             "command": "fit",
             "preset": self.preset,
             "model": dataclasses.asdict(config),
@@ -51,7 +49,7 @@ class Fit:
             "val_share": self.val_share,
             "exclude": list(self.exclude),
         }
-        model = seeded_model(config, self.seed, device)
+        model = seeded_model(config, getattr(config, "seed", 0), device)
         with run_folder(path, document) as folder:
             train, val = load_both(train_records, val_records, model, machine.workers)
             folder.write_manifest(train, val)
@@ -68,7 +66,7 @@ class Fit:
 def fit_command(config_type: type) -> type:
     """Return the command whose model options are the fields of a configuration class."""
     added: list[Any] = [
-        ("model", OmitArgPrefixes[config_type], dataclasses.field(default_factory=config_type)),  # type: ignore[valid-type]
+        ("model", OmitArgPrefixes[config_type], dataclasses.field(default_factory=config_type)),  # type: ignore[valid-type,misc]
         ("machine", OmitArgPrefixes[Machine], dataclasses.field(default_factory=Machine)),
     ]
     return dataclasses.make_dataclass("Fit", added, bases=(Fit,), frozen=True, namespace={"__doc__": Fit.__doc__})

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import subcommand
 
+from simsid.commands.adapt import Adapt
 from simsid.commands.calibrate import Calibrate
 from simsid.commands.convert import Convert
 from simsid.commands.demo import Demo
@@ -34,6 +35,7 @@ COMMANDS: dict[str, type] = {
     "evaluate": Evaluate,
     "score": Score,
     "explain": Explain,
+    "adapt": Adapt,
     "calibrate": Calibrate,
     "scan": Scan,
     "convert": Convert,
@@ -108,7 +110,7 @@ def _parse(arguments: list[str]) -> Any:
         known["train"] = _train_command(arguments)
     union: Any = None
     for kind, options in known.values():
-        command = Annotated[kind, options]
+        command = Annotated[kind, options]  # type: ignore[valid-type]
         union = command if union is None else union | command
     message = io.StringIO()
     try:
@@ -141,7 +143,7 @@ def _train_command(arguments: list[str]) -> tuple[type, Any]:
     if name not in presets.PRESETS:
         return Train, subcommand("train", prefix_name=False)
     config = presets.preset(name)
-    kind = fit_command(type(config))
+    kind: Any = fit_command(type(config))  # type: ignore[arg-type]  # a class is hashable
     return kind, subcommand("train", prefix_name=False, default=kind(model=config))
 
 

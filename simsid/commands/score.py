@@ -15,8 +15,10 @@ from simsid.commands.common import (
     Output,
     SignalName,
     calibrated_model,
+    clear_film_pages,
     described,
-    output_folder,
+    for_processing_notes,
+    refuse_file,
     saved,
     versions,
 )
@@ -61,7 +63,7 @@ class Score:
 
         group = ProcessGroup.from_environment()
         model = calibrated_model(self.model, self.machine.prepare(group))
-        output_folder(self.output)
+        refuse_file(self.output)
         summary = score_archive(
             model,
             self.data,
@@ -103,6 +105,8 @@ class Score:
                 f"{summary.flagged} above the threshold, which {self.false_positive_rate:.3g} of {len(held)} held-out "
                 "normal images may exceed"
             )
+        for note in for_processing_notes(summary.for_processing):
+            print(f"simsid: note: {note}", file=sys.stderr)
         if summary.shift is not None:
             print(f"simsid: note: {summary.shift}".replace("MODEL", self.model), file=sys.stderr)
         if summary.top:
@@ -116,6 +120,7 @@ class Score:
         from simsid import report
         from simsid.report import selection
 
+        clear_film_pages(self.output)
         if not summary.top:
             return
         notes = [
@@ -139,7 +144,10 @@ class Score:
                 configuration={"model": described(model)},
                 versions=versions(),
                 notes=notes,
-                warnings=[] if summary.shift is None else [f"{summary.shift}."],
+                warnings=[
+                    *for_processing_notes(summary.for_processing),
+                    *([] if summary.shift is None else [f"{summary.shift}."]),
+                ],
                 descriptions=selection.descriptions(model),
             )
             selection.write_film_pages(path, model, rows, examples)

@@ -40,7 +40,7 @@ class Train:
     moved."""
     preset: PresetName = "simsid"
     """Published configuration or baseline that the model options below start from."""
-    ablation: ConfigName | None = None
+    ablation: ConfigName | None = None  # type: ignore[valid-type]
     """Component study's configuration to start from instead."""
     val_share: float = 0.1
     """Fraction of the training images held out where the data has too few normal validation images."""
@@ -69,10 +69,11 @@ class Train:
         train_records, val_records = group.broadcast(lambda: split(source, request))
         path = self.resume or request.output or pathlib.Path("runs") / f"{source.resolve().stem}-{request.name}"
         model: Any = seeded_model(request.model, request.training.seed, device)
-        with self._folder(request, path) if group.main else contextlib.nullcontext(path) as folder:
-            trainer = Trainer(model, request.training, run=folder, progress=True, group=group)
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(self._folder(request, path)) if group.main else None
+            trainer = Trainer(model, request.training, run=folder or path, progress=True, group=group)
             train, val = load_both(train_records, val_records, model, workers, group)
-            if group.main:
+            if folder is not None:
                 # A resumed run may have been killed before the manifest was written.
                 if not (self.resume and (path / "manifest.csv").exists()):
                     folder.write_manifest(train, val)
@@ -136,7 +137,11 @@ class Train:
             raise UsageError(f"{folder} is not a run; start one with: simsid train DATA -o {folder}")
         document: dict[str, Any] = read_json(file)
         if document.get("command") != "train":
-            raise UsageError(f"{folder} was not started by `simsid train`")
+            raise UsageError(
+                f"{folder} was fitted in one pass and has nothing to resume; train again with another -o"
+                if document.get("command") == "fit"
+                else f"{folder} was not started by `simsid train`"
+            )
         try:
             machine = document["machine"]
             return dataclasses.replace(

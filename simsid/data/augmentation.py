@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simsid.arguments import require_instance, require_number
 from simsid.errors import InputError
 
 DARKEST = -1.0
@@ -38,6 +39,8 @@ def augment(
     Raises:
         InputError: a parameter outside its range, or another shape.
     """
+    require_instance("images", images, Tensor)
+    translate, scale = require_number("translate", translate), require_number("scale", scale)
     if images.dim() != 4:
         raise InputError(f"images must be [B, 1, H, W], got shape {list(images.shape)}")
     if translate < 0:

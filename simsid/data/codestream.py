@@ -37,19 +37,19 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
     Bytes between segments are passed over, as decoders do.
     """
-    place = 0
-    while match := _MARKER.search(data, place):
+    position = 0
+    while match := _MARKER.search(data, position):
         start, marker = match.start(), data[match.start() + 1]
         if marker == 0xD9:
             yield marker, start, start + 2
             return
-        place = start + 2
+        position = start + 2
         if marker not in _WITHOUT_LENGTH:
-            place += max(2, int.from_bytes(data[place : place + 2], "big"))
+            position += max(2, int.from_bytes(data[position : position + 2], "big"))
         if marker == 0xDA:
-            following = _MARKER.search(data, place)
-            place = following.start() if following else len(data)
-        yield marker, start, min(place, len(data))
+            following = _MARKER.search(data, position)
+            position = following.start() if following else len(data)
+        yield marker, start, min(position, len(data))
 
 
 def jpeg_header(data: bytes) -> Codestream | None:

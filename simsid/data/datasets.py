@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import data
 
+from simsid.arguments import require_path
 from simsid.data.files import FileReader
 from simsid.data.folders import excluded, is_image, iter_images, list_images, patterns
 from simsid.data.images import ImageSet, load_images, stream_images
@@ -272,7 +273,7 @@ def open_dataset(
         InputError: nothing fits; the message says what was expected.
         OSError: the path cannot be read.
     """
-    path = os.path.abspath(os.fspath(path))
+    path = os.path.abspath(require_path("path", path))
     exclude = patterns(exclude)
     if os.path.isfile(path):
         if path.lower().endswith(".csv"):
@@ -304,7 +305,7 @@ def iter_records(path: Path, *, exclude: str | Sequence[str] = ()) -> Iterator[R
         InputError: at the call, there is no image; while iterating, a line of the list cannot be used.
         OSError: at the call, the path cannot be read.
     """
-    path = os.path.abspath(os.fspath(path))
+    path = os.path.abspath(require_path("path", path))
     exclude = patterns(exclude)
     if not os.path.isfile(path):
         records = _radiographs(_folder(path), exclude)
@@ -330,7 +331,7 @@ def _kept(records: Iterable[Record], folder: str, exclude: Sequence[str]) -> Ite
 
 def _folder(path: Path) -> str:
     """Return an absolute path, so that records stay valid after a change of the working directory."""
-    folder = os.path.abspath(os.fspath(path))
+    folder = os.path.abspath(require_path("folder", path))
     if not os.path.isdir(folder):
         raise InputError(f"{folder} is not a folder" if os.path.exists(folder) else f"{folder} does not exist")
     return folder

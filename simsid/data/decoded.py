@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from simsid.errors import ReadError
 # higher, so that the same message comes for every format.
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 32_768
-# Peak memory of decoding one file of at most `MAX_PIXELS`, its pixels included; measured in tests/data/test_memory.py.
+# Peak memory of decoding and preprocessing one file of at most `MAX_PIXELS`, as tests/data/test_memory.py measures it.
 MAX_BYTES = 480_000_000
 # Pixels that are converted at a time, so that temporary arrays stay small.
 BAND_PIXELS = 2**20
@@ -111,9 +113,18 @@ class MemoryBudget:
                 self._released.notify_all()
 
 
-BUDGET = MemoryBudget(MAX_BYTES)
+# Room for two dozen threads that decode images of 9 million pixels, or for four of the largest images.
+BUDGET = MemoryBudget(4 * MAX_BYTES)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=BUDGET.reset)
+
+
+def file_length(file: BinaryIO) -> int:
+    """Return the bytes of a file, which stays where it is."""
+    position = file.tell()
+    length = file.seek(0, os.SEEK_END)
+    file.seek(position)
+    return length
 
 
 def bands(rows: int, columns: int) -> Iterator[slice]:
@@ -131,11 +142,9 @@ def validated(image: DecodedImage) -> DecodedImage:
     Raises:
         ReadError: NaN or infinite pixels, no contrast, or a range that float32 cannot hold.
     """
-    low, high = float(image.pixels.min()), float(image.pixels.max())
-    if not np.isfinite([low, high]).all():
+    if not np.isfinite([image.pixels.min(), image.pixels.max()]).all():
         raise ReadError("the image has NaN or infinite values, or values beyond float32")
-    if image.padding is not None:
-        low, high = _extremes(image.pixels, image.padding)
+    low, high = extremes(image)
     if low == high:
         shown = " after its VOI LUT or window" if image.provenance.get("voi", "none") != "none" else ""
         raise ReadError(f"the image has no contrast: every pixel is {low:g}{shown}")
@@ -147,16 +156,35 @@ def validated(image: DecodedImage) -> DecodedImage:
     return image
 
 
-def _extremes(pixels: np.ndarray, padding: np.ndarray) -> tuple[float, float]:
+def extremes(image: DecodedImage) -> tuple[float, float]:
+    """Return the least and greatest gray value outside the padding."""
+    if image.padding is None:
+        return float(image.pixels.min()), float(image.pixels.max())
     low, high = np.inf, -np.inf
-    for band in bands(*pixels.shape):
-        inside = pixels[band][~padding[band]]
+    for band in bands(*image.pixels.shape):
+        inside = image.pixels[band][~image.padding[band]]
         if inside.size:
             low, high = min(low, float(inside.min())), max(high, float(inside.max()))
     return low, high
 
 
+def pixels_inside(image: DecodedImage) -> np.ndarray:
+    """Return a copy of the gray values outside the padding, in one dimension."""
+    if image.padding is None:
+        return image.pixels.flatten()
+    inside = np.empty(image.padding.size - np.count_nonzero(image.padding), image.pixels.dtype)
+    end = 0
+    for band in bands(*image.pixels.shape):
+        values = image.pixels[band][~image.padding[band]]
+        inside[end : end + values.size] = values
+        end += values.size
+    return inside
+
+
 def one_sentence(error: BaseException) -> str:
-    """Return an exception's message as one line of at most 200 characters, its class where it has none."""
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    """Return an exception's message as one line of at most 200 characters, its class where it has none.
+
+    Memory addresses are left out: the same file must give the same message in every run.
+    """
+    text = re.sub(r"( object)? at 0x[0-9A-Fa-f]+", "", " ".join(str(error).split()).rstrip(".")) or type(error).__name__
     return text if len(text) <= 200 else text[:199] + "…"

@@ -1,14 +1,13 @@
 """Reads one DICOM file: only the elements that the image needs, within limits that the header is checked against."""
 
-import os
 import zlib
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_partial
 from pydicom.tag import BaseTag, Tag
 
-from simsid.data.decoded import BUDGET, DecodedImage, allowed_bytes, check_memory, check_size, validated
+from simsid.data.decoded import BUDGET, DecodedImage, allowed_bytes, check_memory, check_size, file_length, validated
 from simsid.data.dicom_display import display, samples
 from simsid.data.dicom_elements import element_name, integer, text, uid_name
 from simsid.data.dicom_pixels import is_compressed, is_justified, peak_bytes, stored_words, transfer_syntax
@@ -48,10 +47,11 @@ _STOPS = frozenset(Tag(keyword) for keyword in (*_PIXELS, "PerFrameFunctionalGro
 _UNDEFINED = 0xFFFFFFFF
 # Bytes of one element: of a number or short text, and of a sequence, whose items cost 50 times their bytes as objects.
 _LONGEST = {Tag(keyword): 2**16 for keyword in _HEADER} | {Tag(keyword): 2**22 for keyword in _DISPLAY}
-# Every element takes a read at least. Sequences of undefined length are parsed in full, needed or not.
-_MOST_READS = 200_000
-# Beside the samples in a deflated data set.
-_DEFLATED_HEADER = 64 * 2**20
+# Every element, and every fragment of compressed data, takes a read at least and becomes an object. Sequences of
+# undefined length are parsed in full, needed or not.
+_MOST_READS = 100_000
+# Bytes that are read of everything beside the pixels.
+_LONGEST_HEADER = 64 * 2**20
 
 # pydicom's log quotes header values, a patient's among them.
 for _package in ("pydicom", "pylibjpeg", "openjpeg", "_openjpeg", "jpeg_ls"):
@@ -93,41 +93,48 @@ def read_dicom(file: BinaryIO, max_pixels: int) -> DecodedImage:
 
 
 class _CheckedFile:
-    """A file that refuses a deflated data set which is too large, and a header of too many elements.
+    """A file that refuses a deflated data set which is too large, and a header that is too long.
 
     pydicom reads to the end of a file in one case only: there follows a deflated data set, which it then inflates at
     once. Checking it here sees what pydicom sees, whatever the layout of preamble and meta information.
     """
 
-    def __init__(self, file: BinaryIO, limit: int) -> None:
+    def __init__(self, file: BinaryIO, most_bytes: int, most_inflated: int) -> None:
         self._file = file
-        self._limit = limit
-        self._reads = 0
+        self._bytes = most_bytes
+        self._reads = _MOST_READS
+        self._inflated = most_inflated
         self.seek, self.tell = file.seek, file.tell
         self.name = ""
         self.closed = False
 
     def read(self, size: int = -1) -> bytes:
-        self._reads += 1
-        if self._reads > _MOST_READS:
-            raise ReadError("the DICOM header has too many elements")
-        data = self._file.read(size)
-        if size is None or size < 0:
-            check_inflated_size(data, self._limit)
+        self._reads -= 1
+        if self._reads < 0:
+            raise ReadError("the DICOM file has too many elements")
+        if size < 0:
+            # What is larger before it is inflated than after cannot be valid.
+            data = self._file.read(self._inflated + 1)
+            check_inflated_size(data, self._inflated)
+            return data
+        data = self._file.read(min(size, self._bytes + 1))
+        self._bytes -= len(data)
+        if self._bytes < 0:
+            raise ReadError("the DICOM header is too long")
         return data
 
 
 def check_inflated_size(data: bytes, limit: int) -> None:
     """Raise ReadError unless raw deflate data is complete and inflates to at most `limit` bytes."""
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    size = place = 0
+    size = position = 0
     try:
         # Until the end of the stream: what follows it stays in `unconsumed_tail` for ever.
         while not inflater.eof:
             chunk = inflater.unconsumed_tail
             if not chunk:
-                chunk = data[place : place + 2**16]
-                place += len(chunk)
+                chunk = data[position : position + 2**16]
+                position += len(chunk)
             inflated = len(inflater.decompress(chunk, 2**20))
             if not chunk and not inflated:
                 raise ReadError("the deflated DICOM data set is cut off")
@@ -142,7 +149,9 @@ def _parse(file: BinaryIO, max_pixels: int, keywords: tuple[str, ...], *, with_p
     """Read the elements of `keywords`; the others are passed over."""
     file.seek(0)
     # Of the memory allowed, the inflated data set takes a part: pydicom copies it, and the result comes on top.
-    limit = min(8 * max_pixels + _DEFLATED_HEADER, allowed_bytes(max_pixels) // 4)
+    limit = min(8 * max_pixels + _LONGEST_HEADER, allowed_bytes(max_pixels) // 4)
+    # Before the pixels are read, the length of the file has been counted; pydicom reads some of it twice.
+    most_bytes = 2 * file_length(file) + _LONGEST_HEADER if with_pixels else _LONGEST_HEADER
     latest: list[BaseTag] = []
 
     def stop(tag: BaseTag, _: str | None, length: int) -> bool:
@@ -155,7 +164,7 @@ def _parse(file: BinaryIO, max_pixels: int, keywords: tuple[str, ...], *, with_p
 
     try:
         return read_partial(
-            _CheckedFile(file, limit),
+            cast(BinaryIO, _CheckedFile(file, most_bytes, limit)),
             stop_when=stop,
             force=True,
             specific_tags=[Tag(keyword) for keyword in keywords],
@@ -169,7 +178,7 @@ def _parse(file: BinaryIO, max_pixels: int, keywords: tuple[str, ...], *, with_p
 
 def _bytes_beside(file: BinaryIO, header: Dataset) -> int:
     """Return the bytes of the file that are read beside the samples: twice what is compressed, else the rest."""
-    length = os.fstat(file.fileno()).st_size
+    length = file_length(file)
     if is_compressed(transfer_syntax(header)):
         return 2 * length
     samples = integer(header, "Rows", 0) * integer(header, "Columns", 0) * integer(header, "BitsAllocated", 16) // 8

@@ -150,8 +150,8 @@ def display(dataset: Dataset, words: np.ndarray, layout: Samples) -> DecodedImag
 
 def _mapped(words: np.ndarray, dtype: type, function: Function) -> np.ndarray:
     """Apply a function of single words, through a table where words have at most 16 bits."""
-    result = np.empty(words.shape, dtype)
-    table = None
+    result: np.ndarray = np.empty(words.shape, dtype)
+    table: np.ndarray | None = None
     if words.dtype.kind != "f" and words.dtype.itemsize <= 2:
         table = function(np.arange(2 ** (8 * words.dtype.itemsize), dtype=words.dtype)).astype(dtype)
     for band in bands(*words.shape):
@@ -168,17 +168,16 @@ def _padding(dataset: Dataset, layout: Samples) -> Function | None:
     if value is None or value == _ABSENT:
         return None
     limit = integer(dataset, "PixelPaddingRangeLimit", value)
-    samples = [layout.from_header(number) for number in (value, limit)]
-    if None not in samples:
-        low, high = sorted(samples)
-        return lambda words: _within(layout.values(words), low, high)
+    ends = [layout.from_header(number) for number in (value, limit)]
+    samples = sorted(end for end in ends if end is not None)
     # Wider than a sample: the value fills the word.
-    low, high = sorted(number % 2**layout.allocated for number in (value, limit))
-    return lambda words: _within(words, low, high)
+    words = sorted(number % 2**layout.allocated for number in (value, limit))
 
+    def is_padding(chunk: np.ndarray) -> np.ndarray:
+        values, (low, high) = (layout.values(chunk), samples) if len(samples) == 2 else (chunk, words)
+        return (values >= low) & (values <= high)
 
-def _within(values: np.ndarray, low: int, high: int) -> np.ndarray:
-    return (values >= low) & (values <= high)
+    return is_padding
 
 
 def _groups(dataset: Dataset, macro: str) -> Iterator[Dataset]:

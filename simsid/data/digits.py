@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simsid.arguments import require_whole_number
 from simsid.data.datasets import Dataset, Path
 from simsid.data.images import ImageSet
 from simsid.data.preprocessing import ImageSize, Preprocessing
@@ -70,7 +71,10 @@ class DigitAnatomy(Dataset):
         preprocessing: Preprocessing | None = None,
     ) -> None:
         counts = {"train": (train, 0), "val": (val, val), "test": (test_normal, test_anomalous)}
+        seed = require_whole_number("seed", seed, least=0)
         for name, (normal, anomalous) in counts.items():
+            require_whole_number(f"the number of {name} images", normal)
+            require_whole_number(f"the number of {name} images", anomalous)
             if normal < 0 or anomalous < 0:
                 raise InputError(f"the number of {name} images must not be negative, got {normal} and {anomalous}")
         rng = np.random.default_rng(seed)

@@ -15,7 +15,7 @@ MAX_VALUE_BYTES = 64 * 2**20
 
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
-ORIENTATION, TILE_WIDTH, TILE_LENGTH = 274, 322, 323
+COMPRESSION, ORIENTATION, TILE_WIDTH, TILE_LENGTH = 259, 274, 322, 323
 # EXIF, GPS and interoperability, which Pillow loads with the image.
 _SUBDIRECTORIES = frozenset([34665, 34853, 40965])
 
@@ -74,12 +74,12 @@ class _Layout:
         self._entry = struct.Struct(order + ("HHQ8s" if big else "HHI4s"))
         self._offset = struct.Struct(order + ("Q" if big else "I"))
 
-    def offset(self, data: bytes, place: int) -> int:
-        return self._offset.unpack_from(data, place)[0]
+    def offset(self, data: bytes, position: int) -> int:
+        return self._offset.unpack_from(data, position)[0]
 
-    def entries(self, file: BinaryIO, place: int) -> tuple[list[Entry], int]:
-        """Return the entries of the directory at `place`, and where the next one lies (0 for none)."""
-        file.seek(place)
+    def entries(self, file: BinaryIO, position: int) -> tuple[list[Entry], int]:
+        """Return the entries of the directory at `position`, and where the next one lies (0 for none)."""
+        file.seek(position)
         (count,) = self._count.unpack(file.read(self._count.size))
         if count > 2**16:
             raise ValueError

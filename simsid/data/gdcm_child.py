@@ -31,14 +31,15 @@ def decode_in_child(data: bytes, rows: int, columns: int, allocated: int, syntax
     if child.returncode < 0:
         raise RuntimeError(f"GDCM died of signal {-child.returncode}")
     # libjpeg fills what is missing with gray and only warns.
-    if child.returncode or b"Premature end" in child.stderr or b"Corrupt JPEG" in child.stderr:
+    if child.returncode or any(warning in child.stderr.lower() for warning in (b"premature end", b"bad huffman")):
         raise RuntimeError("the JPEG data is damaged or cut off")
     if len(child.stdout) != rows * columns * allocated // 8:
         raise RuntimeError("GDCM returned an image of another size")
     return child.stdout
 
 
-def _decode(request: bytes) -> bytes:
+def _decode(request: bytes) -> str:
+    """Return the samples as GDCM does: as text, whose surrogates stand for bytes that are not UTF-8."""
     import gdcm
 
     rows, columns, allocated, syntax = _HEADER.unpack_from(request)
@@ -55,11 +56,13 @@ def _decode(request: bytes) -> bytes:
     image.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(gdcm.PhotometricInterpretation.MONOCHROME2))
     image.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, _SYNTAXES[syntax])))
     image.SetPixelFormat(gdcm.PixelFormat(1, allocated, allocated, allocated - 1, 0))
-    # GDCM returns its bytes as text.
-    return image.GetBuffer().encode("utf-8", "surrogateescape")
+    return image.GetBuffer()
 
 
 if __name__ == "__main__":
     # The folder of this script holds modules of simsid, which would hide others of the same name.
     del sys.path[0]
-    sys.stdout.buffer.write(_decode(sys.stdin.buffer.read()))
+    samples = _decode(sys.stdin.buffer.read())
+    # In pieces: the text takes twice the memory of its bytes.
+    for start in range(0, len(samples), 2**20):
+        sys.stdout.buffer.write(samples[start : start + 2**20].encode("utf-8", "surrogateescape"))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import data
 
+from simsid.arguments import require_whole_number
 from simsid.data.files import Decoded, FileReader
 from simsid.data.preprocessing import ImageSize, Preprocessing, to_float, value_range
 from simsid.data.reading import MAX_PIXELS
@@ -166,7 +167,7 @@ def load_images(
         if result.pixels.dtype == np.uint16 and pixels.dtype == np.uint8:
             pixels = _widen(pixels)
         pixels[len(loaded), 0] = _widen(result.pixels) if pixels.dtype != result.pixels.dtype else result.pixels
-        loaded.append(record)
+        loaded.append(replace(record, provenance=result.provenance))
         hashes.append(result.sha256)
     if not loaded:
         raise InputError(failure_summary(failures, len(files)))
@@ -195,8 +196,7 @@ def stream_images(
         InputTypeError: at the call, `paths_or_records` is a single path.
         InputError: at the call, an unknown option. A file never raises.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    batch_size = require_whole_number("batch_size", batch_size, least=1)
     reader = FileReader(Preprocessing(image_size, aspect, intensity), max_pixels)
     return _batches(map(_as_record, _sequence_of_files(paths_or_records)), reader, thread_count(workers), batch_size)
 
@@ -213,7 +213,7 @@ def _batches(
             failures.append(result)
         else:
             images.append(to_float(torch.from_numpy(result.pixels)))
-            done.append(record)
+            done.append(replace(record, provenance=result.provenance))
         if len(done) == batch_size or len(failures) == FAILURES_AT_ONCE:
             yield torch.stack(images)[:, None] if images else empty, done, failures
             images, done, failures = [], [], []

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from simsid.data.reading import DecodedImage
+from simsid.data.decoded import DecodedImage, bands, extremes, pixels_inside
 from simsid.errors import InputError, NonFiniteError, ReadError
 
 ASPECTS = ("stretch", "pad", "crop")
@@ -19,6 +19,8 @@ INTENSITIES = ("auto", "range", "minmax")
 CLIPPED = 0.1
 # Values may leave -1..1 by this much: interpolation and half precision round.
 TOLERANCE = 1e-3
+# Pixels up to which an image is resized in one step.
+AT_ONCE = 2**24
 
 ImageSize = int | tuple[int, int]
 
@@ -78,7 +80,7 @@ class Preprocessing:
         Raises:
             ReadError: intensity `"range"` for an image that declares no range.
         """
-        values = _resize(_normalize(image, self.intensity), self.size, self.aspect)
+        values = _resize(image, _range(image, self.intensity), self.size, self.aspect)
         top, dtype = (255, np.uint8) if image.bits <= 8 else (65535, np.uint16)
         return np.rint(np.clip(values, 0, 1) * np.float32(top)).astype(dtype)
 
@@ -88,9 +90,12 @@ class Preprocessing:
         Raises:
             ReadError: intensity `"range"` for an image that declares no range.
         """
-        values = _normalize(image, self.intensity)
-        values *= np.float32(255)
-        return np.rint(values, out=values).astype(np.uint8)
+        limits = _range(image, self.intensity)
+        rows, columns = image.pixels.shape
+        pixels = np.empty((rows, columns), np.uint8)
+        for band in bands(rows, columns):
+            pixels[band] = np.rint(_normalized(image, band, *limits) * np.float32(255))
+        return pixels
 
     def at_own_size(self, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         """Bring a map of the model's image back to the image it was made of, bilinearly: the inverse of `aspect`.
@@ -151,44 +156,61 @@ def value_range(images: Tensor, name: str = "images") -> tuple[float, float]:
     return low, high
 
 
-def _normalize(image: DecodedImage, intensity: str) -> np.ndarray:
-    """Map gray values to float32 `[H, W]` in 0..1."""
-    measured = image.pixels if image.padding is None else image.pixels[~image.padding]
+def _range(image: DecodedImage, intensity: str) -> tuple[float, float]:
+    """Return the gray values that become black and white."""
     if intensity == "minmax":
-        low, high = float(measured.min()), float(measured.max())
-    elif intensity == "range" or image.for_display:
+        return extremes(image)
+    if intensity == "range" or image.for_display:
         if image.declared is None:
             raise ReadError(f"{image.bits}-bit samples declare no range; use intensity 'auto' or 'minmax'")
-        low, high = image.declared
-    else:
-        low, high = (float(value) for value in np.percentile(measured, (CLIPPED, 100 - CLIPPED)))
-        if high <= low:  # nearly all pixels are equal
-            low, high = float(measured.min()), float(measured.max())
+        return image.declared
+    # The only copy of all pixels: the percentiles reorder it.
+    measured = pixels_inside(image)
+    low, high = (float(value) for value in np.percentile(measured, (CLIPPED, 100 - CLIPPED), overwrite_input=True))
+    return (low, high) if high > low else extremes(image)  # nearly all pixels are equal
+
+
+def _normalized(image: DecodedImage, band: slice, low: float, high: float) -> np.ndarray:
+    """Map some rows of gray values to float32 in 0..1."""
+    values = image.pixels[band].astype(np.float32)
     if high <= low:
-        return np.zeros(image.pixels.shape, np.float32)
-    # float32 holds 16-bit differences exactly, so the order of gray values survives. In place: an image of 100 million
-    # pixels takes 400 MB.
-    values = image.pixels.astype(np.float32)
+        return np.zeros_like(values)
+    # float32 holds 16-bit differences exactly, so the order of gray values survives.
     values -= np.float32(low)
     values /= np.float32(high - low)
     np.clip(values, 0, 1, out=values)
     if image.padding is not None:
-        values[image.padding] = 0
+        values[image.padding[band]] = 0
     return values
 
 
-def _resize(values: np.ndarray, size: tuple[int, int], aspect: str) -> np.ndarray:
-    """Resize float32 `[H, W]` to `size`; Pillow's bilinear filter is antialiased when it shrinks."""
-    (rows, columns), (height, width) = values.shape, size
-    image = Image.fromarray(values)
+def _resize(image: DecodedImage, limits: tuple[float, float], size: tuple[int, int], aspect: str) -> np.ndarray:
+    """Normalize and resize to float32 `[H, W]`; Pillow's bilinear filter is antialiased when it shrinks."""
+    rows, columns = image.pixels.shape
+    height, width = size
+    left, top, right, bottom = 0.0, 0.0, float(columns), float(rows)
     if aspect == "pad":
-        top, left, inner_height, inner_width = _padded_window(values.shape, size)
-        padded = np.zeros(size, np.float32)
-        resized = np.asarray(image.resize((inner_width, inner_height), Image.Resampling.BILINEAR))
-        padded[top : top + inner_height, left : left + inner_width] = resized
-        return padded
-    box = _cropped_box(values.shape, size) if aspect == "crop" else (0.0, 0.0, float(columns), float(rows))
-    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box))
+        down, across, height, width = _padded_window((rows, columns), size)
+    elif aspect == "crop":
+        left, top, right, bottom = _cropped_box((rows, columns), size)
+    if rows * columns <= AT_ONCE:
+        source = Image.fromarray(_normalized(image, slice(None), *limits))
+    else:
+        # Filter the rows of one band after the other, without a second image of full size. Filtering the columns first,
+        # as Pillow does where that is faster, rounds differently.
+        narrow = np.empty((rows, width), np.float32)
+        for band in bands(rows, columns):
+            strip = Image.fromarray(_normalized(image, band, *limits))
+            box = (left, 0.0, right, float(strip.height))
+            narrow[band] = np.asarray(strip.resize((width, strip.height), Image.Resampling.BILINEAR, box=box))
+        source, left, right = Image.fromarray(narrow), 0.0, float(width)
+    box = (left, top, right, bottom)
+    resized = np.asarray(source.resize((width, height), Image.Resampling.BILINEAR, box=box))
+    if aspect != "pad":
+        return resized
+    padded = np.zeros(size, np.float32)
+    padded[down : down + height, across : across + width] = resized
+    return padded
 
 
 def _padded_window(shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int, int, int]:

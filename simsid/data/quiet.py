@@ -5,6 +5,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 
 class _ThreadMark(logging.Filter):
@@ -28,10 +29,11 @@ class _ThreadMark(logging.Filter):
     def install(self) -> None:
         """Become the first warnings filter; `catch_warnings` elsewhere can drop the entry, so look each time."""
         with self._lock:
-            if not warnings.filters or warnings.filters[0] is not self._entry:
+            filters: Any = warnings.filters  # a list, which the type of the module hides
+            if not filters or filters[0] is not self._entry:
                 with contextlib.suppress(ValueError):
-                    warnings.filters.remove(self._entry)
-                warnings.filters.insert(0, self._entry)
+                    filters.remove(self._entry)
+                filters.insert(0, self._entry)
 
     @contextlib.contextmanager
     def here(self) -> Iterator[None]:
@@ -58,7 +60,7 @@ def silence_loggers(package: str) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence warnings, and the logs given to `silence_loggers`, in this thread only.
+    """Silence warnings, and the loggers named to `silence_loggers`, in this thread only.
 
     `warnings.catch_warnings` replaces a list that all threads share, so parallel readers cannot use it.
     """

@@ -1,13 +1,12 @@
 """Reads PNG, JPEG, TIFF and BMP files with Pillow."""
 
 import io
-import os
 import re
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from simsid.data.codestream import jpeg_header, jpeg_metadata, without_metadata
 from simsid.data.decoded import (
@@ -17,10 +16,12 @@ from simsid.data.decoded import (
     bands,
     check_memory,
     check_size,
+    file_length,
     one_sentence,
     validated,
 )
 from simsid.data.directory import (
+    COMPRESSION,
     MAX_PAGES,
     MAX_VALUE_BYTES,
     ORIENTATION,
@@ -42,6 +43,7 @@ _ORIENTATIONS = {
     7: (True, True, True),
     8: (True, True, False),
 }
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 # Bytes of a pixel in Pillow's memory; every other mode has 4.
 _STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2}
 
@@ -54,12 +56,16 @@ def read_raster(file: BinaryIO, kind: str, max_pixels: int) -> DecodedImage:
     Raises:
         ReadError: whatever keeps the file from being read.
     """
-    extra = 0.0  # bytes a pixel that the decoder holds beside Pillow's image
+    if file_length(file) > MAX_BYTES:
+        raise ReadError(f"the {kind} file is larger than the {MAX_BYTES / 1e6:.0f} MB allowed")
+    extra = 0.0  # bytes a pixel that are held, first by the decoder
+    beside = 0  # bytes of compressed data that are held
     turn = 0  # the orientation to apply, 0 for what Pillow's image says
     if kind == "JPEG":
         file, turn, extra = _checked_jpeg(file, max_pixels)
+        beside = file_length(file)
     elif kind == "TIFF":
-        turn = _check_tiff(file, max_pixels)
+        turn, beside = _check_tiff(file, max_pixels)
     try:
         with Image.open(file, formats=_FORMATS) as image:
             check_size(image.height, image.width, max_pixels)
@@ -67,7 +73,8 @@ def read_raster(file: BinaryIO, kind: str, max_pixels: int) -> DecodedImage:
             if pages != 1:
                 raise ReadError(_several(kind, str(pages)))
             turn = turn or _orientation(image.info)
-            needed = check_memory(image.height, image.width, _bytes_per_pixel(image, kind, turn) + extra, max_pixels)
+            extra += _bytes_per_pixel(image, kind, turn)
+            needed = check_memory(image.height, image.width, extra, max_pixels, beside)
             with BUDGET.reserve(needed):
                 # Pillow has already turned a TIFF when it is loaded.
                 return validated(_decoded(image, kind, 1 if kind == "TIFF" else turn))
@@ -93,7 +100,7 @@ def _checked_jpeg(file: BinaryIO, max_pixels: int) -> tuple[BinaryIO, int, float
     Pillow would parse EXIF and MPO directories while it opens the file, at a cost that the file chooses. The alternates
     of a phone's MPO, behind the end of the first image, go with them.
     """
-    if os.fstat(file.fileno()).st_size > MAX_BYTES // 4:
+    if file_length(file) > MAX_BYTES // 4:
         raise ReadError(f"the JPEG file is larger than the {MAX_BYTES / 4e6:.0f} MB allowed")
     data = file.read()
     header = jpeg_header(data)
@@ -107,8 +114,11 @@ def _checked_jpeg(file: BinaryIO, max_pixels: int) -> tuple[BinaryIO, int, float
     return io.BytesIO(without_metadata(data)), _orientation({"exif": exif, "xmp": xmp}), extra
 
 
-def _check_tiff(file: BinaryIO, max_pixels: int) -> int:
-    """Refuse what would cost Pillow time or memory before it knows the size; return the orientation."""
+def _check_tiff(file: BinaryIO, max_pixels: int) -> tuple[int, int]:
+    """Refuse what would cost Pillow time or memory before it knows the size.
+
+    Returns: the orientation, and the bytes of compressed data, which libtiff may hold at once.
+    """
     directory = read_directory(file)
     file.seek(0)
     if directory.pages != 1:
@@ -118,13 +128,14 @@ def _check_tiff(file: BinaryIO, max_pixels: int) -> int:
         raise ReadError(f"the TIFF header says {directory.value_bytes / 1e6:.0f} MB of tags")
     # A tile is decoded as one block, however small the image is.
     check_size(directory.numbers.get(TILE_LENGTH, 1), directory.numbers.get(TILE_WIDTH, 1), max_pixels)
-    return directory.numbers.get(ORIENTATION, 1)
+    compressed = directory.numbers.get(COMPRESSION, 1) != 1
+    return directory.numbers.get(ORIENTATION, 1), file_length(file) if compressed else 0
 
 
-def _bytes_per_pixel(image: Image.Image, kind: str, turn: int) -> float:
+def _bytes_per_pixel(image: ImageFile.ImageFile, kind: str, turn: int) -> float:
     """Return the bytes a pixel that are held together: Pillow's image, its decoder's block, the result, a copy."""
     stored = _STORED_BYTES.get(image.mode, 4)
-    signed = kind == "TIFF" and image.tag_v2.get(339, (1,))[0] == 2
+    signed = _tag(image, _SAMPLE_FORMAT, 1) == 2
     result = stored if image.mode.startswith("I;16") or image.mode in ("I", "F") else 4 if signed else 1
     block = stored if kind == "TIFF" else 0
     copy = 0 if turn == 1 else stored if kind == "TIFF" else result
@@ -133,7 +144,7 @@ def _bytes_per_pixel(image: Image.Image, kind: str, turn: int) -> float:
     return stored + max(block, copy if kind == "TIFF" else 0, result + mask) + (copy if kind != "TIFF" else 0)
 
 
-def _decoded(image: Image.Image, kind: str, turn: int) -> DecodedImage:
+def _decoded(image: ImageFile.ImageFile, kind: str, turn: int) -> DecodedImage:
     depth = _stored_bits(image, kind)
     raw = "" if kind == "BMP" else ",".join(str(tile[3]) for tile in image.tile)
     image.load()
@@ -147,7 +158,7 @@ def _decoded(image: Image.Image, kind: str, turn: int) -> DecodedImage:
         padding = pixels == key
         pixels[padding] = 0
         padding = _upright(padding, turn) if padding.any() and not padding.all() else None
-    polarity = image.tag_v2.get(262) if kind == "TIFF" else None
+    polarity = _tag(image, _PHOTOMETRIC, -1)
     # Pillow inverts WhiteIsZero for 8 bits only.
     if polarity == 0 and (bits > 8 or declared is None):
         low, high = declared or (float(pixels.min()), float(pixels.max()))
@@ -168,14 +179,20 @@ def _decoded(image: Image.Image, kind: str, turn: int) -> DecodedImage:
     )
 
 
-def _stored_bits(image: Image.Image, kind: str) -> int:
+def _tag(image: ImageFile.ImageFile, number: int, default: int) -> int:
+    """Return the first value of a TIFF tag, `default` where there is none and in every other format."""
+    value = getattr(image, "tag_v2", {}).get(number, default)
+    return int(value[0] if isinstance(value, tuple) else value)
+
+
+def _stored_bits(image: ImageFile.ImageFile, kind: str) -> int:
     """Return the bits of one sample as the header has it."""
     if kind == "TIFF":
-        return int(image.tag_v2.get(258, (1,))[0])
+        return _tag(image, _BITS_PER_SAMPLE, 1)
     return {"1": 1, "I": 16, "I;16": 16, "I;16B": 16}.get(image.mode, 8)
 
 
-def _gray(image: Image.Image, kind: str, bits: int, wide: bool) -> Grays:
+def _gray(image: ImageFile.ImageFile, kind: str, bits: int, wide: bool) -> Grays:
     """Return gray pixels, the declared range and the bits of a sample.
 
     Args:
@@ -191,18 +208,18 @@ def _gray(image: Image.Image, kind: str, bits: int, wide: bool) -> Grays:
         raise ReadError(f"the {kind} file has 16 bits a channel in color or with transparency; save it as 16-bit gray")
     if image.mode in ("LAB", "HSV"):
         raise ReadError(f"the {kind} file is {image.mode} color; save it as gray")
-    if kind == "TIFF" and bits == 8 and image.mode == "L" and image.tag_v2.get(339, (1,))[0] == 2:
+    if bits == 8 and image.mode == "L" and _tag(image, _SAMPLE_FORMAT, 1) == 2:
         # Pillow takes signed bytes for unsigned ones.
         return _convert(image, np.float32, lambda band: np.asarray(band).view(np.int8)), (-128.0, 127.0), 8
     transparent = "A" in image.mode or "a" in image.mode or "transparency" in image.info
     return _convert(image, np.uint8, lambda band: _luma(band, transparent)), (0.0, 255.0), min(bits, 8)
 
 
-def _gray_from_int32(image: Image.Image, kind: str, bits: int) -> Grays:
+def _gray_from_int32(image: ImageFile.ImageFile, kind: str, bits: int) -> Grays:
     """Unpack Pillow's mode I, which holds 16-bit PNG (before Pillow 11), signed 16-bit and 32-bit TIFF."""
     if kind != "TIFF":
         return _convert(image, np.uint16), (0.0, 65535.0), 16
-    signed = image.tag_v2.get(339, (1,))[0] == 2
+    signed = _tag(image, _SAMPLE_FORMAT, 1) == 2
     if bits == 16:
         declared = (-32768.0, 32767.0) if signed else (0.0, 65535.0)
         return _convert(image, np.float32), declared, 16
@@ -212,7 +229,7 @@ def _gray_from_int32(image: Image.Image, kind: str, bits: int) -> Grays:
 
 def _convert(image: Image.Image, dtype: type, convert: Callable[[Image.Image], Any] = np.asarray) -> np.ndarray:
     """Convert a loaded image band by band: NumPy's view of a Pillow image is three copies of it."""
-    pixels = np.empty((image.height, image.width), dtype)
+    pixels: np.ndarray = np.empty((image.height, image.width), dtype)
     for band in bands(image.height, image.width):
         pixels[band] = convert(image.crop((0, band.start, image.width, band.stop)))
     return pixels

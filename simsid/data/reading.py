@@ -3,12 +3,12 @@
 import contextlib
 import os
 import stat
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from simsid.data.decoded import MAX_PIXELS, DecodedImage, one_sentence
 from simsid.data.quiet import quiet
 from simsid.data.raster import read_raster
-from simsid.errors import ReadError
+from simsid.errors import InputTypeError, ReadError
 
 __all__ = ["MAX_PIXELS", "DecodedImage", "identify", "identify_file", "one_sentence", "read_image"]
 
@@ -32,7 +32,7 @@ def read_image(path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX
     images whose pixels all have one value.
 
     Decoding one file holds at most `decoded.MAX_BYTES` (480 MB), its result included, and all threads of the process
-    together hold no more at a time: a reader waits until there is room. A larger `max_pixels` raises the limit of a
+    together at most four times that: a reader waits until there is room. A larger `max_pixels` raises the limit of a
     file in proportion.
 
     Args:
@@ -42,6 +42,8 @@ def read_image(path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX
     Raises:
         ReadError: whatever keeps the file from being read; the text is one sentence without the path.
     """
+    if not isinstance(path, (str, os.PathLike)) and not hasattr(path, "read"):
+        raise InputTypeError(f"path must be a path or a binary file, got an object of type {type(path).__name__}")
     with quiet():
         try:
             with _open(path) if isinstance(path, (str, os.PathLike)) else contextlib.nullcontext(path) as file:
@@ -82,7 +84,7 @@ def _starts_like_dicom(head: bytes) -> bool:
     """Return whether a file without DICOM's preamble begins with an element of group 2 or 8, in either byte order."""
     if len(head) < 8 or head[:2] not in (b"\2\0", b"\x08\0", b"\0\2", b"\0\x08"):
         return False
-    order = "little" if head[1] == 0 else "big"
+    order: Literal["little", "big"] = "little" if head[1] == 0 else "big"
     explicit = head[4:6].isalpha() and head[4:6].isupper()
     # The first elements are short: group lengths, character sets, UIDs.
     return explicit or int.from_bytes(head[4:8], order) <= 256

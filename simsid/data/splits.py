@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from simsid.arguments import require_instance, require_number
 from simsid.data.datasets import Dataset
 from simsid.data.records import Record
 from simsid.errors import InputError
@@ -31,6 +32,7 @@ def partition(dataset: Dataset, val_share: float = VAL_FRACTION) -> tuple[list[R
     Raises:
         InputError: no normal image to train on, or a fraction outside (0, 1).
     """
+    require_instance("dataset", dataset, Dataset)
     _check_fraction(val_share)
     train = [record for record in dataset.records if record.split in ("", "train") and record.label != 1]
     val = [record for record in dataset.records if record.split == "val"]
@@ -104,6 +106,7 @@ def _draw(sizes: dict[str, int], val_share: float, seed: int) -> dict[str, str]:
 
 
 def _check_fraction(val_share: float) -> None:
+    require_number("val_share", val_share)
     if not 0 < val_share < 1:
         raise InputError(f"val_share must lie strictly between 0 and 1, got {val_share}")
 

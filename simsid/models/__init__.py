@@ -3,21 +3,32 @@
 from simsid.models.base import AnomalyModel
 from simsid.models.baselines import PixelKNN, PixelPCA
 from simsid.models.calibration import Calibration
+from simsid.models.feature_baselines import FeatureKNN, LocationKNN, PaDiM, PatchCore
+from simsid.models.feature_config import FeatureConfig
+from simsid.models.feature_memory import Adaptation, FeatureMemory
 from simsid.models.inference import FrozenModel, freeze
-from simsid.models.loading import load
+from simsid.models.loading import load, shipped_models
 from simsid.models.model import Model, Reconstruction
 from simsid.models.signals import SIGNALS, Signal
 
 __all__ = [
     "SIGNALS",
+    "Adaptation",
     "AnomalyModel",
     "Calibration",
+    "FeatureConfig",
+    "FeatureKNN",
+    "FeatureMemory",
     "FrozenModel",
+    "LocationKNN",
     "Model",
+    "PaDiM",
+    "PatchCore",
     "PixelKNN",
     "PixelPCA",
     "Reconstruction",
     "Signal",
     "freeze",
     "load",
+    "shipped_models",
 ]

@@ -4,6 +4,7 @@ import abc
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,14 +13,33 @@ from torch import Tensor
 from typing_extensions import Self
 
 from simsid import checkpoint
+from simsid.arguments import require_device, require_path, require_whole_number
 from simsid.data import Preprocessing, as_batches
-from simsid.errors import CalibrationError, CheckpointError, InputError, InputTypeError
+from simsid.errors import CalibrationError, CheckpointError, InputError
 from simsid.models.calibration import Calibration
 from simsid.models.signals import SIGNALS, check_signals, upsampled
 
 BATCH = 16
 """Images of a forward pass. Fewer are padded to it: libraries sum in another order for another batch size, which would
 change the last digits of a score."""
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What `AnomalyModel.adapt` did.
+
+    Args:
+        added: images added to the memory.
+        known: images that were in the memory already and were left out.
+        fitted: images of the memory before any adaptation.
+        abnormal: the added images that look abnormal among the others, most abnormal first: name (the file, or the
+            index as text) and robust deviations of the combined signal above the median.
+    """
+
+    added: int
+    known: int
+    fitted: int
+    abnormal: tuple[tuple[str, float], ...]
 
 
 class Scorer(abc.ABC):
@@ -161,10 +181,7 @@ class Scorer(abc.ABC):
 
     def _padded_batches(self, images: object, size: int) -> Iterator[tuple[Tensor, int]]:
         """Yield batches of `size` images on the model's device, and how many images of each are not padding."""
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise InputTypeError(f"batch_size must be a whole number, got {size!r}")
-        if size < 1:
-            raise InputError(f"batch_size must be at least 1, got {size}")
+        size = require_whole_number("batch_size", size, least=1)
         side = self.preprocessing.image_size
         for part in as_batches(images):
             if tuple(part.shape[1:]) != (1, side, side) or not len(part):
@@ -205,9 +222,8 @@ class AnomalyModel(Scorer):
         """Rebuild a model from `state`; values that do not fit are an `InputError` or `CheckpointError`."""
 
     def to_device(self, device: torch.device | str) -> Self:
-        """Move the model to a device, in place."""
-        if torch.device(device).type != "cpu":
-            raise InputError(f"a model of kind {self.kind!r} runs on the CPU only, got device {str(device)!r}")
+        """Move the model to a device, in place; a class that computes on the CPU only stays there."""
+        torch.device(device)
         return self
 
     def calibrate(self, images: object, holdout: object = None) -> None:
@@ -220,8 +236,19 @@ class AnomalyModel(Scorer):
         kept = None if holdout is None else self.signals(holdout)
         self.calibration = Calibration.fit(self.signals(images), kept)
 
+    def adapt(self, images: object, *, progress: bool = False) -> Adaptation:  # noqa: ARG002
+        """Add a site's own normal images to the model and recalibrate on them, where its class can.
+
+        Raises:
+            InputError: the class cannot, or the images cannot be used.
+        """
+        raise InputError(
+            f"a model of kind {self.kind!r} cannot be adapted; recalibrate it with: simsid calibrate --local"
+        )
+
     def save(self, folder: str | os.PathLike) -> None:
         """Write the model and its calibration to `folder`, atomically: tensors as safetensors, the rest as JSON."""
+        require_path("folder", folder)
         tensors, document = self.state()
         calibration = self.calibration.to_dict() if self.calibration else None
         checkpoint.write(folder, "model", tensors, {"kind": self.kind, "calibration": calibration, **document})
@@ -238,7 +265,8 @@ class AnomalyModel(Scorer):
         Raises:
             CheckpointError: the folder holds no model, a damaged one, or one of another kind.
         """
-        source = f"{os.fspath(folder)}/model.json"
+        source = f"{require_path('folder', folder)}/model.json"
+        device = require_device(device)
         tensors, document = checkpoint.read(folder, "model")
         if document.get("kind") != cls.kind:
             raise CheckpointError(f"{source}: kind must be {cls.kind!r}, got {document.get('kind')!r}")

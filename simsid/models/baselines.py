@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from simsid.config import PixelKNNConfig, PixelPCAConfig, from_dict, replaced
 from simsid.data import Preprocessing, as_image_set
-from simsid.errors import CheckpointError, ConfigError, InputError
+from simsid.errors import CalibrationError, CheckpointError, ConfigError, InputError
 from simsid.models.base import AnomalyModel
 from simsid.models.calibration import Calibration
 
@@ -76,11 +76,14 @@ class PixelBaseline(AnomalyModel):
         self.calibration = Calibration.fit(values, values)
         return self
 
+    def calibrate(self, images: object, holdout: object = None) -> None:
+        """Measure the signal on normal images; on those held out where there are any, as `fit` says why."""
+        values = self.signals(images if holdout is None else holdout)
+        self.calibration = Calibration.fit(values, None if holdout is None else values)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Return what was learned, and the configuration."""
-        if not self.tensors:
-            raise InputError(f"{self.kind} has learned nothing to save: call fit(images) first")
-        return self.tensors, {"config": dataclasses.asdict(self.config)}
+        return self._learned(), {"config": dataclasses.asdict(self.config)}
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], document: dict[str, Any], source: str, **options: object) -> Self:
@@ -93,6 +96,11 @@ class PixelBaseline(AnomalyModel):
         model.tensors = tensors
         model._prepare()
         return model
+
+    def _learned(self) -> dict[str, Tensor]:
+        if not self.tensors:
+            raise CalibrationError(f"{self.kind} is not fitted: call fit(images) with normal images first")
+        return self.tensors
 
     @abc.abstractmethod
     def _learn(self, batches: Iterator[Tensor]) -> None:
@@ -134,6 +142,7 @@ class PixelKNN(PixelBaseline):
 
     def outputs(self, images: Tensor) -> dict[str, Any]:
         """Return `pixel_knn_distance` `[B]`, float64."""
+        self._learned()
         distances, _ = self._index.kneighbors(images.flatten(1).numpy())
         return {"images": images, "pixel_knn_distance": torch.from_numpy(distances.astype(np.float64).mean(axis=1))}
 
@@ -165,15 +174,15 @@ class PixelPCA(PixelBaseline):
     fewest: ClassVar[int] = 2
 
     def outputs(self, images: Tensor) -> dict[str, Any]:
-        """Return `pixel_pca_error` `[B, H, W]` and `reconstruction` `[B, 1, H, W]`."""
-        centered = images.flatten(1) - self.tensors["mean"]
-        vectors = self.tensors["components"]
+        """Return `pixel_pca_error` `[B, H, W]` and `rebuilt` `[B, 1, H, W]`."""
+        mean, vectors = self._learned()["mean"], self.tensors["components"]
+        centered = images.flatten(1) - mean
         rebuilt = (centered @ vectors.T) @ vectors
         error = (centered - rebuilt).double().square().view(images.shape[0], *images.shape[2:])
         return {
             "images": images,
             "pixel_pca_error": error,
-            "rebuilt": (rebuilt + self.tensors["mean"]).view_as(images),
+            "rebuilt": (rebuilt + mean).view_as(images),
         }
 
     def pictures(self, images: Tensor) -> dict[str, Tensor]:
@@ -188,7 +197,8 @@ class PixelPCA(PixelBaseline):
         fitted = PCA(n_components=kept, svd_solver="randomized", random_state=0).fit(pixels)
         self.tensors = {
             "mean": torch.from_numpy(fitted.mean_.astype(np.float32)),
-            "components": torch.from_numpy(np.ascontiguousarray(fitted.components_, np.float32)),
+            # In the memory layout that a saved model is loaded in: in another one products are summed in another order.
+            "components": torch.from_numpy(fitted.components_.astype(np.float32, order="C")),
         }
         self._prepare()
 

@@ -61,6 +61,8 @@ class Calibration:
             InputError: a rate that does not lie strictly between 0 and 1.
         """
         metrics.check_rate("false_positive_rate", false_positive_rate)
+        if name not in self.mean:
+            raise InputError(f"signal must be one of the calibration's {', '.join(self.mean)}, got {name!r}")
         held = self.holdout.get(name)
         return metrics.normal_threshold(np.asarray(held), false_positive_rate) if held else None
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
 from simsid import cuda_graph
+from simsid.arguments import require_instance
 from simsid.config import Config
 from simsid.data import Preprocessing
 from simsid.errors import ConfigError
@@ -164,6 +165,7 @@ class FrozenModel(ConfiguredNetwork):
 
 def freeze(model: ConfiguredNetwork, *, capture: bool = True) -> FrozenModel:
     """Return an inference copy of a network; see `FrozenModel`."""
+    require_instance("model", model, ConfiguredNetwork)
     if isinstance(model, FrozenModel):
         return model
     return FrozenModel(model, capture=capture)

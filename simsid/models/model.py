@@ -165,6 +165,9 @@ class Model(ConfiguredNetwork, AnomalyModel):
         # On the meta device first: sizes from a foreign file are compared before any memory is taken for them.
         with torch.device("meta"):
             checkpoint.check_shapes(cls(config), tensors, source)
+        for name in options:
+            if name not in ("fused", "backend"):
+                raise InputTypeError(f"Model.load takes fused, backend and device, got {name!r}")
         with torch.random.fork_rng(devices=[]):
             model = cls(config, **options)  # type: ignore[arg-type]  # __init__ checks them
         checkpoint.load_state(model, tensors, source)

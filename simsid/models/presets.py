@@ -10,10 +10,13 @@ from simsid.config import ABLATIONS, Config
 from simsid.errors import ConfigError
 from simsid.models.base import AnomalyModel
 from simsid.models.baselines import PixelKNN, PixelPCA
+from simsid.models.feature_config import FeatureConfig
+from simsid.models.feature_memory import FeatureMemory
 from simsid.models.model import Model
 
 PRESETS: dict[str, Callable[[], Any]] = {
     **configs.PRESETS,
+    "features": FeatureConfig,
     "pixel_knn": configs.PixelKNNConfig,
     "pixel_pca": configs.PixelPCAConfig,
 }
@@ -21,6 +24,7 @@ PRESETS: dict[str, Callable[[], Any]] = {
 
 _BUILDERS: dict[type, Callable[[Any], AnomalyModel]] = {
     Config: Model,
+    FeatureConfig: FeatureMemory,
     configs.PixelKNNConfig: PixelKNN,
     configs.PixelPCAConfig: PixelPCA,
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from simsid.errors import InputError
+from simsid.errors import InputError, InputTypeError
 
 Outputs = Mapping[str, Any]
 """What a model computed of a batch, by name; `images` `[B, 1, H, W]` is always there."""
@@ -103,6 +103,20 @@ _RESIDUAL_MAP: dict[str, Any] = {
     "unit": _GRAY_UNIT,
 }
 
+
+def _of_locations(name: str, description: str) -> Signal:
+    """Return the signal of a baseline on features, which has a distance for each location."""
+    entries = (name, f"{name}_map")
+    value, where = (lambda outputs: outputs[name]), (lambda outputs: outputs[f"{name}_map"])
+    return Signal(name, description, entries, value, where, unit="distance of features")
+
+
+def _inpainting_map(outputs: Outputs) -> Tensor:
+    return outputs["inpainting_map"]
+
+
+_INPAINTING_UNIT = "root mean square error of the prediction, 1 for a normal image"
+
 SIGNALS: dict[str, Signal] = {
     signal.name: signal
     for signal in (
@@ -166,6 +180,44 @@ SIGNALS: dict[str, Signal] = {
             map=lambda outputs: outputs["pixel_pca_error"],
             unit=_GRAY_UNIT,
         ),
+        Signal(
+            "pooled_memory",
+            "distance of the image's mean features to the nearest normal ones, in deviations of normal images",
+            ("pooled_memory",),
+            lambda outputs: outputs["pooled_memory"],
+        ),
+        Signal(
+            "inpainting",
+            "error of predicting the features of each location from its neighbors' memory look-ups, in deviations of "
+            "normal images",
+            ("inpainting", "inpainting_map"),
+            lambda outputs: outputs["inpainting"],
+            map=_inpainting_map,
+            unit=_INPAINTING_UNIT,
+        ),
+        Signal(
+            "synthetic",
+            "logit of a linear classifier of features against painted opacities, in deviations of normal images",
+            ("synthetic",),
+            lambda outputs: outputs["synthetic"],
+        ),
+        Signal(
+            "combined",
+            "weighted sum of the feature memory's other signals; its map is the in-painting's",
+            ("combined", "inpainting_map"),
+            lambda outputs: outputs["combined"],
+            map=_inpainting_map,
+            unit=_INPAINTING_UNIT,
+        ),
+        Signal(
+            "feature_knn",
+            "mean distance of pooled features to the nearest normal training images",
+            ("feature_knn",),
+            lambda outputs: outputs["feature_knn"],
+        ),
+        _of_locations("location_knn", "distance of each location's features to the nearest normal ones there"),
+        _of_locations("padim", "Mahalanobis distance of each location's features from the normal distribution there"),
+        _of_locations("patchcore", "largest distance of a location's features from a coreset of normal ones"),
     )
 }
 
@@ -178,6 +230,8 @@ def available_signals(provided: Iterable[str]) -> tuple[str, ...]:
 
 def check_signals(names: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:
     """Return `names` as a tuple; raise `InputError` for a name that is not among `known`."""
+    if not isinstance(names, Iterable):
+        raise InputTypeError(f"signal must be one of {', '.join(known)}, got {names!r}")
     names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
         if name not in known:

@@ -48,7 +48,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {"number": _number, "percent": _percent, "breakable": _breakable}
     for name, file in (("style", "style.css"), ("script", "table.js")):
         # Line ends must be the "\n" that the browser's parser makes of them, or the hash differs.
-        content = "\n" + resources.files("simsid.report").joinpath("templates", file).read_text("utf-8")
+        content = "\n" + (resources.files("simsid.report") / "templates" / file).read_text("utf-8")
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         environment.globals |= {name: Markup(content), f"{name}_hash": Markup(f"sha256-{digest}")}
     return environment

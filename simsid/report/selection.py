@@ -57,7 +57,9 @@ def examples_of_scores(model: AnomalyModel, scores: Iterable[Score], signal: str
     """Return the images that were kept with their scores, the highest score first."""
     shown = [score for score in reversed(list(scores)) if score.image is not None]
     images = _stacked([score.image for score in shown if score.image is not None])
-    records = [Record(score.path, label=score.label, finding=score.finding) for score in shown]
+    records = [
+        Record(score.path, label=score.label, finding=score.finding, provenance=score.provenance) for score in shown
+    ]
     return _examples(model, images, records, [float(score.score or 0.0) for score in shown], signal or model.signal)
 
 
@@ -152,9 +154,21 @@ def _examples(
             reconstruction=None if rebuilt is None else rebuilt[i].numpy(),
             heat_map=None if heat is None else heat[i],
             heat_name=shown or "",
+            details=_details(record),
         )
         for i, record in enumerate(records)
     ]
+
+
+def _details(record: Record) -> dict[str, object]:
+    """Return how the file was decoded, in words for a reader."""
+    about = dict(record.provenance)
+    shown: dict[str, object] = {"format": about.pop("format", "")}
+    rows, columns = about.pop("rows", None), about.pop("columns", None)
+    if rows is not None:
+        shown["size"] = f"{columns} x {rows} pixels"
+    shown |= {name.replace("_", " "): value for name, value in about.items()}
+    return {name: value for name, value in shown.items() if value != ""}
 
 
 def _stacked(images: Sequence[np.ndarray]) -> Tensor | None:

@@ -12,37 +12,35 @@ one number a file when the shards are merged.
 """
 
 import contextlib
-import hashlib
-import heapq
-import io
-import json
 import os
 import pathlib
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import BinaryIO, Literal
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from simsid import __version__, checkpoint
-from simsid.data import Record, iter_records, load_images
+from simsid.arguments import require_path
+from simsid.data import iter_records, load_images
+from simsid.data.folders import patterns
 from simsid.distributed import ProcessGroup
 from simsid.errors import ArchiveError, InputError
 from simsid.models.base import BATCH, AnomalyModel
 from simsid.models.signals import check_signals
-from simsid.scoring.shift import Shift, find_shift
+from simsid.scoring.shard import Highest, Shard, read_images, read_row, write_row
+from simsid.scoring.shift import find_shift
 from simsid.scoring.stream import Score, columns, row, score_files
+from simsid.scoring.summary import Summary
 
 SYNC_SECONDS = 10
 """Seconds of work that a power failure may cost; a kill of the process costs one batch."""
-
-LONGEST_ROW = 1 << 16
-"""Bytes of a row; a path has at most 4096, an escaped one six times as many."""
 
 _DIFFERENCES = {
     "data": "other data",
@@ -50,6 +48,7 @@ _DIFFERENCES = {
     "signal": "another signal",
     "false_positive_rate": "another false positive rate",
     "batch_size": "another batch size",
+    "exclude": "other patterns to exclude",
     "ranks": "another number of processes",
     "device": "another kind of device",
     "version": "another version of simsid",
@@ -58,36 +57,12 @@ _DIFFERENCES = {
 TableVersion = tuple[int, int] | None
 """Inode and modification time of a file, or None where there is none."""
 
-
-@dataclass(frozen=True)
-class Summary:
-    """How far a call of `score_archive` came.
-
-    Args:
-        state: `"merged"`: `scores.csv` is written. `"waiting"`: this rank has finished, `missing` ranks have not.
-            `"already merged"`: another rank had finished everything. `"interrupted"`: Ctrl-C; the next call resumes.
-        done: files that this rank has scored.
-        resumed: those of them that were found done.
-        missing: ranks still running.
-        scored, flagged, failed: counts over all ranks, once merged.
-        top: the highest scores, ascending, with their images, once merged.
-        shift: set where the scores do not resemble the calibration's.
-    """
-
-    state: Literal["merged", "waiting", "already merged", "interrupted"]
-    done: int = 0
-    resumed: int = 0
-    missing: tuple[int, ...] = ()
-    scored: int = 0
-    flagged: int = 0
-    failed: int = 0
-    top: list[Score] = field(default_factory=list)
-    shift: Shift | None = None
+AT_CALL = (-1, -1)  # the version of no file
 
 
 def score_archive(
     model: AnomalyModel,
-    data: str | os.PathLike | Iterable[Record],
+    data: str | os.PathLike,
     output: str | os.PathLike,
     *,
     signal: str | None = None,
@@ -97,8 +72,8 @@ def score_archive(
     pictures: int = 0,
     group: ProcessGroup | None = None,
     progress: bool = False,
-    exclude: Iterable[str] = (),
-    before: TableVersion = None,
+    exclude: str | Sequence[str] = (),
+    before: TableVersion = AT_CALL,
     report: Callable[[Summary], None] | None = None,
 ) -> Summary:
     """Score all images of a folder or list into `output`/scores.csv, each file decoded once.
@@ -118,8 +93,8 @@ def score_archive(
         group: this process among those that score together; None is a single one.
         progress: show a progress bar.
         exclude: patterns of files to leave out, as `iter_records` takes them.
-        before: `table_version` when this process started. Where the table was replaced since, and nothing is left to
-            do, another rank has merged.
+        before: `table_version` when this process started; by default that of the call. Where the table was replaced
+            since, and nothing is left to do, another rank has merged.
         report: called with the summary once the table is written; a kill before its return has it called again.
 
     Raises:
@@ -129,10 +104,12 @@ def score_archive(
     """
     if pictures < 0:
         raise InputError(f"pictures must be at least 0, got {pictures}")
-    output = pathlib.Path(output)
+    require_path("data", data)
+    output = pathlib.Path(require_path("output", output))
+    before = table_version(output) if before == AT_CALL else before
     (name,) = check_signals([signal or model.signal], model.signal_names)
-    options = {"signal": name, "false_positive_rate": false_positive_rate, "batch_size": batch_size}
-    archive = _Archive(model, data, output, group or ProcessGroup(), options, workers, pictures, tuple(exclude))
+    options = _Options(name, false_positive_rate, batch_size, patterns(exclude), workers, pictures)
+    archive = _Archive(model, data, output, group or ProcessGroup(), options)
     output.mkdir(parents=True, exist_ok=True)
     with archive:
         if not archive.begin(superseded=table_version(output) != before):
@@ -165,40 +142,59 @@ def table_version(output: str | os.PathLike) -> TableVersion:
     return status.st_ino, status.st_mtime_ns
 
 
+@dataclass(frozen=True)
+class _Options:
+    """How `score_archive` scores; the arguments of the same names."""
+
+    signal: str
+    false_positive_rate: float
+    batch_size: int
+    exclude: tuple[str, ...]
+    workers: int | None
+    pictures: int
+
+
 class _Archive:
     """The steps of `score_archive` for one rank, in this order: begin, resume, score, finish, merge, remove."""
 
     def __init__(
         self,
         model: AnomalyModel,
-        data: str | os.PathLike | Iterable[Record],
+        data: str | os.PathLike,
         output: pathlib.Path,
         group: ProcessGroup,
-        options: dict[str, object],
-        workers: int | None,
-        pictures: int,
-        exclude: tuple[str, ...],
+        options: "_Options",
     ) -> None:
-        self.model, self.output, self.group = model, output, group
+        self.model, self.output, self.group, self.options = model, output, group, options
         self.folder = output / ".scoring"
         self.total: int | None = None
         """Files of this rank, None where only a walk of the folder could count them."""
         if os.path.isfile(data):
             # Read a list once before anything is computed, so that its mistakes do not show up hours later.
-            self.total = len(range(group.rank, sum(1 for _ in iter_records(data)), group.size))
-        self._shard = _Shard(iter_records(data, exclude=exclude), group)
-        self._options = options
+            count = sum(1 for _ in iter_records(data, exclude=options.exclude))
+            self.total = len(range(group.rank, count, group.size))
+        self._shard = Shard(iter_records(data, exclude=options.exclude), group)
         # Lazy: the files that `resume` finds done are gone from the shard when the first score is asked for.
-        self._scores = score_files(model, self._shard, **options, workers=workers or group.cpu_threads())
+        self._scores = score_files(
+            model,
+            self._shard,
+            signal=options.signal,
+            false_positive_rate=options.false_positive_rate,
+            batch_size=options.batch_size,
+            workers=options.workers or group.cpu_threads(),
+        )
         self._request = {
             "data": os.path.abspath(data),
             "model": model.identity(),
-            **options,
+            "signal": options.signal,
+            "false_positive_rate": options.false_positive_rate,
+            "batch_size": options.batch_size,
+            "exclude": list(options.exclude),
             "ranks": group.size,
             "device": model.device.type,
             "version": __version__,
         }
-        self._top = _Highest(str(options["signal"]), pictures)
+        self._top = Highest(options.signal, options.pictures)
         self._lock = FileLock(output / ".scoring.lock")
         self._shard_lock = FileLock(self._file(group.rank, "lock"))
 
@@ -246,7 +242,7 @@ class _Archive:
         done = 0
         with open(self._file(self.group.rank, "jsonl"), "a+b") as rows:
             complete = rows.seek(0)
-            while (score := self._read(rows)) is not None:
+            while (score := read_row(rows, self.model.signal_names)) is not None:
                 record = next(self._shard, None)
                 if record is None or record.path != score.path:
                     found = f"{record.path} is found" if record else "the list ends"
@@ -262,15 +258,11 @@ class _Archive:
     def score(self) -> Iterator[Score]:
         """Score the remaining files of this rank and write their rows, in batches."""
         synced = time.monotonic()
-        names, size = self.model.signal_names, int(str(self._options["batch_size"]))
         with open(self._file(self.group.rank, "jsonl"), "ab") as rows:
             for count, score in enumerate(self._scores, 1):
                 self._top.add(score)
-                values = [score.signals[name] for name in names] if not score.reason else []
-                flagged = None if score.flagged is None else int(score.flagged)
-                entry = [score.path, score.label, score.finding, score.score, flagged, values, score.reason]
-                rows.write(json.dumps(entry).encode() + b"\n")
-                if count % size == 0:
+                write_row(rows, score, self.model.signal_names)
+                if count % self.options.batch_size == 0:
                     rows.flush()
                     if time.monotonic() - synced > SYNC_SECONDS:
                         os.fsync(rows.fileno())
@@ -302,21 +294,23 @@ class _Archive:
         Raises:
             ArchiveError: a shard is not as it was when its rank had finished.
         """
-        names, name = self.model.signal_names, str(self._options["signal"])
-        scored, flagged, values, top = 0, 0, [], _Highest(name, self._top.size)
+        names, name = self.model.signal_names, self.options.signal
+        scored, flagged, raw, values = 0, 0, 0, array("d")
+        top = Highest(name, self.options.pictures)
         table = self.output / "scores.csv"
         with contextlib.ExitStack() as stack:
             ranks = range(self.group.size)
             shards = [stack.enter_context(open(self._file(rank, "jsonl"), "rb")) for rank in ranks]
             write = stack.enter_context(checkpoint.csv_writer(table, columns(names)))
             for index in range(self._shard.passed):
-                score = self._read(shards[index % len(shards)])
+                score = read_row(shards[index % len(shards)], names)
                 if score is None:
                     path = self._file(index % len(shards), "jsonl")
                     raise ArchiveError(f"{path} was damaged after it was written; start the same command again")
                 write(row(score, names))
                 if not score.reason:
                     scored, flagged = scored + 1, flagged + bool(score.flagged)
+                    raw += score.for_processing
                     values.append(score.signals[name])
                     top.add(score)
             # The report of an earlier scoring would not fit the new scores.
@@ -327,6 +321,7 @@ class _Archive:
             scored=scored,
             flagged=flagged,
             failed=self._shard.passed - scored,
+            for_processing=raw,
             top=self._with_images(top.ascending()),
             shift=find_shift(np.asarray(values), held),
         )
@@ -341,19 +336,24 @@ class _Archive:
 
     def _with_images(self, scores: list[Score]) -> list[Score]:
         """Return the scores with their images: as the shards have them, or read again after a resumed scoring."""
-        images: dict[str, np.ndarray] = {}
+        images: dict[str, tuple[np.ndarray, Mapping[str, Any]]] = {}
         for rank in range(self.group.size):
-            images |= _read_images(self._file(rank, "npz"))
+            images |= read_images(self._file(rank, "npz"))
         missing = [score.path for score in scores if score.path not in images]
         if missing:
-            prepared = self.model.preprocessing.to_dict()
             try:
-                read = load_images(missing, **prepared)
+                read = load_images(missing, **asdict(self.model.preprocessing))
             except InputError as error:
                 warnings.warn(f"some of the highest scores have no picture: {error}", stacklevel=2)
             else:
-                images |= {path: image[0].numpy() for path, image in zip(read.paths, read.batch(slice(None)))}
-        return [replace(score, image=images.get(score.path)) for score in scores]
+                batch = read.batch(slice(None))
+                images |= {
+                    record.path: (image[0].numpy(), record.provenance) for record, image in zip(read.records, batch)
+                }
+        found: list[tuple[np.ndarray | None, Mapping[str, Any]]] = [
+            images.get(score.path, (None, {})) for score in scores
+        ]
+        return [replace(score, image=image, provenance=about) for score, (image, about) in zip(scores, found)]
 
     def _file(self, rank: int, ending: str) -> pathlib.Path:
         return self.folder / f"shard-{rank}-of-{self.group.size}.{ending}"
@@ -381,87 +381,3 @@ class _Archive:
                 f"{self._request['data']} changed while it was scored: ranks {', '.join(map(str, other))} saw other "
                 f"files than rank {self.group.rank}; start the same command again"
             )
-
-    def _read(self, rows: BinaryIO) -> Score | None:
-        """Read a row, or None at the end and where a kill or a power failure left an incomplete one."""
-        line = rows.readline(LONGEST_ROW)
-        if not line.endswith(b"\n"):
-            return None
-        try:
-            path, label, finding, score, flagged, values, reason = json.loads(line)
-        except (ValueError, TypeError):
-            return None
-        names = self.model.signal_names if not reason else ()
-        signals = dict(zip(names, values))
-        return Score(path, label, finding, score, None if flagged is None else bool(flagged), signals, reason)
-
-
-class _Shard:
-    """This rank's records, every `size`-th, with the number of all records and the hash of their paths."""
-
-    def __init__(self, records: Iterator[Record], group: ProcessGroup) -> None:
-        self.passed = 0
-        self._records = records
-        self._group = group
-        self._hash = hashlib.sha256()
-
-    def __iter__(self) -> "_Shard":
-        return self
-
-    def __next__(self) -> Record:
-        for record in self._records:
-            mine = self.passed % self._group.size == self._group.rank
-            self.passed += 1
-            self._hash.update(os.fsencode(record.path) + b"\0")
-            if mine:
-                return record
-        raise StopIteration
-
-    def digest(self) -> str:
-        """Return the hash of all paths so far."""
-        return self._hash.hexdigest()
-
-
-class _Highest:
-    """The `size` scores with the highest value of a signal, in one pass; of equal ones the first."""
-
-    def __init__(self, signal: str, size: int) -> None:
-        self.signal, self.size = signal, size
-        self._heap: list[tuple[float, int, Score]] = []
-        self._count = 0
-
-    def add(self, score: Score) -> None:
-        """Take a score if it is among the highest so far, with a copy of its image."""
-        if score.reason or not self.size:
-            return
-        self._count += 1
-        key = score.signals[self.signal], -self._count
-        if len(self._heap) == self.size and key < self._heap[0][:2]:
-            return
-        # The image is part of a batch, which it would keep in memory.
-        kept = score if score.image is None else replace(score, image=score.image.copy())
-        heapq.heappush(self._heap, (*key, kept))
-        if len(self._heap) > self.size:
-            heapq.heappop(self._heap)
-
-    def ascending(self) -> list[Score]:
-        """Return the scores, the highest last."""
-        return [score for _, _, score in sorted(self._heap, key=lambda entry: entry[:2])]
-
-    def save(self, path: pathlib.Path) -> None:
-        """Write the images atomically, with their paths as JSON."""
-        with_image = [score for score in self.ascending() if score.image is not None]
-        content = io.BytesIO()
-        paths = np.frombuffer(json.dumps([score.path for score in with_image]).encode(), np.uint8)
-        np.savez(content, paths=paths, **{str(i): score.image for i, score in enumerate(with_image)})
-        checkpoint.write_file(path, content.getvalue())
-
-
-def _read_images(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Read what `_Highest.save` wrote: path to image; nothing where the file is missing or damaged."""
-    try:
-        with np.load(path) as content:
-            paths = json.loads(content["paths"].tobytes())
-            return {name: content[str(i)] for i, name in enumerate(paths)}
-    except (OSError, ValueError, KeyError):
-        return {}

@@ -35,7 +35,7 @@ class Shift:
         return (
             f"the scores have shifted: {share:.0%} of {self.scored} images lie {side} the median of the "
             f"{self.held_out} normal images that set the threshold, which therefore does not hold here; recalibrate on "
-            "normal images of the same origin with: simsid calibrate MODEL FOLDER"
+            "normal images of the same origin with: simsid calibrate MODEL FOLDER --local"
         )
 
 

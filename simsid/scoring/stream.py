@@ -1,16 +1,19 @@
 """Scoring streams of files in bounded memory, one result for every file in their order."""
 
+import dataclasses
 import functools
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
+from simsid.arguments import require_instance, require_whole_number
 from simsid.data import Failure, Record, stream_images
+from simsid.errors import InputTypeError
 from simsid.kernels.ranges import stage
 from simsid.models.base import BATCH, AnomalyModel, Scorer
 from simsid.models.signals import check_signals
@@ -28,7 +31,9 @@ class Score:
         flagged: whether the signal lies above the threshold; None without a threshold.
         signals: the raw values by name.
         reason: why the file has no score; "" where it has one.
+        for_processing: whether a DICOM file is stored FOR PROCESSING, so that its gray values are not for display.
         image: `[H, W]` float32 in -1..1 as the model saw it, for pictures. It is part of a batch: copy what is kept.
+        provenance: how the file was decoded, see `simsid.data.Record`; of images just scored.
     """
 
     path: str
@@ -38,7 +43,9 @@ class Score:
     flagged: bool | None = None
     signals: dict[str, float] = field(default_factory=dict)
     reason: str = ""
+    for_processing: bool = False
     image: np.ndarray | None = field(default=None, repr=False, compare=False)
+    provenance: Mapping[str, str | int | float] = field(default_factory=dict, repr=False, compare=False)
 
 
 def columns(signal_names: Iterable[str]) -> list[str]:
@@ -79,10 +86,15 @@ def score_files(
         CalibrationError: the model has not been calibrated.
         InputError: at the call, an option out of range; never for a file.
     """
+    require_instance("model", model, AnomalyModel)
+    if isinstance(files, (str, os.PathLike)) or not isinstance(files, Iterable):
+        raise InputTypeError(f"files must be a sequence of paths or records, got {files!r:.60}")
+    if workers is not None:
+        require_whole_number("workers", workers, least=1)
     (name,) = check_signals([signal or model.signal], model.signal_names)
     threshold = model.calibrated().threshold(name, false_positive_rate)
     files, order = itertools.tee(files)
-    prepared = model.preprocessing.to_dict()
+    prepared = dataclasses.asdict(model.preprocessing)
     batches = stream_images(files, **prepared, workers=workers, batch_size=batch_size)
     judge = functools.partial(_results, model, name, threshold)
     return _in_order(order, _scored(model.freeze(), judge, batch_size, batches))
@@ -125,20 +137,22 @@ def _results(
     probability = model.calibrated().probability(name, signals[name])
     scores = []
     for i, record in enumerate(records):
-        about = {"path": record.path, "label": record.label, "finding": record.finding}
+        score = Score(record.path, record.label, record.finding, for_processing=record.for_processing)
         values = {key: float(column[i]) for key, column in signals.items()}
-        wrong = [key for key, value in values.items() if not np.isfinite(value)]
-        if wrong:
-            scores.append(Score(**about, reason=f"the signal {wrong[0]} is {values[wrong[0]]}"))
+        wrong = next((key for key, value in values.items() if not np.isfinite(value)), None)
+        if wrong is not None:
+            scores.append(dataclasses.replace(score, reason=f"the signal {wrong} is {values[wrong]}"))
             continue
         flagged = None if threshold is None else values[name] > threshold
+        image = images[i, 0].numpy()
         scores.append(
-            Score(
-                **about,
+            dataclasses.replace(
+                score,
                 score=float(probability[i]),
                 flagged=flagged,
                 signals=values,
-                image=images[i, 0].numpy(),
+                image=image,
+                provenance=record.provenance,
             )
         )
     return scores, failed

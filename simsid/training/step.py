@@ -203,9 +203,8 @@ class TrainingStep:
                     share_memory_with=next(iter(self._graphs.values()), None),
                 )
         except RuntimeError as error:
-            warnings.warn(
-                f"the iteration could not be captured as a CUDA graph and runs eagerly: {error}", stacklevel=2
-            )
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            warnings.warn(f"the iteration cannot be captured as a CUDA graph and runs eagerly: {reason}", stacklevel=2)
             self._restore(before)
             self._use_graph = False
             return None

@@ -15,10 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from simsid import checkpoint
+from simsid.arguments import require_instance
 from simsid.config import TrainingConfig
 from simsid.data import ImageSet
 from simsid.distributed import ProcessGroup
-from simsid.errors import InputTypeError, RunError
+from simsid.errors import RunError
 from simsid.kernels.ranges import stage
 from simsid.models.model import Model
 from simsid.training import state
@@ -89,10 +90,10 @@ class Trainer:
     ) -> None:
         self.config = config = TrainingConfig() if config is None else config
         self.group = ProcessGroup() if group is None else group
-        require_type("model", model, Model)
-        require_type("config", config, TrainingConfig)
-        require_type("group", self.group, ProcessGroup)
-        require_type("run", run, RunFolder, str, os.PathLike, type(None))
+        require_instance("model", model, Model)
+        require_instance("config", config, TrainingConfig)
+        require_instance("group", self.group, ProcessGroup)
+        require_instance("run", run, RunFolder, str, os.PathLike, type(None))
         self.model = model
         self.run = run
         self.progress = progress and self.group.main
@@ -306,13 +307,6 @@ class Trainer:
         if self.run is None or not self.group.main:
             return nullcontext(None)
         return nullcontext(self.run) if isinstance(self.run, RunFolder) else RunFolder(self.run)
-
-
-def require_type(name: str, value: object, *expected: type) -> None:
-    """Raise an `InputTypeError` that names the argument where it is of another type."""
-    if not isinstance(value, expected):
-        kinds = " or ".join("None" if kind is type(None) else kind.__name__ for kind in expected)
-        raise InputTypeError(f"{name} must be a {kinds}, got {value!r:.60}")
 
 
 def learning_rate(config: TrainingConfig, epoch: int) -> float:

@@ -246,7 +246,6 @@ def test_jpeg_of_up_to_sixteen_bits_is_read_in_a_child_process(tmp_path, syntax,
     expected = pixels.astype(int)
     expected = expected - 4096 * (expected > 2047) if elements else expected
     assert np.abs(read_image(path).pixels - expected).max() <= difference
-    assert "gdcm" not in sys.modules or pytest.importorskip("gdcm")  # the reader itself never imports it
 
 
 def test_damaged_jpeg_in_the_child_is_a_sentence(tmp_path):
@@ -257,7 +256,7 @@ def test_damaged_jpeg_in_the_child_is_a_sentence(tmp_path):
     cut = jpeg_dicom(tmp_path / "b", pixels, frame[: len(frame) // 2], JPEGLosslessSV1, **TWELVE)
     refused(cut, "JPEG Lossless.*damaged or cut off")
     refused(
-        jpeg_dicom(tmp_path / "c", pixels, b"\xff\xd8" + b"\1" * 99, JPEGLosslessSV1, **TWELVE), "GDCM|another size"
+        jpeg_dicom(tmp_path / "c", pixels, b"\xff\xd8" + b"\1" * 99, JPEGLosslessSV1, **TWELVE), "damaged or cut off"
     )
 
 
@@ -274,7 +273,7 @@ def test_death_of_the_child_is_a_sentence(tmp_path, monkeypatch, code, reason):
     script = tmp_path / "child.py"
     script.write_text(code)
     monkeypatch.setattr(gdcm_child, "__file__", str(script))
-    monkeypatch.setattr(simsid.data.dicom_pixels, "GDCM_SECONDS", 0.5 if "hang" in reason or "longer" in reason else 30)
+    monkeypatch.setattr(simsid.data.dicom_pixels, "GDCM_SECONDS", 0.5 if "longer" in reason else 30)
     monkeypatch.setattr(simsid.data.dicom_pixels.importlib.util, "find_spec", lambda _: True)
     path = jpeg_dicom(tmp_path / "a", DEEP, b"\0" * 100, JPEGLosslessSV1, **TWELVE)
     start = time.monotonic()
@@ -295,6 +294,6 @@ def test_only_needed_elements_are_read(tmp_path):
     # A sequence that cannot be parsed, in a tag that no image needs.
     dataset = dicom(DEEP, **TWELVE)
     dataset.add_new("ReferencedImageSequence", "OB", b"\xfe\xff\x00\xe0garbage!")
-    dataset.PatientAge = "x" * 70000
+    dataset.add_new("PatientComments", "UT", "x" * 70000)
     dataset.save_as(tmp_path / "a", enforce_file_format=True)
     assert np.array_equal(read_image(tmp_path / "a").pixels, DEEP)

@@ -43,8 +43,9 @@ def replayed(run, device):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = run()
-    for output in outputs:
-        output.zero_()
+    with torch.no_grad():
+        for output in outputs:
+            output.zero_()
     graph.replay()
     torch.cuda.synchronize()
     return outputs
@@ -98,7 +99,7 @@ from simsid import cuda_graph
 
 before, x = torch.cuda.current_stream(), torch.ones(4, device="cuda")
 try:
-    cuda_graph.record(lambda x: (x * 2).sum().item(), [x])
+    cuda_graph.capture(lambda x: (x * 2).sum().item(), [x])
 except RuntimeError:
     assert torch.cuda.current_stream() == before and (x * 2).sum().item() == 8
     print("as before")

@@ -1,5 +1,7 @@
 """Inference on a GPU: the replayed and folded model, the released code's numbers, and the CPU's data path."""
 
+import concurrent.futures
+
 import test_golden
 import tiny
 import torch
@@ -22,16 +24,38 @@ def plain_reconstruction(model, images):
         return model.eval()(images, teacher=False).student
 
 
-def test_replayed_inference_is_the_eager_one_and_follows_the_weights(cuda, full_precision):
-    model, images = tiny.model().to(cuda).eval(), tiny.images(16).to(cuda)
-    before = all_signals(model, images)
-    for _ in range(2):  # the first call captures, the second replays
-        torch.testing.assert_close(model.reconstruct(images), plain_reconstruction(model, images), rtol=1e-4, atol=1e-5)
+def test_frozen_model_computes_the_model(device, small, full_precision):
+    torch.manual_seed(0)
+    model = (tiny.model() if small else Model()).to(device).eval()
+    frozen, images = model.freeze(), smooth_images(4, model.config.image_size).to(device)
+    want, plain = all_signals(model, images), plain_reconstruction(model, images)
+    torch.testing.assert_close(frozen.reconstruct(images), plain, rtol=1e-4, atol=1e-5)
+    for _ in range(3):  # on CUDA the first call captures and the others replay
+        for name, values in all_signals(frozen, images).items():
+            torch.testing.assert_close(values, want[name], rtol=1e-3, atol=1e-5, msg=name)
+    assert bool(frozen._graphs) == (device.type == "cuda")
+
+
+def test_frozen_model_keeps_the_weights_that_it_was_made_of(device):
+    model = tiny.model().to(device).eval()
+    frozen, images = model.freeze(), tiny.images(16).to(device)
+    before = all_signals(frozen, images)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.01)
-    torch.testing.assert_close(model.reconstruct(images), plain_reconstruction(model, images), rtol=1e-4, atol=1e-5)
+    after = all_signals(frozen, images)
+    assert all(torch.equal(after[name], before[name]) for name in before)
     assert not torch.equal(all_signals(model, images)["residual"], before["residual"])
+
+
+def test_threads_that_share_a_frozen_model_do_not_mix_their_images(device):
+    frozen = tiny.model().to(device).eval().freeze()
+    batches = [tiny.images(16, seed) for seed in range(4)]
+    want = [all_signals(frozen, batch) for batch in batches]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for got, values in zip(pool.map(lambda batch: all_signals(frozen, batch), batches), want):
+                assert all(torch.equal(got[name], values[name]) for name in values)
 
 
 def test_signals_are_those_of_a_cpu(device, small, full_precision):

@@ -68,8 +68,8 @@ def test_memory_16_bit_matches_float64(dtypes, batch, small, full_precision):
 OPTIONS = {
     "exclusive": {"threshold": "exclusive"},
     "noise": {"noisy": True},
-    "one kept": {"k": 1},
-    "all kept": {"k": 64},
+    "k is 1": {"k": 1},
+    "k is N": {"k": 64},
     "shared items": {"shared": True},
     "batch 33": {"batch": 33},
 }

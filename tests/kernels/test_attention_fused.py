@@ -69,7 +69,7 @@ def sizes(tensors, grid, heads, cotangent):
     return {name: value.amax().item() for name, value in results.items()}, (logits * inside).abs().amax().item()
 
 
-def assert_agrees(tensors, grid, heads):
+def assert_fused_is_right(tensors, grid, heads):
     cotangent = draw(*tensors["query"].shape, dtype=tensors["query"].dtype, seed=9)
     fused = run(tensors, grid, heads, cotangent)
     same = run(tensors, grid, heads, cotangent, backend="torch")
@@ -87,20 +87,20 @@ def assert_agrees(tensors, grid, heads):
     [((4, 4), 128, 8), ((2, 2), 256, 1), ((3, 3), 64, 2), ((4, 4), 40, 8), ((8, 8), 16, 1), ((16, 16), 16, 2)],
 )
 def test_presets_agree_with_the_reference(poisoned, grid, features, heads, pads):
-    assert_agrees(inputs(2, grid, features, pads=pads), grid, heads)
+    assert_fused_is_right(inputs(2, grid, features, pads=pads), grid, heads)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pads", [False, True])
 def test_16_bit_inputs_agree_with_the_reference(poisoned, dtype, pads):
-    assert_agrees(inputs(2, (3, 4), 48, pads=pads, dtype=dtype), (3, 4), 2)
+    assert_fused_is_right(inputs(2, (3, 4), 48, pads=pads, dtype=dtype), (3, 4), 2)
 
 
 def test_float32_pads_of_16_bit_inputs_keep_their_dtype(poisoned):
     tensors = inputs(2, (3, 3), 16, dtype=torch.bfloat16, pad_dtype=torch.float32)
-    assert_agrees(tensors, (3, 3), 2)
+    assert_fused_is_right(tensors, (3, 3), 2)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        assert_agrees(tensors, (3, 3), 2)
+        assert_fused_is_right(tensors, (3, 3), 2)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -113,7 +113,7 @@ def test_float32_pads_of_16_bit_inputs_keep_their_dtype(poisoned):
     dtype=st.sampled_from(FLOATS),
 )
 def test_any_shape_agrees_with_the_reference(poisoned, batch, grid, heads, width, pads, dtype):
-    assert_agrees(inputs(batch, grid, heads * width, pads=pads, dtype=dtype), grid, heads)
+    assert_fused_is_right(inputs(batch, grid, heads * width, pads=pads, dtype=dtype), grid, heads)
 
 
 def test_views_and_unaligned_starts_equal_their_copies(poisoned):
@@ -171,7 +171,7 @@ def test_nonfinite_pad_reaches_only_the_border():
 def test_huge_logits_do_not_overflow(poisoned):
     tensors = inputs(1, (3, 3), 16)
     tensors["query"] = 1e4 * tensors["query"]
-    assert_agrees(tensors, (3, 3), 2)
+    assert_fused_is_right(tensors, (3, 3), 2)
 
 
 def test_equal_locations_get_equal_weights():

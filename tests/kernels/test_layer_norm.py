@@ -38,7 +38,7 @@ def run(tensors, cotangent=None, backend="triton"):
     return {"out": out, **dict(zip(leaves, gradients))}
 
 
-def assert_agrees(tensors, scale=4.0):
+def assert_fused_is_right(tensors, scale=4.0):
     cotangent = draw(*tensors["x"].shape, dtype=tensors["x"].dtype, seed=9)
     got, same = run(tensors, cotangent), run(tensors, cotangent, backend="torch")
     exact = run({name: x.double() for name, x in tensors.items()}, cotangent, backend="torch")
@@ -94,13 +94,13 @@ def test_wrong_argument_raises_one_sentence(change, kind, message):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(4, 3, 64), (5, 100), (1,), (7,), (2, 513)])
 def test_shapes_and_dtypes_agree_with_the_reference(poisoned, shape, dtype):
-    assert_agrees(inputs(shape, dtype))
+    assert_fused_is_right(inputs(shape, dtype))
 
 
 @needs_kernels
 def test_programs_of_several_rows_agree_with_the_reference(poisoned, monkeypatch):
     monkeypatch.setattr(plan, "MAX_PARTS", 3)
-    assert_agrees(inputs((7, 16)))
+    assert_fused_is_right(inputs((7, 16)))
 
 
 @needs_kernels
@@ -115,14 +115,14 @@ def test_programs_of_several_rows_agree_with_the_reference(poisoned, monkeypatch
 def test_any_shape_and_mixture_of_dtypes_agree_with_the_reference(
     poisoned, rows, features, dtype, residual_dtype, weight_dtype
 ):
-    assert_agrees(inputs((rows, features), dtype, residual_dtype, weight_dtype))
+    assert_fused_is_right(inputs((rows, features), dtype, residual_dtype, weight_dtype))
 
 
 @needs_kernels
 def test_large_mean_costs_only_its_own_rounding(poisoned):
     tensors = inputs((4, 64))
     tensors["x"] = tensors["x"] + 1000.0
-    assert_agrees(tensors, scale=1000.0)
+    assert_fused_is_right(tensors, scale=1000.0)
 
 
 @needs_kernels

@@ -11,8 +11,8 @@ TINY = {"image_size": 48, "patches": 3, "levels": 2, "width": 4, "items": 7, "de
 
 
 def use(model, backend):
-    """Select the backend of every op of the model; return how many modules have one."""
-    modules = [module for module in model.modules() if hasattr(module, "backend")]
+    """Select the backend of every op inside the model; return how many modules have one."""
+    modules = [module for module in model.modules() if hasattr(module, "backend") and module is not model]
     for module in modules:
         module.backend = backend
     return len(modules)

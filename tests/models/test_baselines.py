@@ -1,81 +1,207 @@
+"""The baselines on pixels as models: fit, signals, maps, calibration, save and load, evaluation, wrong inputs."""
+
+import json
+
 import numpy as np
 import pytest
+import torch
 
-from simsid.models.baselines import BASELINES, knn, pca
+from simsid import load
+from simsid.data import ImageSet, Record
+from simsid.errors import CheckpointError, ConfigError, InputError
+from simsid.evaluation import evaluate
+from simsid.models import PixelKNN, PixelPCA
+
+SIDE = 12
+KINDS = {"pixel_knn": (PixelKNN, {"neighbors": 5}), "pixel_pca": (PixelPCA, {"components": 3})}
 
 
-def some_images(seed=0, count=60):
-    """Smooth 12x12 pictures: two random waves, which span few components."""
+def smooth_images(seed=0, count=60):
+    """Images `[count, 1, 12, 12]` of three random waves, which span few components."""
     generator = np.random.default_rng(seed)
-    axis = np.linspace(0.0, np.pi, 12)
+    axis = np.linspace(0.0, np.pi, SIDE)
     waves = np.stack([np.outer(np.sin(axis * i), np.sin(axis * j)).ravel() for i, j in ((1, 1), (1, 2), (2, 1))])
-    images = generator.normal(size=(count, 3)) @ waves * 0.3
-    return (images + generator.normal(scale=0.01, size=images.shape)).astype(np.float32)
+    pixels = (generator.normal(size=(count, 3)) @ waves * 0.2 - 0.1).clip(-0.9, 0.9)
+    pixels += generator.normal(scale=0.01, size=pixels.shape)
+    return torch.from_numpy(pixels.astype(np.float32)).view(count, 1, SIDE, SIDE)
 
 
-def spoiled(images):
-    """A bright square in the middle of each picture."""
-    images = images.copy().reshape(-1, 12, 12)
-    images[:, 4:7, 4:7] += 1.5
-    return images.reshape(len(images), -1)
+def with_square(images):
+    """The same images with a bright square in the middle."""
+    images = images.clone()
+    images[:, :, 4:7, 4:7] = 0.95
+    return images
 
 
-@pytest.mark.parametrize("name", sorted(BASELINES))
-def test_obvious_anomalies_rank_highest(name):
-    train, normal, abnormal = some_images(0), some_images(1, 20), spoiled(some_images(2, 20))
-    options = {"components": 3} if name == "pca" else {}
-    scores = BASELINES[name](train, np.concatenate([normal, abnormal]), **options)
-    assert scores.shape == (40,)
-    assert scores.dtype == np.float64
-    assert scores[:20].max() < scores[20:].min()
+def made(name, **changes):
+    kind, options = KINDS[name]
+    return kind(image_size=SIDE, **{**options, **changes})
 
 
-@pytest.mark.parametrize("name", sorted(BASELINES))
-def test_scores_repeat_and_leave_the_input_alone(name):
-    train, test = some_images(0), some_images(1, 10)
-    before = train.copy(), test.copy()
-    first = BASELINES[name](train, test)
-    np.testing.assert_array_equal(first, BASELINES[name](train, test))
-    np.testing.assert_array_equal(train, before[0])
-    np.testing.assert_array_equal(test, before[1])
+def rows(images):
+    return images.flatten(1).double().numpy()
 
 
-def test_knn_is_the_mean_distance_to_the_nearest():
-    train, test = some_images(0, 15), some_images(1, 4)
-    for neighbours in (1, 5, 15):
-        expected = [
-            np.sort([np.linalg.norm(image.astype(float) - other) for other in train])[:neighbours].mean()
-            for image in test
-        ]
-        np.testing.assert_allclose(knn(train, test, neighbours), expected, rtol=1e-5)
+@pytest.mark.parametrize("name", KINDS)
+def test_obvious_anomalies_have_the_highest_signal_and_score(name):
+    model = made(name).fit(smooth_images(0), smooth_images(3, 30))
+    assert (model.kind, model.signal, model.signal_names) == (name, name, (name,))
+    normal, abnormal = smooth_images(1, 20), with_square(smooth_images(2, 20))
+    signals = model.signals(torch.cat([normal, abnormal]))
+    assert signals.keys() == {name} and signals[name].shape == (40,) and signals[name].dtype == np.float64
+    assert signals[name][:20].max() < signals[name][20:].min()
+    scores = model.score(abnormal)
+    assert scores.dtype == torch.float64 and scores.min() > 0.9
 
 
-def test_pca_is_what_the_components_leave_over():
-    train, test = some_images(0, 30), some_images(1, 5)
-    mean = train.mean(axis=0, dtype=np.float64)
-    components = np.linalg.svd(train - mean, full_matrices=False)[2][:3]
-    rest = (test - mean) - (test - mean) @ components.T @ components
-    np.testing.assert_allclose(pca(train, test, 3), (rest**2).mean(axis=1), rtol=1e-3)
+@pytest.mark.parametrize("name", KINDS)
+def test_signals_repeat_do_not_depend_on_other_images_and_leave_the_input_unchanged(name):
+    train, test = smooth_images(0), smooth_images(1, 10)
+    before = train.clone(), test.clone()
+    model = made(name).fit(train)
+    first = model.signals(test)[name]
+    np.testing.assert_array_equal(first, made(name).fit(train).signals(test)[name])
+    np.testing.assert_array_equal(first[3:4], model.signals(test[3:4])[name])
+    assert torch.equal(train, before[0]) and torch.equal(test, before[1])
+
+
+@pytest.mark.parametrize("neighbors", [1, 5, 15, 99])
+def test_knn_is_the_mean_distance_to_the_nearest_training_images(neighbors):
+    train, test = smooth_images(0, 15), smooth_images(1, 4)
+    model = made("pixel_knn", neighbors=neighbors).fit(train)
+    distances = np.linalg.norm(rows(test)[:, None] - rows(train)[None], axis=2)
+    expected = np.sort(distances, axis=1)[:, :neighbors].mean(axis=1)
+    np.testing.assert_allclose(model.signals(test)["pixel_knn"], expected, rtol=1e-4)
+    assert model.map_names == () and model.pictures(test) == {}
+
+
+def test_pca_is_the_error_that_the_components_leave_and_its_map_shows_where():
+    train, test = smooth_images(0, 30), with_square(smooth_images(1, 5))
+    model = made("pixel_pca").fit(train)
+    mean = rows(train).mean(axis=0)
+    components = np.linalg.svd(rows(train) - mean, full_matrices=False)[2][:3]
+    centered = rows(test) - mean
+    rebuilt = centered @ components.T @ components
+    error = (centered - rebuilt) ** 2
+    np.testing.assert_allclose(model.signals(test)["pixel_pca"], error.mean(axis=1), rtol=1e-3)
+    maps = model.maps(test, "pixel_pca")
+    assert model.map_names == ("pixel_pca",) and maps.dtype == torch.float32 and maps.shape == (5, SIDE, SIDE)
+    np.testing.assert_allclose(maps.flatten(1).numpy(), error, atol=1e-4)
+    inside = maps[:, 4:7, 4:7].mean()
+    assert inside > 5 * maps.mean()
+    picture = model.pictures(test)["reconstruction"]
+    np.testing.assert_allclose(picture.flatten(1).numpy(), rebuilt + mean, atol=1e-4)
 
 
 def test_pca_uses_no_more_components_than_the_images_span():
-    train = some_images(0, 5)
-    np.testing.assert_allclose(pca(train, train, 64), 0.0, atol=1e-10)
+    train = smooth_images(0, 5)
+    model = made("pixel_pca", components=64).fit(train)
+    assert model.tensors["components"].shape == (4, SIDE * SIDE)
+    np.testing.assert_allclose(model.signals(train)["pixel_pca"], 0.0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_fit_calibrates_on_the_normal_images_of_val_and_else_by_halves(name):
+    train, val = smooth_images(0, 20), smooth_images(1, 7)
+    records = tuple(Record(f"{i}", label=int(i >= 5)) for i in range(7))
+    model = made(name).fit(train, ImageSet(val, records))
+    held = model.signals(val[:5])[name]
+    assert model.calibration.count == 5 and model.calibration.holdout[name] == held.tolist()
+    assert model.calibration.mean[name] == pytest.approx(held.mean())
+    # Without val an image is measured by a model of the half that it is not in, never against itself.
+    model = made(name).fit(train)
+    expected = np.zeros(20)
+    expected[::2] = made(name).fit(train[1::2]).signals(train[::2])[name]
+    expected[1::2] = made(name).fit(train[::2]).signals(train[1::2])[name]
+    assert model.calibration.count == 20
+    np.testing.assert_allclose(model.calibration.holdout[name], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_calibrate_prefers_held_out_images(name):
+    train, other = smooth_images(0, 20), smooth_images(1, 9)
+    model = made(name).fit(train)
+    model.calibrate(train, iter([other]))
+    assert model.calibration.count == 9 and model.calibration.holdout[name] == model.signals(other)[name].tolist()
+    model.calibrate(other)
+    assert model.calibration.count == 9 and model.calibration.holdout == {}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_saved_model_scores_bit_for_bit_as_before(name, tmp_path):
+    model = made(name).fit(smooth_images(0), smooth_images(3, 30))
+    model.save(tmp_path)
+    loaded = load(tmp_path)
+    assert type(loaded) is type(model) and loaded.config == model.config
+    assert loaded.calibration == model.calibration and loaded.identity() == model.identity()
+    test = smooth_images(1, 10)
+    np.testing.assert_array_equal(loaded.signals(test)[name], model.signals(test)[name])
+    # A command that computes on a GPU loads the model all the same.
+    assert load(tmp_path, device="cuda").device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_evaluate_takes_a_baseline(name):
+    model = made(name).fit(smooth_images(0), smooth_images(3, 30))
+    pixels = torch.cat([smooth_images(1, 20), with_square(smooth_images(2, 10))])
+    records = tuple(Record(f"{i}", "test", int(i >= 20), "mass" if i >= 20 else "NORMAL") for i in range(30))
+    row = evaluate(model, ImageSet(pixels, records)).rows()[0]
+    assert (row.signal, row.normal, row.abnormal, row.auc, row.sensitivity) == (name, 20, 10, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_damaged_files_are_refused(name, tmp_path):
+    model = made(name).fit(smooth_images(0, 8))
+    first = next(iter(model.tensors))
+    model.tensors = {**model.tensors, first: torch.full_like(model.tensors[first], torch.nan)}
+    model.save(tmp_path / "nan")
+    with pytest.raises(CheckpointError, match=f"tensor {first} holds NaN or infinite values"):
+        load(tmp_path / "nan")
+    model.tensors = {first: torch.zeros(3, 5)}
+    model.save(tmp_path / "shape")
+    with pytest.raises(CheckpointError, match="the tensors must be"):
+        load(tmp_path / "shape")
+    made(name).fit(smooth_images(0, 8)).save(tmp_path / "field")
+    file = tmp_path / "field" / "model.json"
+    document = json.loads(file.read_text())
+    document["config"]["moustache"] = 1
+    file.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="'moustache' is not a configuration field"):
+        load(tmp_path / "field")
+
+
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: knn(x, x[:, :5]), "test must have train's 144 pixels an image, got 5"),
-        (lambda x: knn(x[0], x), r"train must be \[images, pixels\]"),
-        (lambda x: pca(x, x[:0]), r"test must be \[images, pixels\]"),
-        (lambda x: pca(x, x * np.nan), "test must be finite, got 8640 NaN"),
-        (lambda x: knn(x, x, 61), "neighbours must lie between 1 and the 60 training images, got 61"),
-        (lambda x: knn(x, x, 0), "neighbours must lie"),
-        (lambda x: pca(x, x, 0), "components must be at least 1"),
-        (lambda x: pca(x[:1], x), "at least 2 images"),
+        (lambda model: model.signals(smooth_images(0, 2)), "has learned nothing yet: call fit"),
+        (lambda model: model.pictures(smooth_images(0, 2)) or model.save("x"), "has learned nothing yet: call fit"),
+        (lambda model: model.fit(smooth_images(0, 2)[:0]), "at least"),
+        (lambda model: model.fit(smooth_images(0, 4)).signals(torch.zeros(1, 1, 8, 8)), r"\[B, 1, 12, 12\]"),
+        (lambda model: model.fit(smooth_images(0, 4) + 5), "-1"),
+        (lambda model: model.fit(smooth_images(0, 4)).signals(smooth_images(0, 1), ["residual"]), "signal must be"),
+        (lambda model: model.fit(smooth_images(0, 4)).maps(smooth_images(0, 1), "residual"), "signal must be"),
+    ],
+    ids=["signals before fit", "save before fit", "no image", "other size", "range", "signal", "map"],
+)
+def test_wrong_inputs_are_named(name, call, message):
+    with pytest.raises(InputError, match=message):
+        call(made(name))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PixelKNN(neighbors=0), "neighbors must be at least 1, got 0"),
+        (lambda: PixelPCA(components=0), "components must be at least 1, got 0"),
+        (lambda: PixelKNN(components=3), "'components' is not a configuration field"),
+        (lambda: PixelPCA(PixelKNN().config), "config must be a PixelPCAConfig"),
+        (
+            lambda: PixelPCA(image_size=4).fit(torch.zeros(1, 1, 4, 4)),
+            "pixel_pca needs at least 2 normal images, got 1",
+        ),
     ],
 )
-def test_bad_input_is_named(call, message):
-    with pytest.raises(ValueError, match=message):
-        call(some_images())
+def test_wrong_configurations_are_named(make, message):
+    with pytest.raises((ConfigError, InputError), match=message):
+        make()

@@ -354,7 +354,7 @@ def test_ctrl_c_of_a_process_resumes_to_the_same_run(films, tmp_path, uninterrup
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == f"stopped; continue with: simsid train --resume {run}"
+    assert errors.splitlines()[-1] == f"stopped; resume with: simsid train --resume {run}"
     assert "Traceback" not in errors
     # The second time it is finished already.
     for _ in range(2):

@@ -103,19 +103,19 @@ def test_training_equals_plain_pytorch(monkeypatch):
     compared = 0
     for name, parameter in ours.named_parameters():
         side = "discriminator" if name.startswith("discriminator") else "generator"
-        mine, theirs = made.optimizers[side].state[parameter], moments[names[name]]
-        assert mine["step"].item() == theirs["step"].item() == (5 if side == "discriminator" else 3)
-        size = theirs["exp_avg"].abs().max()
+        actual, expected = made.optimizers[side].state[parameter], moments[names[name]]
+        assert actual["step"].item() == expected["step"].item() == (5 if side == "discriminator" else 3)
+        size = expected["exp_avg"].abs().max()
         # A bias before a normalization has a gradient of pure rounding, which Adam scales up to full steps.
         if size > 1e-7:
-            assert (mine["exp_avg"] - theirs["exp_avg"]).abs().max() < 1e-2 * size, name
+            assert (actual["exp_avg"] - expected["exp_avg"]).abs().max() < 1e-2 * size, name
             drift = (parameter - names[name]).abs()
             assert (drift > rate / 5).float().mean() < 0.02, name
             compared += 1
     assert compared > 60
-    mine, theirs = dict(ours.named_buffers()), dict(plain.named_buffers())
-    for name, buffer in theirs.items():
-        assert torch.allclose(mine[name].float(), buffer.float(), rtol=1e-2, atol=1e-3), name
+    actual, expected = dict(ours.named_buffers()), dict(plain.named_buffers())
+    for name, buffer in expected.items():
+        assert torch.allclose(actual[name].float(), buffer.float(), rtol=1e-2, atol=1e-3), name
 
 
 def test_optimizers_have_the_papers_settings(monkeypatch):

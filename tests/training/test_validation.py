@@ -64,10 +64,10 @@ def test_images_that_cannot_be_used_are_one_sentence(images, val, error, message
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"model": torch.nn.Linear(1, 1)}, r"^model must be a Model, got Linear\("),
-        ({"config": {"epochs": 1}}, r"^config must be a TrainingConfig, got \{'epochs': 1\}$"),
-        ({"run": 7}, "^run must be a RunFolder or str or PathLike or None, got 7$"),
-        ({"group": 2}, "^group must be a ProcessGroup, got 2$"),
+        ({"model": torch.nn.Linear(1, 1)}, "^model must be of type Model, got an object of type Linear$"),
+        ({"config": {"epochs": 1}}, "^config must be of type TrainingConfig, got an object of type dict$"),
+        ({"run": 7}, "^run must be of type RunFolder or str or PathLike or None, got 7$"),
+        ({"group": 2}, "^group must be of type ProcessGroup, got 2$"),
     ],
     ids=["model", "config", "run", "group"],
 )

@@ -1,0 +1,220 @@
+"""Kills: at every step in the file system, in the middle of a long scoring, of one rank of two, under torchrun."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+from archives import expected_table, fill
+
+
+def start(model, data, output, *options, rank=None, launcher=()):
+    """Start `simsid score` as a process; `rank`: as one of two, as torchrun would."""
+    environment = dict(tiny.ENVIRONMENT)
+    if rank is not None:
+        environment |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    command = [sys.executable, *launcher, "-m", "simsid", "score", model, data, "-o", output, "--device", "cpu"]
+    return subprocess.Popen(
+        [str(part) for part in (*command, "--threads", "1", *options)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def rows_of(output, rank=0, count=1):
+    path = output / ".scoring" / f"shard-{rank}-of-{count}.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+def peak(process):
+    """Wait for a process and return its exit status and the most memory it had, in MB."""
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="needs a POSIX system")
+def test_a_long_scoring_resumes_after_two_kills_in_bounded_memory(model, loaded, tmp_path):
+    count, output, options = 6_000, tmp_path / "out", ("--batch-size", "64", "--pictures", "0")
+    few, many = fill(tmp_path / "few", 500), fill(tmp_path / "many", count)
+    status, baseline = peak(start(model, few, tmp_path / "small", *options))
+    assert status == 1
+    memory, before = [], 0
+    for part in (0.05, 0.25):
+        process = start(model, many, output, *options)
+        wait_for(lambda: rows_of(output) > part * count, process)  # noqa: B023
+        process.send_signal(signal.SIGKILL)
+        status, megabytes = peak(process)
+        memory.append(megabytes)
+        assert status == -signal.SIGKILL and before < rows_of(output) < count
+        before = rows_of(output)
+        assert not (output / "scores.csv").exists()
+    process = start(model, many, output, *options)
+    # The pipes hold the few lines that are printed, so the process can end before they are read.
+    status, megabytes = peak(process)
+    memory.append(megabytes)
+    printed = process.stdout.read()
+    assert status == 1 and f"resumed after {before} files that were done" in printed
+    assert "4500 of 6000 files scored, 1500 failed" in printed
+    assert (output / "scores.csv").read_bytes() == expected_table(loaded, many, 64)
+    assert not (output / ".scoring").exists()
+    # The measurement itself varies by some 3 MB; keeping the images of the last start's 3,000 and more takes 28.
+    assert max(memory) - baseline < 8, (baseline, memory)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc to find the processes of the launcher")
+def test_two_ranks_resume_after_one_of_them_is_killed(model, loaded, tmp_path):
+    count = 600
+    films = fill(tmp_path / "films", count)
+    reference = expected_table(loaded, films)
+    output = tmp_path / "by hand"
+    ranks = [start(model, films, output, "--pictures", "3", "--batch-size", "4", rank=rank) for rank in (0, 1)]
+    wait_for(lambda: rows_of(output, 1, 2) > 50, ranks[1])
+    ranks[1].kill()
+    printed = ranks[0].communicate()[0]
+    assert ranks[0].returncode == 0 and printed.endswith("rank 0 of 2: 300 files done; rank 1 has not finished\n")
+    ranks[1].communicate()
+    done = rows_of(output, 1, 2)
+    assert 50 < done < 300 and not (output / "scores.csv").exists()
+    again = start(model, films, output, "--pictures", "3", "--batch-size", "4", rank=1)
+    printed = again.communicate()[0]
+    assert again.returncode == 1 and f"rank 1 of 2: resumed after {done} files" in printed
+    assert "450 of 600 files scored, 150 failed" in printed and f"scores: {output / 'scores.csv'}" in printed
+    assert (output / "scores.csv").read_bytes() == expected_table(loaded, films, 4)
+    assert (output / "report.html").exists()
+
+    # The same with the real launcher, which ends the other rank when one is killed.
+    output, launcher = tmp_path / "torchrun", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = start(model, films, output, launcher=launcher)
+    wait_for(lambda: min(rows_of(output, rank, 2) for rank in (0, 1)) > 10, run)
+    children = pathlib.Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    (second,) = [pid for pid in children if b"\0RANK=1\0" in pathlib.Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(int(second), signal.SIGKILL)
+    run.communicate()
+    assert run.returncode != 0 and not (output / "scores.csv").exists()
+    done = sum(rows_of(output, rank, 2) for rank in (0, 1))
+    assert 20 < done < count
+    run = start(model, films, output, launcher=launcher)
+    printed = run.communicate()[0]
+    resumed = [int(line.split("resumed after ")[1].split()[0]) for line in printed.splitlines() if "resumed" in line]
+    assert sum(resumed) == done
+    assert "450 of 600 files scored, 150 failed" in printed
+    assert (output / "scores.csv").read_bytes() == reference and not (output / ".scoring").exists()
+
+
+KILLS = """
+import os, pathlib, shutil, sys, time, torch, traceback
+from simsid import checkpoint, report
+from simsid.commands import main as command_line
+from simsid.distributed import ProcessGroup
+from simsid.report import selection
+from simsid.scoring import archive
+from simsid.training import run_folder
+
+folder, expected, which, *arguments = sys.argv[1:]
+expected = pathlib.Path(expected).read_bytes()
+ranks = [None] if which == "alone" else [0, 1]
+torch.set_num_threads(1)
+
+def start(rank, output, limit=None):
+    '''Score in a fork, which ends like one that is killed at its `limit`-th step in the file system.'''
+    pid = os.fork()
+    if pid:
+        return pid
+    if rank is not None:
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    steps, scored, real = 0, 0, archive.score_files
+
+    def watch(event, values):
+        nonlocal steps
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"):
+            inside = isinstance(values[0], (str, os.PathLike)) and os.fspath(values[0]).startswith(output)
+            if inside or event in ("os.remove", "os.rmdir"):
+                steps += 1
+                if steps == limit:
+                    os._exit(9)
+
+    def counted(*values, **options):
+        nonlocal scored
+        for score in real(*values, **options):
+            scored += 1
+            yield score
+
+    def together(_, real=ProcessGroup.from_environment):
+        # Processes take seconds to import PyTorch, forks do not: none may merge before the other has started.
+        pathlib.Path(folder, f"{limit} {rank} has started").touch()
+        while limit is None and not all(pathlib.Path(folder, f"None {other} has started").exists() for other in ranks):
+            time.sleep(0.001)
+        return real()
+
+    # The page takes longer than all else; what matters here is that it is written, and when.
+    report.write_report = lambda path, **_: checkpoint.write_file(path, b"page")
+    selection.examples_of_scores = lambda *_: []
+    archive.score_files = counted
+    ProcessGroup.from_environment = classmethod(together)
+    sys.addaudithook(watch)
+    try:
+        command_line.main([*arguments, "-o", output])
+    except SystemExit as stop:
+        pathlib.Path(folder, f"scored {rank}").write_text(str(scored))
+        os._exit(stop.code)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(77)
+
+def ended(pids):
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+def rows(output, rank):
+    path = pathlib.Path(output, ".scoring", f"shard-{rank or 0}-of-{len(ranks)}.jsonl")
+    return path.read_bytes().count(b"\\n") if path.exists() else 0
+
+# One process shows every step; of two, whose steps interleave differently each time, a part is enough.
+for limit in range(1, 1000, 1 if which == "alone" else 3):
+    output = os.path.join(folder, f"{which} {limit}")
+    died = ended([start(rank, output, limit) for rank in ranks])
+    table, request = pathlib.Path(output, "scores.csv"), pathlib.Path(output, ".scoring", "request.json")
+    assert not table.exists() or table.read_bytes() == expected, limit
+    begun = request.exists()
+    there = [rows(output, rank) if begun else 0 for rank in ranks]
+    if 9 not in died:
+        break
+    if begun or not table.exists():
+        for mark in pathlib.Path(folder).glob("None * has started"):
+            mark.unlink()
+        statuses = ended([start(rank, output) for rank in ranks])
+        assert sorted(statuses) == [0] * (len(ranks) - 1) + [1], (limit, statuses)
+        scored = [int(pathlib.Path(folder, f"scored {rank}").read_text()) for rank in ranks]
+        assert sum(there) + sum(scored) == 23, (limit, there, scored)
+    assert table.read_bytes() == expected and not request.exists(), limit
+    assert pathlib.Path(output, "report.html").read_text() == "page", limit
+    shutil.rmtree(output)
+assert sorted(died) == [0] * (len(ranks) - 1) + [1] and not request.parent.exists(), died
+print("all of", limit - 1, "steps")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a POSIX system")
+@pytest.mark.parametrize("which", ["alone", "two"])
+def test_a_kill_before_any_step_loses_and_repeats_nothing(model, loaded, films, tmp_path, which):
+    (tmp_path / "expected").write_bytes(expected_table(loaded, films))
+    (tmp_path / "kills.py").write_text(KILLS)
+    options = ["--pictures", "1", "--device", "cpu", "--workers", "1", "--threads", "1"]
+    arguments = [tmp_path, tmp_path / "expected", which, "score", model, films, *options]
+    done = subprocess.run(
+        [sys.executable, tmp_path / "kills.py", *arguments], env=tiny.ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert int(done.stdout.split("all of ")[1].split()[0]) > 15
