@@ -71,6 +71,9 @@ def export_model(
     if len(images) < sum(CHECKED):
         raise InputError(f"images must be at least {sum(CHECKED)}, got {len(images)}")
     metadata = describe(model, false_positive_rate)
+    # Before the export: tensors that a model keeps from its first call must not be those of a trace.
+    images = images[: sum(CHECKED)]
+    expected = {**model.signals(images), "score": model.score(images).numpy()}
     encode, open_content = (_pt2, _open_pt2) if path.suffix == ".pt2" else (_onnx, _open_onnx)
     with _quiet():
         try:
@@ -79,7 +82,7 @@ def export_model(
             raise ExportError(f"an ONNX export needs {error.name}: pip install 'simsid[onnx]'") from None
         except Exception as error:  # PyTorch's exporters raise errors of many types, some of them private
             raise ExportError(f"a model of kind {model.kind!r} cannot be exported: {_first_line(error)}") from error
-        _compare(model, open_content(content), images[: sum(CHECKED)])
+        _compare(open_content(content), images, expected, model.calibrated().std)
     checkpoint.write_file(path, content)
     return metadata
 
@@ -172,7 +175,9 @@ def _exported(program: _Program, images: Tensor) -> torch.export.ExportedProgram
 def _translations() -> dict[Any, Callable[..., Any]]:
     """Return how operators become ONNX that PyTorch does not translate, or that ONNX Runtime does not run."""
     import onnx
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18  # its type stubs know neither lists of axes nor lists of sizes
 
     def sort_stable(x: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:  # noqa: ARG001
         # Among equal values TopK takes the lowest index first: it is stable.
@@ -199,7 +204,16 @@ def _translations() -> dict[Any, Callable[..., Any]]:
         )
         return op.CastLike(pooled, x)
 
-    return {torch.ops.aten.sort.stable: sort_stable, torch.ops.aten.avg_pool2d.default: avg_pool2d}
+    def cdist(x1: Any, x2: Any, p: float, compute_mode: int | None = None) -> Any:  # noqa: ARG001
+        if p != 2:
+            raise ExportError(f"distances are exported with p = 2, got {p}")
+        # Differences, not |a|^2 - 2ab + |b|^2, which is inexact for near rows.
+        last, row, column = (op.Constant(value_ints=[axis]) for axis in (-1, -2, -3))
+        difference = op.Sub(op.Unsqueeze(x1, row), op.Unsqueeze(x2, column))
+        return op.Sqrt(op.ReduceSum(op.Mul(difference, difference), last, keepdims=0))
+
+    aten = torch.ops.aten
+    return {aten.sort.stable: sort_stable, aten.avg_pool2d.default: avg_pool2d, aten._cdist_forward.default: cdist}
 
 
 def _pair(value: Any) -> list[int]:
@@ -215,13 +229,12 @@ def _images(size: tuple[int, int]) -> Tensor:
     return (0.8 * smooth + 0.05 * torch.randn(smooth.shape, generator=generator)).clamp(-1, 1)
 
 
-def _compare(model: AnomalyModel, run: Run, images: Tensor) -> None:
-    """Raise `ExportError` unless an exported program scores images as the model does, in batches of several sizes."""
-    expected = {**model.signals(images), "score": model.score(images).numpy()}
+def _compare(run: Run, images: Tensor, expected: dict[str, np.ndarray], std: dict[str, float]) -> None:
+    """Raise `ExportError` unless an exported program gives the expected values in batches of several sizes."""
     parts = [run(part) for part in images.split(list(CHECKED))]
     for name, values in expected.items():
         found = np.concatenate([part[name] for part in parts])
-        spread = 1.0 if name == "score" else max(float(np.std(values)), model.calibrated().std[name])
+        spread = max(float(np.std(values)), std.get(name, 0.0))
         difference = float(np.max(np.abs(found - values)))
         # An untrained network's signals vary by little more than float32 rounds them.
         rounding = 4 * float(np.finfo(np.float32).eps) * float(np.max(np.abs(values)))
@@ -247,5 +260,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
+    """Return the first line of an error's innermost cause, which names the operator."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:300]

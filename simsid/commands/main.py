@@ -18,6 +18,7 @@ from simsid.commands.demo import Demo
 from simsid.commands.doctor import Doctor
 from simsid.commands.evaluate import Evaluate
 from simsid.commands.explain import Explain
+from simsid.commands.export import Export
 from simsid.commands.scan import Scan
 from simsid.commands.score import Score
 from simsid.commands.train import Train
@@ -39,6 +40,7 @@ COMMANDS: dict[str, type] = {
     "calibrate": Calibrate,
     "scan": Scan,
     "convert": Convert,
+    "export": Export,
     "doctor": Doctor,
 }
 
