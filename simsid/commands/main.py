@@ -19,6 +19,7 @@ from simsid.commands.doctor import Doctor
 from simsid.commands.evaluate import Evaluate
 from simsid.commands.explain import Explain
 from simsid.commands.export import Export
+from simsid.commands.models import Models
 from simsid.commands.scan import Scan
 from simsid.commands.score import Score
 from simsid.commands.train import Train
@@ -41,6 +42,7 @@ COMMANDS: dict[str, type] = {
     "scan": Scan,
     "convert": Convert,
     "export": Export,
+    "models": Models,
     "doctor": Doctor,
 }
 
@@ -144,7 +146,7 @@ def _train_command(arguments: list[str]) -> tuple[type, Any]:
 
     if name not in presets.PRESETS:
         return Train, subcommand("train", prefix_name=False)
-    config = presets.preset(name)
+    config = presets.preset(name).config()
     kind: Any = fit_command(type(config))  # type: ignore[arg-type]  # a class is hashable
     return kind, subcommand("train", prefix_name=False, default=kind(model=config))
 

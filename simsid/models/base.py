@@ -286,4 +286,5 @@ class AnomalyModel(Scorer):
         """Return a hash of all that decides a score: configuration, calibration, tensors and their layout."""
         tensors, document = self.state()
         calibration = self.calibration.to_dict() if self.calibration else None
-        return checkpoint.digest(json.dumps([self.kind, document, calibration], sort_keys=True), tensors)
+        text = json.dumps([self.kind, document, calibration], sort_keys=True)
+        return checkpoint.digest(text, dict(sorted(tensors.items())))

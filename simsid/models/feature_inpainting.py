@@ -180,8 +180,8 @@ def kmeans(y: Tensor, items: int, seed: int) -> Tensor:
     centers = points.gather(1, order[:, :, None].expand(-1, -1, y.shape[2]))
     for _ in range(KMEANS_STEPS):
         nearest = torch.cat([torch.cdist(part, centers).argmin(2) for part in points.split(4096, 1)], 1)
-        index = nearest[:, :, None].expand(-1, -1, y.shape[2])
-        sums = torch.zeros_like(centers).scatter_add_(1, index, points)
-        counts = torch.zeros_like(centers[..., 0]).scatter_add_(1, nearest, torch.ones_like(nearest, dtype=y.dtype))
+        # A product with the assignments, not scatter_add_, whose float atomics on a GPU sum in another order each time.
+        assigned = (nearest[:, None] == torch.arange(items, device=y.device)[:, None]).to(y.dtype)
+        sums, counts = assigned @ points, assigned.sum(2)
         centers = torch.where(counts[..., None] > 0, sums / counts[..., None].clamp_min(1), centers)
     return centers

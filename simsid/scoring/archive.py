@@ -112,7 +112,7 @@ def score_archive(
     archive = _Archive(model, data, output, group or ProcessGroup(), options)
     output.mkdir(parents=True, exist_ok=True)
     with archive:
-        if not archive.begin(superseded=table_version(output) != before):
+        if not archive.begin(before):
             return Summary("already merged")
         resumed = done = archive.resume()
         bar = tqdm(total=archive.total, initial=done, unit="image", disable=not progress)
@@ -204,7 +204,7 @@ class _Archive:
     def __exit__(self, *_: object) -> None:
         self._shard_lock.release()
 
-    def begin(self, superseded: bool) -> bool:
+    def begin(self, before: TableVersion) -> bool:
         """Lock this rank's shard; False where another rank has already finished all shards and merged them.
 
         Raises:
@@ -219,7 +219,8 @@ class _Archive:
             request = self.folder / "request.json"
             if request.exists():
                 self._check_request(checkpoint.read_json(request))
-            elif self.group.size > 1 and superseded:
+            # Compared under the lock, which a rank that merges holds until the table is replaced.
+            elif self.group.size > 1 and table_version(self.output) != before:
                 return False
             else:
                 shutil.rmtree(self.folder, ignore_errors=True)

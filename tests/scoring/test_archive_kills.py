@@ -115,7 +115,7 @@ def test_two_ranks_resume_after_one_of_them_is_killed(model, loaded, tmp_path):
 
 
 KILLS = """
-import os, pathlib, shutil, sys, time, torch, traceback
+import dataclasses, os, pathlib, shutil, sys, time, torch, traceback
 from simsid import checkpoint, report
 from simsid.commands import main as command_line
 from simsid.distributed import ProcessGroup
@@ -127,6 +127,10 @@ folder, expected, which, *arguments = sys.argv[1:]
 expected = pathlib.Path(expected).read_bytes()
 ranks = [None] if which == "alone" else [0, 1]
 torch.set_num_threads(1)
+
+command = command_line._parse([*arguments, "-o", os.path.join(folder, "warm-up")])
+# Imports what a scoring imports, which every fork would otherwise do again.
+assert command.run() == 1
 
 def start(rank, output, limit=None):
     '''Score in a fork, which ends like one that is killed at its `limit`-th step in the file system.'''
@@ -166,10 +170,9 @@ def start(rank, output, limit=None):
     ProcessGroup.from_environment = classmethod(together)
     sys.addaudithook(watch)
     try:
-        command_line.main([*arguments, "-o", output])
-    except SystemExit as stop:
+        status = dataclasses.replace(command, output=pathlib.Path(output)).run()
         pathlib.Path(folder, f"scored {rank}").write_text(str(scored))
-        os._exit(stop.code)
+        os._exit(status)
     except BaseException:
         traceback.print_exc()
     os._exit(77)
