@@ -16,13 +16,13 @@ from torch import Tensor
 from typing_extensions import Self
 
 from simsid import checkpoint, metrics
-from simsid.config import replaced
 from simsid.data import load_images
 from simsid.data.preprocessing import to_float
 from simsid.data.records import failure_summary
 from simsid.errors import CheckpointError, ConfigError, InputError, InputTypeError, ReadError
+from simsid.fields import replaced
 from simsid.models import AnomalyModel, load
-from simsid.models.presets import build, preset
+from simsid.models.presets import preset
 from simsid.models.signals import check_signals
 
 SAVED = ("model", "signal", "contamination", "false_positive_rate", "holdout", "input_range", "random_state", "device")
@@ -219,7 +219,8 @@ class Detector(OutlierMixin, BaseEstimator):
             raise InputTypeError(f"model must be a preset's name or a function, got {self.model!r}")
         if image_size is not None:
             parameters = {"image_size": image_size, **parameters}
-        return build(replaced(preset(self.model), parameters)).to_device(self.device)
+        chosen = preset(self.model)
+        return chosen.model(replaced(chosen.config(), parameters)).to_device(self.device)
 
     def _learn(self, model: AnomalyModel, images: Tensor) -> None:
         """Fit the model on what is not held out, and set the threshold."""
@@ -286,7 +287,7 @@ class Detector(OutlierMixin, BaseEstimator):
 def _fields(model: object) -> list[str]:
     """Return the fields of a preset's configuration; none where the model is a function or unknown."""
     try:
-        return [entry.name for entry in dataclasses.fields(preset(model))] if isinstance(model, str) else []
+        return [entry.name for entry in dataclasses.fields(preset(model).config())] if isinstance(model, str) else []
     except ConfigError:
         return []
 
