@@ -41,7 +41,23 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def program(model, tmp_path_factory):
+def traced_once(model):
+    """Trace the network once for both formats, which takes seconds."""
+    trace, network, traced = export._exported, model.signal_names, {}
+
+    def exported(program, batch):
+        if program.names != network:
+            return trace(program, batch)
+        traced[network] = traced.get(network) or trace(program, batch)
+        return traced[network]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "_exported", exported)
+        yield
+
+
+@pytest.fixture(scope="module")
+def program(model, traced_once, tmp_path_factory):
     path = tmp_path_factory.mktemp("export") / "model.pt2"
     metadata = export_model(model, path, false_positive_rate=0.1)
     assert os.listdir(path.parent) == ["model.pt2"]
@@ -49,7 +65,7 @@ def program(model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def onnx_file(model, tmp_path_factory):
+def onnx_file(model, traced_once, tmp_path_factory):
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name)
     path = tmp_path_factory.mktemp("export") / "model.onnx"
