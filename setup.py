@@ -11,7 +11,15 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "simsid/__init__.py").rea
 CODECS = ["pylibjpeg>=2.0", "pylibjpeg-openjpeg>=2.0", "pyjpegls>=1.4", "python-gdcm>=3.0.10"]
 TENSORBOARD = ["tensorboard>=2.14"]
 ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
-TEST = ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "selenium>=4.20"]
+TEST = [
+    "pytest>=8",
+    "pytest-benchmark>=4",
+    "pytest-xdist>=3.5",
+    "hypothesis>=6.100",
+    "ruff>=0.6",
+    "mypy>=1.11",
+    "selenium>=4.20",
+]
 
 setup(
     name="simsid",

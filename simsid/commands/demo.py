@@ -14,8 +14,6 @@ from simsid.commands.common import Machine, Output, saved, write_evaluation_repo
 from simsid.config import Config, TrainingConfig
 from simsid.errors import UsageError
 
-SAMPLES = pathlib.Path(__file__).parents[1] / "samples" / "films.csv"
-
 SAMPLE_NOTES = (
     "Twelve radiographs of children, six normal and six with pneumonia, scored by the shipped model zhanglab. They are "
     "among its validation images, so these figures are in-sample and say nothing of other hospitals.",
@@ -88,7 +86,7 @@ class Demo:
 
 def score_samples(output: pathlib.Path) -> str:
     """Evaluate the shipped model on the sample radiographs, write a report with their maps, and return a table."""
-    from simsid.data import load_images, read_csv
+    from simsid.data import SAMPLES, load_images, read_csv
     from simsid.evaluation import evaluate, scores_of
     from simsid.models import load
 

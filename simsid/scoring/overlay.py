@@ -22,6 +22,8 @@ def colors(values: np.ndarray) -> np.ndarray:
 def overlay(image: np.ndarray, heat: np.ndarray, limit: float) -> np.ndarray:
     """Lay a heat map over its dimmed image, brightest where `heat` reaches `limit`.
 
+    The image stays visible everywhere: some maps are well above 0 on normal anatomy too.
+
     Args:
         image: `[H, W]`, uint8, or floating point in -1..1.
         heat: `[H, W]`, 0 and more; NaN counts as 0.
@@ -36,8 +38,8 @@ def overlay(image: np.ndarray, heat: np.ndarray, limit: float) -> np.ndarray:
         band = slice(top, top + step)
         pixels = image[band] if image.dtype == np.uint8 else gray(image[band])
         values = np.clip(np.nan_to_num(np.asarray(heat[band], np.float64), nan=0.0) / limit, 0.0, 1.0)
-        opacity = np.minimum(1.0, 0.25 + 1.5 * values)[..., None]
-        drawn[band] = opacity * colors(values) + (1.0 - opacity) * 0.7 * pixels[..., None]
+        opacity = 0.8 * values[..., None] ** 1.5
+        drawn[band] = opacity * colors(values) + (1.0 - opacity) * 0.8 * pixels[..., None]
     return drawn
 
 
