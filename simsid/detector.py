@@ -146,8 +146,7 @@ class Detector(OutlierMixin, BaseEstimator):
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Return `score_samples(X) - offset_`, `[n]` float64: negative is an outlier."""
-        scores = self.score_samples(X)
-        return scores - self.offset_
+        return self.score_samples(X) - self.offset_
 
     def predict(self, X: Any) -> np.ndarray:
         """Return `[n]` int64: -1 where the signal lies above the threshold, else 1."""
@@ -256,20 +255,13 @@ class Detector(OutlierMixin, BaseEstimator):
             X = np.asarray(X).reshape(shape[0], -1)
         rows = validate_data(self, X, reset=reset, dtype="numeric")
         if reset:
-            self.input_range_ = self._measured_range(rows)
+            self.input_range_ = _measured_range(rows, self.input_range)
         side = math.isqrt(rows.shape[1] - 1) + 1
         if side**2 != rows.shape[1] and "image_size" in self._parameters():
             raise InputError(f"X must have H * W values a row with H = W, got {rows.shape[1]}")
         images = np.full((len(rows), side**2), -1.0, np.float32)
         images[:, : rows.shape[1]] = self._normalized(rows)
         return torch.from_numpy(images).view(-1, 1, side, side)
-
-    def _measured_range(self, rows: np.ndarray) -> tuple[float, float] | None:
-        """Return the values that become black and white; None for those that the dtype suggests."""
-        if self.input_range == "fit":
-            low, high = float(rows.min()), float(rows.max())
-            return (low, high) if low < high else (low, low + 1.0)
-        return None if self.input_range is None else _range(self.input_range)
 
     def _normalized(self, rows: np.ndarray) -> np.ndarray:
         """Map `[n, F]` to -1..1; floating-point values are checked by the model."""
@@ -327,3 +319,11 @@ def _range(values: Any) -> tuple[float, float]:
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise InputError(f"input_range must be None, 'fit' or two numbers (black, white), got {values!r}")
     return low, high
+
+
+def _measured_range(rows: np.ndarray, input_range: Any) -> tuple[float, float] | None:
+    """Return the values that become black and white; None for those that the dtype suggests."""
+    if input_range == "fit":
+        low, high = float(rows.min()), float(rows.max())
+        return (low, high) if low < high else (low, low + 1.0)
+    return None if input_range is None else _range(input_range)
