@@ -10,6 +10,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "simsid/__init__.py").rea
 
 CODECS = ["pylibjpeg>=2.0", "pylibjpeg-openjpeg>=2.0", "pyjpegls>=1.4", "python-gdcm>=3.0.10"]
 TENSORBOARD = ["tensorboard>=2.14"]
+ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 TEST = [
     "pytest>=8",
     "pytest-benchmark>=4",
@@ -58,6 +59,7 @@ setup(
     ],
     extras_require={
         "dicom": CODECS,
+        "onnx": ONNX,
         "tensorboard": TENSORBOARD,
         "test": [*TEST, *CODECS, *TENSORBOARD],
     },

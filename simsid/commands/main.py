@@ -17,6 +17,8 @@ from simsid.commands.convert import Convert
 from simsid.commands.demo import Demo
 from simsid.commands.doctor import Doctor
 from simsid.commands.evaluate import Evaluate
+from simsid.commands.explain import Explain
+from simsid.commands.export import Export
 from simsid.commands.models import Models
 from simsid.commands.scan import Scan
 from simsid.commands.score import Score
@@ -34,10 +36,12 @@ COMMANDS: dict[str, type] = {
     "train": Train,
     "evaluate": Evaluate,
     "score": Score,
+    "explain": Explain,
     "adapt": Adapt,
     "calibrate": Calibrate,
     "scan": Scan,
     "convert": Convert,
+    "export": Export,
     "models": Models,
     "doctor": Doctor,
 }

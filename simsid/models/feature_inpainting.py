@@ -103,7 +103,7 @@ class FeatureInpainting(nn.Module):
     def look_up(self, y: Tensor) -> Tensor:
         """Return the mean of the nearest items of each location, `[B, L, D]` to `[B, L, D]`."""
         items = self.items.to(y.dtype)
-        bias = (items.square().sum(2) * -0.5).expand(len(y), -1, -1)
+        bias = (items.square().sum(2) * -0.5).expand(y.shape[0], -1, -1)
         return space_aware_memory(y, items, self.topk, noise=bias, temperature=y.shape[2] / 2)
 
     @torch.no_grad()
@@ -144,10 +144,12 @@ class FeatureInpainting(nn.Module):
         return square, product, y.new_tensor(len(y))
 
     def _residual(self, y: Tensor, look_up: Tensor, prediction: Tensor) -> Tensor:
-        parts = [
-            target - torch.bmm(self._neighborhood(part).transpose(0, 1), prediction).transpose(0, 1)
-            for part, target in zip(look_up.split(CHUNK), y.split(CHUNK))
-        ]
+        def predict(part: Tensor) -> Tensor:
+            return torch.bmm(self._neighborhood(part).transpose(0, 1), prediction).transpose(0, 1)
+
+        if torch.compiler.is_exporting():  # a program has no loop over a batch of any size
+            return y - predict(look_up)
+        parts = [target - predict(part) for part, target in zip(look_up.split(CHUNK), y.split(CHUNK))]
         return torch.cat(parts) if parts else y
 
     def _map(self, residual: Tensor) -> Tensor:

@@ -97,6 +97,7 @@ def _of_memory(measure: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Outputs
 
 
 _GRAY_UNIT = "squared difference of gray values in -1..1"
+_LOGIT_UNIT = "Grad-CAM, contribution to the negated logit"
 _RESIDUAL_MAP: dict[str, Any] = {
     "map": _of_reconstruction(residual_map),
     "unit": _GRAY_UNIT,
@@ -125,12 +126,16 @@ SIGNALS: dict[str, Signal] = {
             "image's own statistics as in the released evaluation",
             ("reconstruction", "discriminator"),
             lambda outputs: -outputs["discriminator"](outputs["reconstruction"], "per_image"),
+            map=lambda outputs: outputs["discriminator"].grad_cam(outputs["reconstruction"], "per_image"),
+            unit=_LOGIT_UNIT,
         ),
         Signal(
             "discriminator_running",
             "the papers' score, normalized with the running statistics of training",
             ("reconstruction", "discriminator"),
             lambda outputs: -outputs["discriminator"](outputs["reconstruction"]),
+            map=lambda outputs: outputs["discriminator"].grad_cam(outputs["reconstruction"]),
+            unit=_LOGIT_UNIT,
         ),
         Signal(
             "residual",
