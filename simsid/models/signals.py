@@ -32,6 +32,7 @@ class Signal:
         compute: outputs to `[B]`, one value an image.
         map: outputs to `[B, h, w]`, where in the image the signal comes from; None where it has no map.
         unit: the unit of the map's values, for the color bar.
+        localizes: whether the map's peak lies on planted anomalies; reports prefer such maps. Grad-CAM's does not.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Signal:
     compute: Callable[[Outputs], Tensor]
     map: Callable[[Outputs], Tensor] | None = None
     unit: str = ""
+    localizes: bool = True
 
 
 def residual(images: Tensor, reconstruction: Tensor) -> Tensor:
@@ -128,6 +130,7 @@ SIGNALS: dict[str, Signal] = {
             lambda outputs: -outputs["discriminator"](outputs["reconstruction"], "per_image"),
             map=lambda outputs: outputs["discriminator"].grad_cam(outputs["reconstruction"], "per_image"),
             unit=_LOGIT_UNIT,
+            localizes=False,
         ),
         Signal(
             "discriminator_running",
@@ -136,6 +139,7 @@ SIGNALS: dict[str, Signal] = {
             lambda outputs: -outputs["discriminator"](outputs["reconstruction"]),
             map=lambda outputs: outputs["discriminator"].grad_cam(outputs["reconstruction"]),
             unit=_LOGIT_UNIT,
+            localizes=False,
         ),
         Signal(
             "residual",

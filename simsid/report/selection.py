@@ -140,10 +140,11 @@ def _standardized(model: AnomalyModel, signals: Mapping[str, float]) -> dict[str
 def _examples(
     model: AnomalyModel, images: Tensor | None, records: Sequence[Record], scores: Sequence[float], signal: str
 ) -> list[Example]:
-    """Return examples with the map of `signal`, or where it has none, of the first signal that has one."""
+    """Return examples with the map of `signal`, or of the first signal whose map localizes where that one has none."""
     if images is None:
         return []
-    shown = signal if signal in model.map_names else next(iter(model.map_names), None)
+    localizing = [name for name in (signal, *model.map_names) if name in model.map_names and SIGNALS[name].localizes]
+    shown = next(iter(localizing), None)
     rebuilt = model.pictures(images).get("reconstruction")
     heat = model.maps(images, shown).numpy() if shown is not None else None
     return [

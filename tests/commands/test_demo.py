@@ -55,4 +55,4 @@ def test_a_demo_replaces_an_earlier_one(tmp_path, monkeypatch):
     for _ in range(2):
         with pytest.raises(Stop):
             command_line.main(["demo", "-o", str(tmp_path / "demo"), "--images", "8", "--threads", "1"])
-        assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [".lock", "run.json"]
+        assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [".lock", "radiographs", "run.json"]
