@@ -18,6 +18,7 @@ REDUCED = {
     "pixel_knn": ["--image-size", "48"],
     "pixel_pca": ["--image-size", "48"],
     "features": ["--items", "5", "--components", "6"],
+    "feature_knn": ["--components", "6"],
 }
 """Options of a command, or of a preset of `train`, that take the place of those in the page or join them."""
 NETWORK = [*tiny.OPTIONS, "--epochs", "1", "--batch-size", "4"]
