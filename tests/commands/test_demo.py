@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from simsid import Model, Trainer, data
+from simsid.commands import demo
 from simsid.commands import main as command_line
 
 
@@ -48,6 +49,7 @@ def test_a_demo_replaces_an_earlier_one(tmp_path, monkeypatch):
         raise Stop
 
     monkeypatch.setattr(Trainer, "fit", fit)
+    monkeypatch.setattr(demo, "score_samples", lambda output: output.mkdir() or "")
     tiny.calibrated(tmp_path / "demo")
     (tmp_path / "demo" / "run.json").write_text('{"command": "demo"}')
     for name in ("last.json", "report.html", ".lock", ".run.json.x1"):
