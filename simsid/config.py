@@ -15,7 +15,7 @@ WIDEST = 16
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that determines a model's shape, its look-ups and how films are prepared for it.
+    """Everything that determines a model's shape, its look-ups and how images are prepared for it.
 
     Source: SimSID (arXiv 2403.08689), section 3 and table II; SQUID (arXiv 2111.13495), section 3 and table 2.
     """
@@ -29,9 +29,9 @@ class Config:
     levels: int = 4
     """Encoder blocks of stride 2, and up blocks of each generator."""
     skip_levels: int = 2
-    """Deepest up blocks that see a skip connection; more would let the image past the memories."""
+    """Deepest up blocks with a skip connection; more would let the image bypass the memories."""
     merge_levels: int = 2
-    """Last up blocks that work on the whole map, after the patches are put together."""
+    """Last up blocks, which work on the map of the whole image, after the patches are merged."""
     items: int = 100
     """Items a location has in the in-painting block's memory, N."""
     decoder_items: int = 100
@@ -57,31 +57,31 @@ class Config:
     decoder_memory: Literal["patch", "subpatch"] = "patch"
     """Decoder memories by patch location (the papers) or by quarter of each patch (the released code)."""
     inpainting: Literal["attention", "convolution", "memory", "none"] = "attention"
-    """How neighbours restore a patch: attention, a 3x3 convolution, not at all (memory only), or no block."""
+    """How neighbors restore a patch: by attention, a 3x3 convolution, not at all (memory only), or no block."""
     pixel_inpainting: float = 0.0
-    """Share of the input patches zeroed in training."""
+    """Fraction of the input patches zeroed in training."""
     border: Literal["zero", "mask"] = "zero"
-    """A neighbour outside the grid takes part as a zero feature (the released code), or not at all."""
+    """A neighbor outside the grid takes part as a zero feature (the released code), or not at all."""
     heads: int = 8
-    """Heads of the neighbour attention."""
+    """Heads of the neighbor attention."""
     dropout: float = 0.0
     """Dropout rate of the in-painting block's feed-forward part."""
     rho: float = 1.0
     """Probability that a feature position keeps the in-painting block's output in training; SQUID: 0.95."""
     distillation: bool = True
-    """Train a teacher generator and hold the student's features to it."""
+    """Train a teacher generator and pull the student's features towards its own."""
     stop_gradient: bool = True
     """Keep the teacher's gradient out of the encoder."""
     signal: str = "discriminator_per_image"
     """The anomaly signal that `score` and thresholds use, a name of `simsid.models.signals.SIGNALS`."""
     aspect: Literal["stretch", "pad", "crop"] = "stretch"
-    """How a film that is not square becomes square; the papers stretch it."""
+    """How an image that is not square becomes square; the papers stretch it."""
     intensity: Literal["auto", "range", "minmax"] = "auto"
-    """How stored pixel values become -1..1; see `simsid.data.load_images`."""
+    """How stored pixel values become -1..1; see `simsid.data.Preprocessing`."""
 
     def __post_init__(self) -> None:
         """Refuse a configuration that cannot be built, naming the field."""
-        # At 32 pixels and fewer the discriminator's last map is one position, which has no variance to normalise with.
+        # At 32 pixels and fewer the discriminator's last map is one position, which has no variance.
         at_least = {"image_size": 33, "patches": 1, "width": 1, "levels": 1, "skip_levels": 0, "merge_levels": 0}
         at_least |= {"items": 1, "decoder_items": 1, "decoder_memories": 0, "topk": 1, "heads": 1}
         check_fields(self, at_least)
@@ -253,7 +253,7 @@ class TrainingConfig:
     epochs: int = 200
     """Passes over the training images; also the length of the cosine schedule."""
     batch_size: int = 16
-    """Images of an iteration, of all processes together; what does not fill a batch waits for another epoch's order."""
+    """Images of an iteration, of all processes together; images that do not fill a batch are left out of an epoch."""
     learning_rate: float = 1e-4
     """Adam's learning rate in the first epoch, both sides."""
     final_learning_rate: float = 2e-5
@@ -273,19 +273,19 @@ class TrainingConfig:
     generator_weight_decay: float = 1e-5
     """Coupled weight decay of encoder, student and teacher."""
     translate: float = 0.05
-    """Augmentation: largest translation, share of the side."""
+    """Augmentation: largest translation, as a fraction of the side."""
     scale: float = 0.05
     """Augmentation: largest relative change of scale."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the convolutions; `"bfloat16"` is autocast."""
     cuda_graph: bool = True
-    """On one GPU, record the iterations as CUDA graphs and replay them; else launch every kernel anew."""
+    """On one GPU, capture the iterations as CUDA graphs and replay them; otherwise launch every kernel by itself."""
     compile: bool = False
-    """Let `torch.compile` make the networks' code, which takes minutes before the first iteration."""
+    """Compile the networks with `torch.compile`, which takes minutes before the first iteration."""
     sync_batchnorm: bool = False
-    """Among several processes, normalise with the whole batch's statistics; else each with its own share's."""
+    """With several processes, normalize with the global batch's statistics; otherwise with each shard's own."""
     criterion: Literal["auto", "auc", "reconstruction", "last"] = "auto"
-    """What chooses the epoch that is kept: validation AUC of the model's signal (the papers; needs labelled
+    """What chooses the epoch that is kept: validation AUC of the model's signal (the papers; needs labeled
     anomalies), reconstruction error of held-out normal images (needs none), or the last. `"auto"`: AUC where validation
     has both."""
     patience: int = 0
@@ -293,7 +293,7 @@ class TrainingConfig:
     seed: int = 0
     """Seed of everything drawn in training."""
     checkpoint_seconds: float = 30.0
-    """Write the training state once the last one is this old, the work lost to a kill; 0 at every iteration."""
+    """Age of the written training state, in seconds, at which a new one is written; 0: every iteration."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder (needs the extra `tensorboard`)."""
 

@@ -93,9 +93,9 @@ def auc(labels: np.ndarray, scores: np.ndarray, confidence: float = 0.95) -> AUC
         variance = float(share_abnormal.var(ddof=1) / len(abnormal) + share_normal.var(ddof=1) / len(normal))
     if variance <= 0.0:
         variance = value * (1.0 - value) / pairs
-    centre = math.log(value / (1.0 - value))
+    center = math.log(value / (1.0 - value))
     reach = NormalDist().inv_cdf((1.0 + confidence) / 2.0) * math.sqrt(variance) / (value * (1.0 - value))
-    return AUC(value, _sigmoid(centre - reach), _sigmoid(centre + reach))
+    return AUC(value, _sigmoid(center - reach), _sigmoid(center + reach))
 
 
 def curves(labels: np.ndarray, scores: np.ndarray) -> Curves:

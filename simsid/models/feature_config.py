@@ -47,7 +47,7 @@ class FeatureConfig:
     layers: tuple[str, ...] = ()
     """Submodules of the encoder whose outputs are the feature maps; empty: what the encoder returns."""
     inputs: str = "imagenet"
-    """What the encoder takes: three equal channels normalized for ImageNet, or `"grey"`, one channel in -1..1."""
+    """What the encoder takes: three equal channels normalized for ImageNet, or `"gray"`, one channel in -1..1."""
     weight: str | tuple[tuple[float, ...], ...] = "lungs"
     """How much each location counts: `"lungs"` (two ellipses of a frontal chest radiograph), `"uniform"` for other
     anatomies, or an array `[h, w]` of numbers of at least 0 that covers the image."""

@@ -23,7 +23,7 @@ TAPS = (7, 10, 14)
 # channels) and its classifier are not used.
 STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192))
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-INPUTS = ("imagenet", "grey")
+INPUTS = ("imagenet", "gray")
 
 
 class ConvNorm(nn.Module):
@@ -149,7 +149,7 @@ class FeatureEncoder(nn.Module):
         network: a module that returns a map `[B, C, h, w]`, or a list, tuple or dictionary of maps; None is
             EfficientNet-Lite0. It is frozen and put into inference mode.
         layers: names of submodules (as `network.named_modules()` has them) whose outputs are the maps instead.
-        inputs: `"imagenet"` feeds three equal channels normalized by ImageNet's mean and deviation; `"grey"` feeds one
+        inputs: `"imagenet"` feeds three equal channels normalized by ImageNet's mean and deviation; `"gray"` feeds one
             channel in -1..1.
 
     Raises:

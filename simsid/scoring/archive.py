@@ -12,6 +12,7 @@ one number a file when the shards are merged.
 """
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
@@ -123,6 +124,12 @@ def score_archive(
                     bar.update()
         except KeyboardInterrupt:
             return Summary("interrupted", done, resumed)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise ArchiveError(
+                f"no space is left on the device of {output}: free some and start the same command again, which resumes"
+            ) from error
         with archive.finish() as missing:
             if missing:
                 return Summary("waiting", done, resumed, tuple(missing))

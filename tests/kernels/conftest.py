@@ -52,7 +52,7 @@ if interpreter_on() and TRITON_INSTALLED and importlib.metadata.version("triton"
 
 @pytest.fixture
 def poisoned():
-    """Fill every uninitialised tensor with NaN (integers with their largest value), so that missing writes are seen."""
+    """Fill every uninitialized tensor with NaN (integers with their largest value), so that missing writes are seen."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

@@ -19,7 +19,7 @@ each = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
 
 
 def build(kind, **changes):
-    return kind(encoder=TinyEncoder(), **{**SIZES, "inputs": "grey", **changes})
+    return kind(encoder=TinyEncoder(), **{**SIZES, "inputs": "gray", **changes})
 
 
 def sample(images=30, seed=0):

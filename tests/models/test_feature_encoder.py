@@ -133,7 +133,7 @@ def test_grey_input_is_passed_on_unchanged():
             return x
 
     network, images = Echo(), torch.rand(2, 1, 8, 8) * 2 - 1
-    FeatureEncoder(network, inputs="grey")(images)
+    FeatureEncoder(network, inputs="gray")(images)
     assert torch.equal(network.seen, images)
 
 

@@ -24,7 +24,7 @@ def block(seed=0, **changes) -> InpaintingBlock:
 
 
 def attention_by_hand(mixing: NeighborAttention, f, n):
-    """Attention of each location by itself: loop over images, locations, heads and neighbours."""
+    """Attention of each location by itself: loop over images, locations, heads and neighbors."""
     rows, columns = mixing.grid
     D = f.shape[-1]
     d = D // mixing.heads
@@ -95,7 +95,7 @@ def test_borders_differ():
     with torch.no_grad():
         zero, mask = block(border="zero")(x).features, block(border="mask")(x).features
     same = [torch.equal(zero[place], mask[place]) for place in range(9)]
-    assert same == [False] * 4 + [True] + [False] * 4, "only the centre of a 3 x 3 grid has all its neighbours"
+    assert same == [False] * 4 + [True] + [False] * 4, "only the center of a 3 x 3 grid has all its neighbors"
 
 
 @pytest.mark.parametrize(("patches", "bits"), [(1, 1), (2, 3), (3, 4), (4, 5), (8, 7)])
@@ -110,7 +110,7 @@ def test_index_planes(patches, bits):
 
 
 @pytest.mark.parametrize("kind", ["attention", "convolution"])
-def test_neighbours_only(kind):
+def test_neighbors_only(kind):
     """A patch two steps away changes nothing, not even the last bit."""
     made = block(image_size=64, patches=4, inpainting=kind)
     D = made.memory.items.shape[-1]
@@ -124,7 +124,7 @@ def test_neighbours_only(kind):
     assert changed == (around if kind == "attention" else around | {2})
 
 
-def test_the_centre_takes_no_part_as_key_or_value():
+def test_the_center_takes_no_part_as_key_or_value():
     made = block()
     f, n = torch.randn(1, 9, 64), torch.randn(1, 9, 64)
     other = n.clone()
@@ -133,7 +133,7 @@ def test_the_centre_takes_no_part_as_key_or_value():
         assert torch.equal(made.mixing(f, n)[0, 4], made.mixing(f, other)[0, 4])
 
 
-def test_initialisation_is_that_of_packed_attention():
+def test_initialization_is_that_of_packed_attention():
     torch.manual_seed(0)
     mixing, packed = NeighborAttention(64, (2, 2), 8, "zero", "torch"), torch.nn.MultiheadAttention(64, 8)
     for own in (mixing.query.weight, mixing.key_value.weight):

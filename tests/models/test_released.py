@@ -93,9 +93,11 @@ def test_round_trip(changes):
     """`"subpatch"` is their V1, `"patch"` their V3."""
     model = random_model(**changes)
     config = model.config
-    told = {name: getattr(config, name) for name in ("topk", "threshold", "memory", "decoder_memory", "merge_levels")}
+    options = {
+        name: getattr(config, name) for name in ("topk", "threshold", "memory", "decoder_memory", "merge_levels")
+    }
     state = torch.get_rng_state()
-    found = convert(*export(model), **told)
+    found = convert(*export(model), **options)
     assert torch.equal(torch.get_rng_state(), state)
     assert found.config == config and not found.training and found.calibration is None
     own, other = checkpoint.tensors(model), checkpoint.tensors(found)

@@ -10,7 +10,7 @@ SIZES = {"image_size": 32, "components": 6, "items": 5, "topk": 2, "grid": 4, "w
 
 
 class TinyEncoder(nn.Module):
-    """Two random convolutions of a grey image; returns both maps, 8 x 8 and 4 x 4."""
+    """Two random convolutions of a gray image; returns both maps, 8 x 8 and 4 x 4."""
 
     def __init__(self, seed=0):
         super().__init__()
@@ -48,7 +48,7 @@ def shifted(images):
 
 def memory(**changes):
     """Return a feature memory of the tiny encoder, not fitted."""
-    return FeatureMemory(encoder=TinyEncoder(), **{**SIZES, "inputs": "grey", **changes})
+    return FeatureMemory(encoder=TinyEncoder(), **{**SIZES, "inputs": "gray", **changes})
 
 
 def auc(low, high):

@@ -1,5 +1,6 @@
 """`score_archive`: resumption, shards, merging, refusals, pictures, and memory that does not grow with the files."""
 
+import errno
 import gc
 import json
 import os
@@ -353,3 +354,18 @@ def test_a_model_without_calibration_is_refused(films, tmp_path):
     with pytest.raises(CalibrationError, match="not calibrated"):
         score(tiny.model(), films, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_full_device_is_named_with_how_to_resume(loaded, tmp_path, monkeypatch):
+    tiny.films(tmp_path / "data", 3)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(archive, "write_row", full)
+        with pytest.raises(
+            ArchiveError, match=r"no space is left on the device of .*out: free some and start the same"
+        ):
+            score(loaded, tmp_path / "data", tmp_path / "out")
+    assert score(loaded, tmp_path / "data", tmp_path / "out").scored == 3
