@@ -23,6 +23,8 @@ def require_path(name: str, value: object) -> str:
     path = os.fspath(value)
     if not isinstance(path, str):
         raise InputTypeError(f"{name} must be a path of text, got bytes")
+    if not path:
+        raise InputError(f"{name} must be a path, got an empty one")
     return path
 
 

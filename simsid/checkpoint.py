@@ -156,7 +156,10 @@ def read_regular(path: pathlib.Path, largest: int) -> bytes:
 def write(folder: str | os.PathLike, name: str, tensors: dict[str, Tensor], document: dict[str, object]) -> None:
     """Write `tensors` and `document` as the pair `name` of `folder`, replacing an older pair atomically."""
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be made a folder to write into: {error.strerror}") from None
     content = save_safetensors({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
     with _only_writer(folder):
         _write_pair(folder, name, content, document)
@@ -235,6 +238,8 @@ def check_shapes(module: torch.nn.Module, values: dict[str, Tensor], source: obj
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{source} {kind} tensor {min(names)}{more}")
     for name, tensor in own.items():
+        if values[name].is_floating_point() != tensor.is_floating_point():
+            raise CheckpointError(f"{source}: tensor {name} must be of type {tensor.dtype}, got {values[name].dtype}")
         if values[name].shape != tensor.shape:
             raise CheckpointError(
                 f"{source}: tensor {name} must have shape {list(tensor.shape)}, got {list(values[name].shape)}"

@@ -79,7 +79,7 @@ def _package(requirement: Requirement) -> Finding:
 
 
 def _processor() -> Finding:
-    return Finding("ok", "cpu", f"{os.cpu_count()} cores, PyTorch uses {torch.get_num_threads()} threads")
+    return Finding("ok", "cpu", f"{os.cpu_count()} cores, threads that PyTorch uses: {torch.get_num_threads()}")
 
 
 def _gpu() -> list[Finding]:

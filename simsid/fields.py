@@ -17,6 +17,11 @@ LARGEST = {
     "decoder_items": 1_000_000,
     "topk": 1_000_000,
     "heads": 1024,
+    "epochs": 1_000_000,
+    "batch_size": 1_000_000,
+    "generator_every": 1_000_000,
+    "patience": 1_000_000,
+    "seed": 2**62,
 }
 """No configuration of use is larger; a damaged or hostile file must not make the network's size absurd."""
 

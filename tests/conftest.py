@@ -8,8 +8,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+
 # Threads that wait spin: two processes with two threads each on two cores are many times slower than with one each.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
+torch.set_num_threads(1 if WORKER else min(2, torch.get_num_threads()))
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 MOST_WORKERS = 8
@@ -18,6 +20,8 @@ MOST_WORKERS = 8
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """Divide the whole suite among one process per core, where pytest-xdist is installed and `-n` is not given."""
+    if WORKER:
+        return  # a worker that divided its part again would start processes without end
     whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
     if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses = min(CORES, MOST_WORKERS)

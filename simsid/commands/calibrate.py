@@ -2,16 +2,21 @@
 
 import contextlib
 import pathlib
+import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tyro.conf import OmitArgPrefixes
 
-from simsid.commands.common import Data, Exclude, Machine, ModelFolder, load_set
+from simsid.commands.common import Data, Exclude, Machine, ModelFolder, check_images, load_set
 from simsid.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from simsid.models import AnomalyModel
+
+
+FEWEST = 8
+"""Normal images that a calibration needs."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,14 @@ class Calibrate:
         from simsid.data import open_dataset, partition
         from simsid.metrics import check_rate
         from simsid.models import load
+        from simsid.models.loading import shipped_models
         from simsid.training.run_folder import RunFolder
 
+        if self.model in shipped_models():
+            raise UsageError(
+                f"{self.model} comes with simsid and stays as it is; adapt it with: simsid adapt {self.model} "
+                f"{shlex.quote(str(self.data))} -o FOLDER"
+            )
         folder, workers = pathlib.Path(self.model), self.machine.workers
         device = self.machine.prepare()
         check_rate("false_positive_rate", self.false_positive_rate)
@@ -60,10 +71,13 @@ class Calibrate:
                 raise UsageError(f"{self.data} has no normal image to calibrate on")
             train = load_set(train_records, model.preprocessing, workers)
             val = load_set(normal, model.preprocessing, workers) if normal else None
+            # Of a few images the deviation, in whose units scores are, is chance.
+            check_images(self.data, len(train), FEWEST, "calibration")
             model.calibrate(train, train if self.local else val)
             model.save(folder)
         held = len(train) if self.local else len(val) if val is not None else 0
-        print(f"{self.model}: calibrated on {len(train)} normal images, with {held} held out for thresholds")
+        threshold_from = "which also set the threshold" if self.local else f"with {held} held out for thresholds"
+        print(f"{self.model}: calibrated on {len(train)} normal images, {threshold_from}")
         failures = [*train.failures, *(val.failures if val is not None else ())]
         if failures:
             first = f"{printable(failures[0].path)}: {failures[0].reason}"

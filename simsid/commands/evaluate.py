@@ -23,7 +23,7 @@ from simsid.commands.common import (
     usual_split,
     write_evaluation_report,
 )
-from simsid.errors import UsageError
+from simsid.errors import UsageError, printable
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Evaluate:
     """Measure a model on labelled radiographs: a table, report.html, metrics.json and scores.csv."""
 
     model: ModelFolder
-    """Model or run folder."""
+    """Model or run folder, or the name of a shipped model."""
     data: Data
     """Labelled images: a published data set's folder, or a CSV (path,label,split,patient)."""
     output: MaybeOutput = None
@@ -81,7 +81,7 @@ class Evaluate:
         title = f"simsid: {self.data.resolve().name}, {split or 'all images'}"
         with saved(f"the figures are in {output / 'metrics.json'}"):
             write_evaluation_report(model, images, evaluation, output / "report.html", title)
-        print(f"report: {output / 'report.html'}")
+        print(f"report: {printable(str(output / 'report.html'))}")
         return 1 if images.failures else 0
 
 
@@ -91,5 +91,4 @@ def _refuse_missing(records: list) -> None:
 
     missing = missing_files(records)
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UsageError(f"{missing[0]}{more} of {len(records)} listed files do not exist")
+        raise UsageError(f"{len(missing)} of {len(records)} listed files do not exist, the first: {missing[0]}")

@@ -19,7 +19,7 @@ class Explain:
     """
 
     model: ModelFolder
-    """Model or run folder."""
+    """Model or run folder, or the name of a shipped model."""
     data: Data
     """Folder of images (any depth), one image, or a CSV with a path column."""
     output: Output

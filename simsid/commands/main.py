@@ -83,6 +83,8 @@ def _run(arguments: list[str]) -> int | str | None:
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     who = f"rank {os.environ.get('RANK')}: " if several else ""
     try:
+        if "" in arguments:
+            raise UsageError("an argument is empty, perhaps a variable of the shell that is not set")
         command = _parse(arguments)
         if several and not isinstance(command, (Train, Score)):
             raise UsageError(f"{arguments[0]} runs as a single process; start it without torchrun")

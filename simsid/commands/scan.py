@@ -22,11 +22,13 @@ class Scan:
     """Threads that decode images; 0 is one per core."""
 
     def run(self) -> int:
-        """Scan and print; the exit status is 1 when a file is rejected."""
+        """Scan and print; the exit status is 1 when a file is rejected, 2 when no image can be read."""
         from simsid.data import scan
 
         if self.workers < 0:
             raise UsageError(f"workers must be at least 0, got {self.workers}")
         found = scan(self.data, workers=self.workers or None, progress=sys.stderr.isatty(), exclude=self.exclude)
         print(json.dumps(found.as_dict(), indent=1) if self.json else found)
+        if not found.readable:
+            return 2
         return 1 if found.failures else 0

@@ -22,6 +22,7 @@ from simsid.commands.common import (
     saved,
     versions,
 )
+from simsid.errors import printable
 
 if TYPE_CHECKING:
     from simsid.models import AnomalyModel
@@ -37,7 +38,7 @@ class Score:
     """
 
     model: ModelFolder
-    """Model or run folder."""
+    """Model or run folder, or the name of a shipped model."""
     data: Data
     """Folder of images (any depth), one image, or a CSV with a path column."""
     output: Output
@@ -102,16 +103,16 @@ class Score:
             print("no threshold: the model was calibrated without held-out normal images")
         elif summary.scored:
             print(
-                f"{summary.flagged} above the threshold, which {self.false_positive_rate:.3g} of {len(held)} held-out "
-                "normal images may exceed"
+                f"{summary.flagged} flagged: above the threshold that {100 * self.false_positive_rate:.3g} % of "
+                f"{len(held)} held-out normal images may exceed"
             )
         for note in for_processing_notes(summary.for_processing):
             print(f"simsid: note: {note}", file=sys.stderr)
         if summary.shift is not None:
             print(f"simsid: note: {summary.shift}".replace("MODEL", self.model), file=sys.stderr)
         if summary.top:
-            print(f"report: {self.output / 'report.html'}")
-        print(f"scores: {self.output / 'scores.csv'}")
+            print(f"report: {printable(str(self.output / 'report.html'))}")
+        print(f"scores: {printable(str(self.output / 'scores.csv'))}")
         return 0 if not summary.failed else 1 if summary.scored else 2
 
     def _report(self, model: "AnomalyModel", summary: "Summary") -> None:

@@ -25,6 +25,9 @@ AT_ONCE = 2**24
 ImageSize = int | tuple[int, int]
 
 
+LARGEST_SIDE = 32_768  # pixels; a larger one is a mistake that would ask for all the memory
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How gray values of any size and depth become the image that a model takes.
@@ -51,8 +54,8 @@ class Preprocessing:
     def __post_init__(self) -> None:
         size = self.image_size
         sides = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else (size, size)
-        if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
-            raise InputError(f"image_size must be one or two positive whole numbers, got {size!r}")
+        if len(sides) != 2 or not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides):
+            raise InputError(f"image_size must be one or two whole numbers of 1 to {LARGEST_SIDE}, got {size!r}")
         if not isinstance(size, int):
             object.__setattr__(self, "image_size", sides)
         for name, value, choices in (

@@ -143,6 +143,8 @@ def _images(images: Tensor | np.ndarray, name: str, axes: int) -> Tensor:
         if images.dtype.kind == "f":
             # Negative strides and read-only memory have no counterpart in PyTorch and are copied.
             return torch.from_numpy(np.require(images, np.float32, ["C", "W"]))
+    elif images.is_meta or images.layout != torch.strided:
+        raise InputTypeError(f"{name} must be a dense tensor with values, got {images.layout} on {images.device}")
     elif images.is_floating_point():
         return images.detach().to(torch.float32)
     raise InputError(

@@ -23,9 +23,9 @@ RANGES = {
     "topk": (1, 64),
     "most_images": (8, 1_000_000),
     "seed": (0, 2**31),
-    "penalty": (0.0, math.inf),
-    "inpainting_weight": (0.0, math.inf),
-    "synthetic_weight": (0.0, math.inf),
+    "penalty": (0.0, 1e9),
+    "inpainting_weight": (0.0, 1e9),
+    "synthetic_weight": (0.0, 1e9),
 }
 """Least and greatest value of each number; a damaged file must not make a model's size absurd."""
 

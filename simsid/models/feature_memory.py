@@ -123,7 +123,10 @@ class FeatureMemory(FeatureModel):
         sample = self.sample(images, ("jittered",), progress=progress)
         new = (parts.pooled.own_rows(sample.clean) < 0).nonzero()[:, 0] if sample.count else torch.zeros(0)
         if len(new) < FEWEST:
-            raise InputError(f"images must have at least {FEWEST} images that the memory lacks, got {len(new)}")
+            known = sample.count - len(new)
+            raise InputError(
+                f"adapt needs at least {FEWEST} images that the memory lacks, got {len(new)} and {known} it has"
+            )
         if self.original is None:
             calibration = self.calibration.to_dict() if self.calibration else None
             self.original = {"images": parts.pooled.images, "units": parts.units(), "calibration": calibration}
@@ -157,6 +160,12 @@ class FeatureMemory(FeatureModel):
             images: normal images; see `AnomalyModel`.
             holdout: normal images that the model was not fitted to, for thresholds.
         """
+        # Images held out may be in the memory too, as those that the model was adapted to are.
+        held = None if holdout is None else self._judged_without_itself(holdout)
+        self.calibration = Calibration.fit(self._judged_without_itself(images), held)
+
+    def _judged_without_itself(self, images: object) -> dict[str, np.ndarray]:
+        """Return the signals of images, each judged without its own rows of the memory where it is in there."""
         parts = self._fitted()
         columns: dict[str, list[Tensor]] = {name: [] for name in self.signal_names}
         for batch, count in self._padded_batches(images, BATCH):
@@ -165,8 +174,7 @@ class FeatureMemory(FeatureModel):
             for name, values in columns.items():
                 values.append(judged[name][:count])
         signals = {name: torch.cat(values) for name, values in columns.items() if values}
-        held = None if holdout is None else self.signals(holdout)
-        self.calibration = Calibration.fit(_arrays(signals, tuple(signals)), held)
+        return _arrays(signals, tuple(signals))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Return the memories, and configuration, sizes and what identifies the encoder."""
