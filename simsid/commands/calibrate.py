@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 FEWEST = 8
-"""Normal images that a calibration needs."""
+"""Normal images that a calibration on local images needs."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class Calibrate:
             train = load_set(train_records, model.preprocessing, workers)
             val = load_set(normal, model.preprocessing, workers) if normal else None
             # Of a few images the deviation, in whose units scores are, is chance.
-            check_images(self.data, len(train), FEWEST, "calibration")
+            if self.local:
+                check_images(self.data, len(train), FEWEST, "calibration on local images")
             model.calibrate(train, train if self.local else val)
             model.save(folder)
         held = len(train) if self.local else len(val) if val is not None else 0

@@ -29,7 +29,7 @@ def test_local_calibration_takes_every_normal_image_and_prints_the_threshold(sim
     tiny.write_list(tmp_path / "list.csv", ["path", "label"], listed)
     done = simsid("calibrate", uncalibrated, "list.csv", "--local", "--false-positive-rate", "0.1")
     assert done.code == 0, done.err
-    assert "calibrated on 39 normal images, with 39 held out for thresholds" in done.out
+    assert "calibrated on 39 normal images, which also set the threshold" in done.out
     model = Model.load(tmp_path / "model")
     assert model.calibration.count == 39
     found = re.search(
@@ -45,11 +45,11 @@ def test_local_calibration_takes_every_normal_image_and_prints_the_threshold(sim
 
 
 def test_files_that_cannot_be_read_or_are_excluded_are_left_out(simsid, uncalibrated, tmp_path):
-    tiny.films(tmp_path / "data", 5)
+    tiny.films(tmp_path / "data", 9)
     tiny.films(tmp_path / "data" / "masks", 2, seed=1)
     path = tiny.damaged(tmp_path / "data")
     done = simsid("calibrate", uncalibrated, "data", "--local", "--exclude", "masks")
-    assert done.code == 0 and "calibrated on 5 normal images" in done.out
+    assert done.code == 0 and "calibrated on 9 normal images" in done.out
     assert f"1 files could not be read, such as {path}: " in done.out
 
 
@@ -74,3 +74,23 @@ def test_a_refused_calibration_leaves_the_model_as_it_was(simsid, model, films, 
     done = simsid("calibrate", model, *line.split())
     assert done.code == 2 and done.err.startswith("simsid: ") and message in done.err
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_few_local_images_are_refused_and_the_calibration_stays(simsid, tmp_path):
+    made = tiny.calibrated(tmp_path / "model")
+    tiny.films(tmp_path / "data", 3)
+    done = simsid("calibrate", "model", "data", "--local")
+    message = "calibration on local images needs at least 8 images, got 3 in data"
+    assert (done.code, done.err) == (2, f"simsid: {message}\n")
+    assert Model.load(tmp_path / "model").calibration == made.calibration
+
+
+def test_shipped_model_stays_and_adapt_is_named(simsid, tmp_path):
+    tiny.films(tmp_path / "data", 1)
+    done = simsid("calibrate", "zhanglab", "data", "--local")
+    assert done.code == 2 and "comes with simsid and stays as it is; adapt it with: simsid adapt zhanglab" in done.err
+
+
+def test_empty_argument_is_refused(simsid, tmp_path):
+    done = simsid("score", "model", "data", "-o", "")
+    assert done.code == 2 and "an argument is empty" in done.err

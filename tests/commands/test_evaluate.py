@@ -60,8 +60,8 @@ def test_a_damaged_file_of_the_split_is_counted(simsid, model, tmp_path):
 def test_listed_files_that_do_not_exist_are_named(simsid, model, films, tmp_path):
     labelled_list(tmp_path, films)
     for line, message in (
-        ("gone.png,1,\n", f"{tmp_path / 'gone.png'} of 8 listed files do not exist"),
-        ("gone too.png,0,\n", f"{tmp_path / 'gone.png'} and 1 more of 9 listed files do not exist"),
+        ("gone.png,1,\n", f"1 of 8 listed files do not exist, the first: {tmp_path / 'gone.png'}"),
+        ("gone too.png,0,\n", f"2 of 9 listed files do not exist, the first: {tmp_path / 'gone.png'}"),
     ):
         with open(tmp_path / "list.csv", "a") as file:
             file.write(line)

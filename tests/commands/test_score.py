@@ -182,7 +182,7 @@ def test_another_signal_scores_flags_and_pictures(simsid, model, films, tmp_path
     table = tiny.rows(tmp_path / "out" / "scores.csv")
     flags = [int(float(row[name]) > threshold) for row in table]
     assert [int(row["flagged"]) for row in table] == flags
-    assert f"{sum(flags)} above the threshold, which 0.5 of 19 held-out normal images may exceed" in done.out
+    assert f"{sum(flags)} flagged: above the threshold that 50 % of 19 held-out normal images may exceed" in done.out
     for row in table:
         assert float(row["score"]) == calibration.probability(name, np.array([float(row[name])]))[0]
     highest = max(table, key=lambda row: float(row[name]))
