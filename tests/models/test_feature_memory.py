@@ -249,6 +249,16 @@ def test_adapting_judges_each_image_without_its_own_rows(saved):
     assert model.signals(site)["pooled_memory"].mean() < -0.3
 
 
+def test_calibrating_on_images_of_the_memory_judges_each_without_its_own_rows(saved):
+    """Otherwise adapting to images and then calibrating on them sets a threshold that nearly every new image exceeds."""
+    model, site = load(saved), shifted(normal(24, 11))
+    model.adapt(site)
+    model.calibrate(site, site)
+    held = np.array(model.calibration.holdout["pooled_memory"])
+    assert held.mean() == pytest.approx(model.calibration.mean["pooled_memory"], abs=1e-6)
+    assert model.signals(site)["pooled_memory"].mean() < held.mean() - 0.3
+
+
 def test_revert_restores_the_fitted_model_bit_for_bit_also_after_saving(saved, tmp_path):
     model = load(saved)
     before = model.identity()
