@@ -250,7 +250,7 @@ def test_adapting_judges_each_image_without_its_own_rows(saved):
 
 
 def test_calibrating_on_images_of_the_memory_judges_each_without_its_own_rows(saved):
-    """Otherwise adapting to images and then calibrating on them sets a threshold that nearly every new image exceeds."""
+    """Otherwise adapting to images and then calibrating on them sets a threshold that new images exceed."""
     model, site = load(saved), shifted(normal(24, 11))
     model.adapt(site)
     model.calibrate(site, site)
