@@ -1,0 +1,219 @@
+"""Launches of `simsid.kernels` as PTX: compiled by Triton for an architecture, run by the interpreter on the CPU.
+
+The host code, its plans, the custom ops and autograd run as they are; only the last step, the launch, is replaced.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
+
+from compiled import OPS, Variant, specialize  # noqa: E402
+from ptx.global_memory import GlobalMemory  # noqa: E402
+from ptx.instructions import parse  # noqa: E402
+from ptx.machine import Machine, run  # noqa: E402
+from ptx.shared_memory import SharedMemory  # noqa: E402
+from ptx.tensorcore import ROUNDING, Rounding  # noqa: E402
+from ptx.translate import Kernel, translate  # noqa: E402
+
+from simsid.kernels import backend  # noqa: E402
+from simsid.kernels.launch import Launch  # noqa: E402
+
+THREADS = 4096  # that run in step: more make each step longer, fewer make more steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What Triton made of a kernel."""
+
+    ptx: str
+    shared: int  # bytes
+    num_warps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """A launch that ran."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    ptx: str
+    ambiguous: int  # instructions whose result a GPU may choose, see `SharedMemory.ambiguous`
+
+
+def _stop_at_ptx(*arguments: object) -> tuple[str, str] | None:
+    """Replace the last stage of the compiler, ptxas, by an empty file; without arguments, return the cache's key."""
+    if not arguments:
+        return "ptx only", "ptx only"
+    stages = arguments[1]
+    stages["cubin"] = lambda module, metadata: b""
+    return None
+
+
+@contextlib.contextmanager
+def _ptx_only() -> Iterator[None]:
+    """Compile without ptxas, half of the time, into a cache of its own: Triton 3.6 has the hook, but not in its key."""
+    hook, folder = knobs.runtime.add_stages_inspection_hook, knobs.cache.dir
+    knobs.runtime.add_stages_inspection_hook = _stop_at_ptx
+    knobs.cache.dir = os.path.join(folder, "ptx")
+    try:
+        yield
+    finally:
+        knobs.runtime.add_stages_inspection_hook, knobs.cache.dir = hook, folder
+
+
+def compile_ptx(variant: Variant, arch: int) -> Compiled:
+    """Compile a kernel for compute capability `arch`, as far as PTX."""
+    names = variant.kernel.arg_names
+    source = ASTSource(
+        variant.kernel,
+        signature=variant.signature,
+        constexprs=variant.constexprs,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible},
+    )
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+    with _ptx_only():
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return Compiled(compiled.asm["ptx"], compiled.metadata.shared, compiled.metadata.num_warps)
+
+
+def run_grid(
+    kernel: Kernel,
+    grid: tuple[int, ...],
+    threads: int,
+    shared: int,
+    arguments: list[np.ndarray],
+    memory: GlobalMemory,
+    rounding: Rounding | None,
+) -> int:
+    """Run every block of a launch, some at a time.
+
+    Args:
+        kernel: the translated program.
+        grid: blocks along one to three axes.
+        threads: of a block.
+        shared: bytes of shared memory of a block.
+        arguments: of the kernel, each an array of one element.
+        memory: global memory.
+        rounding: of the tensor cores.
+
+    Returns:
+        How many instructions left it to the GPU which of a warp's values stays, see `SharedMemory.ambiguous`.
+    """
+    ambiguous = 0
+    x, y, z = (*grid, 1, 1)[:3]
+    together = max(1, THREADS // threads)
+    for first in range(0, x * y * z, together):
+        numbers = np.arange(first, min(first + together, x * y * z))
+        machine = Machine(kernel, numbers, (x, y, z), threads)
+        machine.parameters = dict(zip((name for _, name in kernel.parameters), arguments))
+        machine.global_memory, machine.rounding = memory, rounding
+        machine.shared = SharedMemory(shared, kernel.granule, len(numbers), threads)
+        run(kernel, machine)
+        ambiguous += machine.shared.ambiguous[0]
+    return ambiguous
+
+
+class Interpreter:
+    """Carries out launches for one architecture.
+
+    Args:
+        arch: compute capability, times 10: 80 or 90.
+        edit: changes the PTX of a kernel, by its name, before it runs (for mutations).
+        rounded: round products as the tensor cores do, or once.
+    """
+
+    def __init__(self, arch: int, edit: Callable[[str, str], str] | None = None, rounded: bool = True):
+        self.arch, self.ran = arch, []
+        self._edit = edit or (lambda name, ptx: ptx)
+        self._rounding = ROUNDING[arch] if rounded else None
+
+    def launch(self, kernel: object, grid: tuple[int, ...], num_warps: int, num_stages: int, **arguments: object) -> None:
+        """Compile and run, in place of `simsid.kernels.launch.launch`."""
+        variant = specialize(kernel.__name__, Launch(kernel, grid, arguments, num_warps, num_stages), (self.arch,))
+        compiled = _compiled(variant, self.arch)
+        ptx = self._edit(variant.name, compiled.ptx)
+        translated = _translated(ptx)
+        storages: dict[int, Tensor] = {}
+        for argument in arguments.values():
+            if isinstance(argument, Tensor):
+                storages.setdefault(argument.untyped_storage().data_ptr(), argument)
+        buffers = [_bytes_of(tensor) for tensor in storages.values()]
+        memory = GlobalMemory(buffers)
+        start = dict(zip(storages, memory.addresses))
+        values = []
+        for parameter in kernel.params:
+            value = arguments[parameter.name]
+            if variant.signature[parameter.name] != "constexpr":
+                values.append(_argument(value, variant.signature[parameter.name], start))
+        # Triton adds pointers to scratch memory, which these kernels do not use: null, so that a use is a fault.
+        values += [np.zeros(1, np.uint64)] * (len(translated.parameters) - len(values))
+        ambiguous = run_grid(
+            translated, grid, 32 * compiled.num_warps, compiled.shared, values, memory, self._rounding
+        )
+        self.ran.append(Ran(variant.name, grid, ptx, ambiguous))
+        for i, buffer in enumerate(buffers):
+            buffer[:] = memory.contents(i)
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator["Interpreter"]:
+        """Replace the launches of all ops, and let `backend="triton"` take tensors on the CPU."""
+        modules = [importlib.import_module(f"simsid.kernels.{op}.fused") for op in OPS]
+        memory = modules[OPS.index("memory")]
+        before = memory._target, backend.interpreter_on
+        memory._target = lambda device: memory.Target("tf32x3", warp_groups=self.arch == 90)
+        backend.interpreter_on = lambda: True
+        launch = modules[0].launch
+        for module in modules:
+            module.launch = self.launch
+        try:
+            yield self
+        finally:
+            memory._target, backend.interpreter_on = before
+            for module in modules:
+                module.launch = launch
+
+
+_compilations: dict[tuple, Compiled] = {}
+_translations: dict[str, Kernel] = {}
+
+
+def _compiled(variant: Variant, arch: int) -> Compiled:
+    key = (variant.key, arch)
+    if key not in _compilations:
+        _compilations[key] = compile_ptx(variant, arch)
+    return _compilations[key]
+
+
+def _translated(ptx: str) -> Kernel:
+    if ptx not in _translations:
+        _translations[ptx] = translate(parse(ptx))
+    return _translations[ptx]
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+
+
+def _argument(value: object, kind: str, start: dict[int, int]) -> np.ndarray:
+    """Return the bits of an argument as the launcher would pass it."""
+    if isinstance(value, Tensor):
+        address = start[value.untyped_storage().data_ptr()] + value.storage_offset() * value.element_size()
+        return np.array([address], np.uint64)
+    if kind == "fp32":
+        return np.array([value], np.float32).view(np.uint32)
+    return np.array([value], np.int32 if kind == "i32" else np.int64).view(np.uint32 if kind == "i32" else np.uint64)
