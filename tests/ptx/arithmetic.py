@@ -20,7 +20,7 @@ def storage(kind: str) -> type:
     """Return the dtype of a register that holds a PTX type."""
     if kind == "pred":
         return np.bool_
-    if kind in ("tf32", "bf16x2", "f16x2"):
+    if kind == "tf32" or kind.endswith("x2"):
         return np.uint32
     return BITS[kind.lstrip("busf")]
 
@@ -214,6 +214,11 @@ def _flushed(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     return lambda *x: _flush(function(*map(_flush, x)))
 
 
+def _packed(function: Callable[..., np.ndarray], kind: str) -> Callable[..., np.ndarray]:
+    """Let a function of register bits work on the two halves of each register."""
+    return lambda *x: function(*(np.ascontiguousarray(value).view(storage(kind)) for value in np.broadcast_arrays(*x))).view(np.uint32)
+
+
 def _in_double(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     return lambda x: function(x.astype(np.float64)).astype(x.dtype)
 
@@ -303,6 +308,9 @@ def operation(opcode: str) -> tuple[Callable[..., np.ndarray], tuple[str, ...], 
         return _numbers(function, kind), (kind,) * count, kind
     if kind[0] in "us" and name in ("mul", "mad"):
         return _multiply(modifiers, kind, name == "mad")
+    if kind.endswith("x2") and name in _INTEGER:
+        function, operands, _ = operation(opcode.removesuffix("x2"))
+        return _packed(function, kind.removesuffix("x2")), (kind,) * len(operands), kind
     if kind[0] in "usb" and name in _INTEGER and not modifiers:
         return _numbers(_INTEGER[name], kind), (kind,) * (1 if name in ("neg", "abs") else 2), kind
     raise Unsupported(opcode)

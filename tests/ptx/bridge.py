@@ -9,7 +9,7 @@ import importlib
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -46,13 +46,41 @@ class Compiled:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ran:
-    """A launch that ran."""
+class Prepared:
+    """A launch, ready to run: the PTX of its kernel, and everything that it is given."""
 
     kernel: str
-    grid: tuple[int, ...]
     ptx: str
-    ambiguous: int  # instructions whose result a GPU may choose, see `SharedMemory.ambiguous`
+    grid: tuple[int, ...]
+    threads: int  # of a block
+    shared: int  # bytes of a block
+    storages: list[np.ndarray]  # bytes of the tensors
+    arguments: list[np.ndarray]  # of one element each; pointers are addresses in a `GlobalMemory` of the storages
+
+    def run(self, rounding: Rounding | None) -> tuple[GlobalMemory, int]:
+        """Run every block, some at a time.
+
+        Args:
+            rounding: of the tensor cores.
+
+        Returns:
+            The memory afterwards, and how many instructions left it to the GPU which of a warp's values stays (see
+            `SharedMemory.ambiguous`).
+        """
+        kernel, memory, ambiguous = _translated(self.ptx), GlobalMemory(self.storages), 0
+        x, y, z = (*self.grid, 1, 1)[:3]
+        together = max(1, THREADS // self.threads)
+        # Triton adds pointers to scratch memory, which these kernels do not use: null, so that a use is a fault.
+        scratch = [np.zeros(1, np.uint64)] * (len(kernel.parameters) - len(self.arguments))
+        parameters = dict(zip((name for _, name in kernel.parameters), [*self.arguments, *scratch]))
+        for first in range(0, x * y * z, together):
+            numbers = np.arange(first, min(first + together, x * y * z))
+            machine = Machine(kernel, numbers, (x, y, z), self.threads)
+            machine.parameters, machine.global_memory, machine.rounding = parameters, memory, rounding
+            machine.shared = SharedMemory(self.shared, kernel.granule, len(numbers), self.threads)
+            run(kernel, machine)
+            ambiguous += machine.shared.ambiguous[0]
+        return memory, ambiguous
 
 
 def _stop_at_ptx(*arguments: object) -> tuple[str, str] | None:
@@ -91,83 +119,47 @@ def compile_ptx(variant: Variant, arch: int) -> Compiled:
     return Compiled(compiled.asm["ptx"], compiled.metadata.shared, compiled.metadata.num_warps)
 
 
-def run_grid(
-    kernel: Kernel,
-    grid: tuple[int, ...],
-    threads: int,
-    shared: int,
-    arguments: list[np.ndarray],
-    memory: GlobalMemory,
-    rounding: Rounding | None,
-) -> int:
-    """Run every block of a launch, some at a time.
-
-    Args:
-        kernel: the translated program.
-        grid: blocks along one to three axes.
-        threads: of a block.
-        shared: bytes of shared memory of a block.
-        arguments: of the kernel, each an array of one element.
-        memory: global memory.
-        rounding: of the tensor cores.
-
-    Returns:
-        How many instructions left it to the GPU which of a warp's values stays, see `SharedMemory.ambiguous`.
-    """
-    ambiguous = 0
-    x, y, z = (*grid, 1, 1)[:3]
-    together = max(1, THREADS // threads)
-    for first in range(0, x * y * z, together):
-        numbers = np.arange(first, min(first + together, x * y * z))
-        machine = Machine(kernel, numbers, (x, y, z), threads)
-        machine.parameters = dict(zip((name for _, name in kernel.parameters), arguments))
-        machine.global_memory, machine.rounding = memory, rounding
-        machine.shared = SharedMemory(shared, kernel.granule, len(numbers), threads)
-        run(kernel, machine)
-        ambiguous += machine.shared.ambiguous[0]
-    return ambiguous
-
-
 class Interpreter:
     """Carries out launches for one architecture.
 
     Args:
         arch: compute capability, times 10: 80 or 90.
-        edit: changes the PTX of a kernel, by its name, before it runs (for mutations).
         rounded: round products as the tensor cores do, or once.
+
+    Attributes:
+        launches: what ran, with the inputs it ran on.
+        ambiguous: for each kernel, how many instructions left it to the GPU which value stays.
     """
 
-    def __init__(self, arch: int, edit: Callable[[str, str], str] | None = None, rounded: bool = True):
-        self.arch, self.ran = arch, []
-        self._edit = edit or (lambda name, ptx: ptx)
+    def __init__(self, arch: int, rounded: bool = True):
+        self.arch = arch
+        self.launches: list[Prepared] = []
+        self.ambiguous: dict[str, int] = {}
         self._rounding = ROUNDING[arch] if rounded else None
 
     def launch(self, kernel: object, grid: tuple[int, ...], num_warps: int, num_stages: int, **arguments: object) -> None:
         """Compile and run, in place of `simsid.kernels.launch.launch`."""
         variant = specialize(kernel.__name__, Launch(kernel, grid, arguments, num_warps, num_stages), (self.arch,))
         compiled = _compiled(variant, self.arch)
-        ptx = self._edit(variant.name, compiled.ptx)
-        translated = _translated(ptx)
-        storages: dict[int, Tensor] = {}
+        tensors: dict[int, Tensor] = {}
         for argument in arguments.values():
             if isinstance(argument, Tensor):
-                storages.setdefault(argument.untyped_storage().data_ptr(), argument)
-        buffers = [_bytes_of(tensor) for tensor in storages.values()]
-        memory = GlobalMemory(buffers)
-        start = dict(zip(storages, memory.addresses))
-        values = []
-        for parameter in kernel.params:
-            value = arguments[parameter.name]
-            if variant.signature[parameter.name] != "constexpr":
-                values.append(_argument(value, variant.signature[parameter.name], start))
-        # Triton adds pointers to scratch memory, which these kernels do not use: null, so that a use is a fault.
-        values += [np.zeros(1, np.uint64)] * (len(translated.parameters) - len(values))
-        ambiguous = run_grid(
-            translated, grid, 32 * compiled.num_warps, compiled.shared, values, memory, self._rounding
-        )
-        self.ran.append(Ran(variant.name, grid, ptx, ambiguous))
-        for i, buffer in enumerate(buffers):
-            buffer[:] = memory.contents(i)
+                tensors.setdefault(argument.untyped_storage().data_ptr(), argument)
+        storages = [_bytes_of(tensor) for tensor in tensors.values()]
+        start = dict(zip(tensors, GlobalMemory.addresses_of(storages)))
+        values = [
+            _argument(arguments[name], variant.signature[name], start)
+            for name in kernel.arg_names
+            if variant.signature[name] != "constexpr"
+        ]
+        copies = [storage.copy() for storage in storages]
+        threads = 32 * compiled.num_warps
+        prepared = Prepared(variant.name, compiled.ptx, grid, threads, compiled.shared, copies, values)
+        self.launches.append(prepared)
+        memory, ambiguous = prepared.run(self._rounding)
+        self.ambiguous[variant.name] = self.ambiguous.get(variant.name, 0) + ambiguous
+        for i, storage in enumerate(storages):
+            storage[:] = memory.contents(i)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator["Interpreter"]:

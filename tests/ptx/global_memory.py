@@ -13,11 +13,9 @@ class GlobalMemory:
 
     def __init__(self, storages: list[np.ndarray]):
         """Copy `storages`, arrays of bytes, to addresses of their own: `addresses`, in their order."""
-        starts, end = [], GAP
-        for storage in storages:
-            starts.append(end)
-            end += -(-len(storage) // GAP) * GAP + GAP
-        self.addresses = [FIRST + start for start in starts]
+        self.addresses = self.addresses_of(storages)
+        starts = [address - FIRST for address in self.addresses]
+        end = (starts[-1] + len(storages[-1]) + 2 * GAP) // GAP * GAP
         self._sizes = [len(storage) for storage in storages]
         self._bytes = np.full(end, 0xCD, np.uint8)
         self._valid = np.zeros(end, bool)
@@ -25,6 +23,15 @@ class GlobalMemory:
         for start, storage in zip(starts, storages):
             self._bytes[start : start + len(storage)] = storage
             self._valid[start : start + len(storage)] = True
+
+    @staticmethod
+    def addresses_of(storages: list[np.ndarray]) -> list[int]:
+        """Return the address of each storage."""
+        addresses, address = [], FIRST + GAP
+        for storage in storages:
+            addresses.append(address)
+            address += -(-len(storage) // GAP) * GAP + GAP
+        return addresses
 
     def contents(self, i: int) -> np.ndarray:
         """Return the bytes of the i-th storage."""
