@@ -18,15 +18,29 @@ np.seterr(all="ignore")  # overflow and NaN are results here
 MAX_STEPS = 1_000_000  # basic blocks of one launch: a loop that does not end is a fault
 
 
+class _Unwritten:
+    """What a register holds before the first write: no function accepts it."""
+
+    size = 0
+
+    def __array__(self, *arguments: object, **options: object) -> np.ndarray:
+        raise Uninitialized("a register that nothing has written")
+
+    def __getattr__(self, name: str) -> object:
+        raise Uninitialized("a register that nothing has written")
+
+
+UNWRITTEN = _Unwritten()
+
+
 class Machine:
     """Registers and memories of `numbers`, blocks of a launch that run in step.
 
-    A register is an array of one element for all threads, or of one for each thread, blocks first; None before the
-    first write.
+    A register is an array of one element for all threads, or of one for each thread, blocks first.
     """
 
     def __init__(self, kernel: Kernel, numbers: np.ndarray, grid: tuple[int, int, int], threads: int):
-        self.registers: list[np.ndarray | None] = [None] * kernel.slots
+        self.registers: list[np.ndarray] = [UNWRITTEN] * kernel.slots
         self.parameters: dict[str, np.ndarray] = {}
         self.global_memory: GlobalMemory = None
         self.shared: SharedMemory = None
@@ -55,8 +69,6 @@ class Machine:
 
     def everywhere(self, x: np.ndarray) -> np.ndarray:
         """Return a register with one element for each thread."""
-        if x is None:
-            raise Uninitialized("a register that nothing has written")
         return x if x.size == self.threads.size and x.size > 1 else np.broadcast_to(x, self.threads.shape)
 
     def set(self, slot: int, value: np.ndarray) -> None:
@@ -89,7 +101,7 @@ class Machine:
     def _before(self, slot: int, dtype: np.dtype) -> np.ndarray:
         """Return a register, or a pattern that shows in results where nothing was written to it."""
         before = self.registers[slot]
-        if before is None:
+        if before is UNWRITTEN:
             before = np.frombuffer(b"\xcd" * dtype.itemsize, dtype) if dtype != bool else np.zeros(1, bool)
         return before
 
@@ -137,7 +149,7 @@ class Machine:
         part.numbers = self.numbers[chosen]
         part._index()
         part.registers = [
-            register[threads] if register is not None and register.size == size and size > 1 else register
+            register[threads] if register.size == size and size > 1 else register
             for register in self.registers
         ]
         part.shared = self.shared.select(chosen)
@@ -192,6 +204,3 @@ def _run_steps(kernel: Kernel, block: object, m: Machine) -> None:
             step(m)
     except Fault as fault:
         raise type(fault)(f"{kernel.name}: {fault} [{instruction.text}]") from fault
-    except (TypeError, AttributeError) as error:
-        # A function of registers fails on None, which is what a register holds before the first write.
-        raise Uninitialized(f"{kernel.name}: a register that nothing has written [{instruction.text}]: {error}") from error

@@ -94,6 +94,8 @@ class _Translator:
     def slot(self, text: str, kind: str) -> int:
         """Return the slot of a register, a special register, a symbol or an immediate."""
         if text.startswith("%") and text[1:].split(".")[0] not in SPECIAL:
+            if not re.fullmatch(r"%\w+", text):
+                raise Unsupported(f"the operand {text}")
             return self.slots.setdefault(text, len(self.slots))
         key = (text, storage(kind))
         if key not in self.slots:
@@ -135,6 +137,8 @@ class _Translator:
         target, *operands = instruction.operands
         if instruction.opcode.startswith("mov") and (isinstance(target, tuple) or isinstance(operands[0], tuple)):
             return self._pack(instruction)
+        if instruction.opcode.startswith("setp") and "|" in target:
+            return self._compare_halves(instruction)
         function, kinds, result = operation(instruction.opcode)
         if len(operands) != len(kinds):
             raise Unsupported(instruction.text)
@@ -167,6 +171,21 @@ class _Translator:
             m.registers[target] = function(*(m.registers[s] for s in sources))
 
         return several
+
+    def _compare_halves(self, instruction: Instruction) -> Step:
+        """Translate `setp` of pairs of 16-bit numbers: the first predicate is that of the low halves."""
+        opcode, kind = instruction.opcode.removesuffix("x2"), instruction.opcode.split(".")[-1]
+        if not kind.endswith("x2") or instruction.predicate:
+            raise Unsupported(instruction.text)
+        targets = [self.slot(text, "pred") for text in instruction.operands[0].split("|")]
+        a, b = (self.slot(text, kind) for text in instruction.operands[1:])
+        function = operation(opcode)[0]
+
+        def compare(m: Machine) -> None:
+            for target, shift in zip(targets, (np.uint32(0), np.uint32(16))):
+                m.set(target, function(*((m.registers[slot] >> shift).astype(np.uint16) for slot in (a, b))))
+
+        return compare
 
     def _pack(self, instruction: Instruction) -> Step:
         """Translate `mov` between a register and two of half its size."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from ptx import tensorcore
 from ptx.checks import Uninitialized, Unsupported
-from ptx.machine import Machine
+from ptx.machine import UNWRITTEN, Machine
 
 WARP = 32
 LANE = np.arange(WARP)
@@ -104,7 +104,7 @@ class GroupProduct:
             left = tensorcore.fragment(_of_warps(m, self.a), 16, self.kind)
         right = np.repeat(self._operand(m, self.b, self.columns, self.transposed[1]), 4, axis=0)
         keep = m.everywhere(m.registers[self.accumulate]).reshape(-1, WARP)
-        if any(m.registers[slot] is None for slot in self.result):
+        if any(m.registers[slot] is UNWRITTEN for slot in self.result):
             if keep.any():
                 raise Uninitialized("an accumulator that nothing has written")
             before = np.zeros((4 * groups, 16, self.columns), np.float32)
