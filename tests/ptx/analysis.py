@@ -87,20 +87,28 @@ def unordered_registers(program: Program) -> list[str]:
 
 
 def early_reads(program: Program) -> list[str]:
-    """Report reads of an accumulator before `wgmma.wait_group` has ended its product."""
+    """Report registers of a product that are touched before `wgmma.wait_group` has ended it.
+
+    The accumulator may be neither read nor written, an operand in registers not written.
+    """
 
     def step(flying: frozenset, instruction: Instruction) -> tuple[frozenset, str | None]:
         ages, opcode = dict(flying), instruction.opcode
+        targets = _registers(instruction.operands[0]) if instruction.operands else set()
         if opcode.startswith("wgmma.mma_async"):
-            ages.update(dict.fromkeys(_registers(instruction.operands[0]), _OPEN))
+            ages.update(dict.fromkeys(targets, _OPEN))
+            if isinstance(instruction.operands[1], tuple):
+                ages.update(dict.fromkeys((f"operand {name}" for name in _registers(instruction.operands[1])), _OPEN))
             return frozenset(ages.items()), None
         if opcode.startswith("wgmma.commit_group"):
             return frozenset((name, min(age + 1, _OLDEST)) for name, age in ages.items()), None
         if opcode.startswith("wgmma.wait_group"):
             pending = int(instruction.operands[0])
-            return frozenset((name, age) for name, age in ages.items() if age <= pending), None
+            return frozenset((name, age) for name, age in ages.items() if age in range(pending + 1)), None
         used = set().union(*map(_registers, instruction.operands)) if instruction.operands else set()
-        return flying, "an accumulator is used before the wait for its product" if used & ages.keys() else None
+        if not opcode.startswith(("st.", "cp.", "bar", "bra")):
+            used |= {f"operand {name}" for name in targets}
+        return flying, "a register of a product is used before the wait for it" if used & ages.keys() else None
 
     def join(a: frozenset, b: frozenset) -> frozenset:
         ages = dict(a)

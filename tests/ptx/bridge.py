@@ -5,6 +5,7 @@ The host code, its plans, the custom ops and autograd run as they are; only the 
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import os
 import pathlib
@@ -181,7 +182,6 @@ class Interpreter:
 
 
 _compilations: dict[tuple, Compiled] = {}
-_translations: dict[str, Kernel] = {}
 
 
 def _compiled(variant: Variant, arch: int) -> Compiled:
@@ -191,10 +191,9 @@ def _compiled(variant: Variant, arch: int) -> Compiled:
     return _compilations[key]
 
 
+@functools.lru_cache(maxsize=256)
 def _translated(ptx: str) -> Kernel:
-    if ptx not in _translations:
-        _translations[ptx] = translate(parse(ptx))
-    return _translations[ptx]
+    return translate(parse(ptx))
 
 
 def _bytes_of(tensor: Tensor) -> np.ndarray:

@@ -1,6 +1,7 @@
 """PTX text to instructions: what Triton emits is one kernel a module, without calls."""
 
 import dataclasses
+import functools
 import re
 
 from ptx.checks import Unsupported
@@ -51,6 +52,7 @@ class Program:
         return target + (after if last.predicate else [])
 
 
+@functools.lru_cache(maxsize=256)
 def parse(text: str) -> Program:
     """Parse the one kernel of a PTX module.
 

@@ -13,6 +13,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:1] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "kernels"), str(ROOT / "benchmarks")]
@@ -27,48 +28,55 @@ from ptx.tensorcore import ROUNDING  # noqa: E402
 
 @dataclasses.dataclass(frozen=True)
 class Mutation:
-    """One way to break a program: `pattern` replaced by `replacement`, at one match after the other."""
+    """One way to break a program: `pattern` replaced, at every match together or at each alone.
+
+    Alone, for what each kernel needs one by one. Together, where Triton emits more than it takes (a fence after a wait
+    that ordered the same), or where a single match need not matter (the mask of a load whose value another mask drops).
+    """
 
     name: str
     pattern: str
-    replacement: str | Callable[[re.Match], str]
-    most: int = 1000  # matches that are tried, spread over the program
+    replacement: str | Callable[[re.Match], str] = ""
+    alone: bool = False
 
 
+_DESCRIPTOR = r"or\.b64\s+(%rd\d+), %rd\d+, 4611686293305294848;"
 MUTATIONS = (
-    Mutation("block barrier removed", r"bar\.sync\s+0;", ""),
-    Mutation("warp barrier removed", r"bar\.warp\.sync\s+[^;]*;", ""),
-    Mutation("wait for copies removed", r"cp\.async\.wait_group\s+\d+;", ""),
-    Mutation("wait for copies too weak", r"cp\.async\.wait_group\s+(\d+);", lambda m: f"cp.async.wait_group {int(m[1]) + 2};"),
-    Mutation("proxy fence removed", r"fence\.proxy\.async[^;]*;", ""),
-    Mutation("register fence removed", r"wgmma\.fence[^;]*;", ""),
-    Mutation("wait for products removed", r"wgmma\.wait_group[^;]*;", ""),
-    Mutation("product not committed", r"wgmma\.commit_group[^;]*;", ""),
-    Mutation("mask of a copy ignored", r"(cp\.async\.c[ag]\.shared\.global [^;]*, (0x\w+)), %r\d+;", r"\1, \2;", 4),
-    Mutation("mask of a load ignored", r"@%p\d+ (ld\.global)", r"\1", 4),
-    Mutation("mask of a store ignored", r"@%p\d+ (st\.global)", r"\1", 4),
-    Mutation("global load shifted", r"(ld\.global\.[^;]*\[\s*%rd\d+) \+ 0", r"\1 + 2", 2),
-    Mutation("global store shifted", r"(st\.global\.[^;]*\[\s*%rd\d+) \+ 0", r"\1 + 2", 2),
-    Mutation("copy from a shifted address", r"(cp\.async\.c[ag]\.[^;]*\[ %rd\d+) \+ 0", r"\1 + 2", 2),
-    Mutation("descriptor's start shifted", r"(or\.b64\s+%rd\d+, %rd\d+), 4611686293305294848;", r"\1, 4611686293305294850;", 3),
-    Mutation("descriptor's stride halved", r"(or\.b64\s+%rd\d+, %rd\d+), 4611686293305294848;", r"\1, 4611686155866341376;", 3),
-    Mutation("descriptor's swizzle changed", r"(or\.b64\s+%rd\d+, %rd\d+), 4611686293305294848;", r"\1, 9223372311732682752;", 3),
-    Mutation("shared store removed", r"(st\.shared|stmatrix)\.[^;]*;", "", 3),
-    Mutation("shuffle from another lane", r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+), (16|8|4|2|1),", lambda m: f"{m[1]}, {int(m[2]) % 16 + 1},", 2),
-    Mutation("product reads another fragment", r"(mma\.sync\.[^{]*\{[^}]*\}, \{ *)(%r\d+), *(%r\d+)", r"\1\3, \2", 2),
+    Mutation("block barrier removed", r"bar\.sync\s+0;", alone=True),
+    Mutation("warp barrier removed", r"bar\.warp\.sync\s+[^;]*;", alone=True),
+    Mutation("wait for copies removed", r"cp\.async\.wait_group\s+\d+;", alone=True),
+    Mutation("wait for copies too weak", r"(cp\.async\.wait_group)\s+(\d+);", lambda m: f"{m[1]} {int(m[2]) + 2};"),
+    Mutation("proxy fences removed", r"fence\.proxy\.async[^;]*;"),
+    Mutation("register fences removed", r"wgmma\.fence[^;]*;"),
+    Mutation("waits for products removed", r"wgmma\.wait_group[^;]*;"),
+    Mutation("products not committed", r"wgmma\.commit_group[^;]*;"),
+    Mutation("masks of copies ignored", r"(cp\.async\.c[ag]\.shared\.global [^;]*, (0x\w+)), %r\d+;", r"\1, \2;"),
+    Mutation("masks of loads ignored", r"@%p\d+ (ld\.global)", r"\1"),
+    Mutation("masks of stores ignored", r"@%p\d+ (st\.global)", r"\1"),
+    Mutation("loads shifted", r"(ld\.global\.[^;]*\[\s*%rd\d+) \+ 0", r"\1 + 2"),
+    Mutation("stores shifted", r"(st\.global\.[^;]*\[\s*%rd\d+) \+ 0", r"\1 + 2"),
+    Mutation("copies from shifted addresses", r"(cp\.async\.c[ag]\.[^;]*\[ %rd\d+) \+ 0", r"\1 + 2"),
+    Mutation("descriptors' start shifted", _DESCRIPTOR, r"\g<0> xor.b64 \1, \1, 2;"),
+    Mutation("descriptors' stride halved", _DESCRIPTOR, r"\g<0> xor.b64 \1, \1, 412316860416;"),
+    Mutation("descriptors' swizzle changed", _DESCRIPTOR, r"\g<0> xor.b64 \1, \1, 13835058055282163712;"),
+    Mutation("stores to shared memory removed", r"(st\.shared|stmatrix)\.[^;]*;"),
+    Mutation("shuffles from other lanes", r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+), (16|8|4|2|1),", r"\1, 3,"),
+    Mutation("products of swapped fragments", r"(mma\.sync\.[^{]*\{[^}]*\}, \{ *)(%r\d+), *(%r\d+)", r"\1\3, \2"),
 )
 
-# What a removal does not change, because something else orders the same accesses. Each was read in the PTX.
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
 
-
-def edits(ptx: str, mutation: Mutation) -> Iterator[tuple[int, str]]:
-    """Yield the program with one match replaced, for some matches."""
+def edits(ptx: str, mutation: Mutation) -> Iterator[str]:
+    """Yield the program with every match replaced, or with one after the other."""
     found = list(re.finditer(mutation.pattern, ptx))
-    chosen = range(len(found)) if len(found) <= mutation.most else range(0, len(found), -(-len(found) // mutation.most))
-    for i in chosen:
-        new = mutation.replacement(found[i]) if callable(mutation.replacement) else found[i].expand(mutation.replacement)
-        yield i, ptx[: found[i].start()] + new + ptx[found[i].end() :]
+    if not mutation.alone:
+        if found:
+            yield re.sub(mutation.pattern, mutation.replacement, ptx)
+        return
+    for match in found:
+        before, after = ptx[: match.start()], ptx[match.end() :]
+        # Triton puts a barrier before the first use of shared memory; there is nothing yet that it could order.
+        if "barrier" not in mutation.name or re.search(r"\.shared[^{;]*[\[{]|ldmatrix|stmatrix|\$L__BB", before.partition("{")[2]):
+            yield before + match.expand(mutation.replacement) + after
 
 
 def outcome(launch: Prepared, arch: int) -> list[bytes] | str:
@@ -82,47 +90,58 @@ def outcome(launch: Prepared, arch: int) -> list[bytes] | str:
     return [memory.contents(i).tobytes() for i in range(len(launch.storages))]
 
 
-def verdicts(launch: Prepared, arch: int) -> Iterator[dict[str, object]]:
-    """Break a launch in every way and yield how each was noticed; `"missed"` where it was not."""
-    whole = outcome(launch, arch)
-    if isinstance(whole, str):
-        raise ValueError(f"{launch.kernel}: {whole} without a mutation")
+def verdicts(alike: list[Prepared], arch: int) -> Iterator[dict[str, object]]:
+    """Break a kernel in every way and yield how each was noticed in one of its launches; `"missed"` in none."""
+    whole = [outcome(launch, arch) for launch in alike]
+    for launch, result in zip(alike, whole):
+        if isinstance(result, str):
+            raise ValueError(f"{launch.kernel}: {result} without a mutation")
     for mutation in MUTATIONS:
-        for i, ptx in edits(launch.ptx, mutation):
-            got = outcome(dataclasses.replace(launch, ptx=ptx), arch)
-            how = got if isinstance(got, str) else "another result" if got != whole else "missed"
-            yield {"arch": arch, "kernel": launch.kernel, "mutation": mutation.name, "match": i, "how": how}
+        for i, ptx in enumerate(edits(alike[0].ptx, mutation)):
+            how = "missed"
+            for launch, right in zip(alike, whole):
+                got = outcome(dataclasses.replace(launch, ptx=ptx), arch)
+                how = got if isinstance(got, str) else "another result" if got != right else "missed"
+                if how != "missed":
+                    break
+            yield {"arch": arch, "kernel": alike[0].kernel, "mutation": mutation.name, "match": i, "how": how}
 
 
-def launches(arch: int) -> list[Prepared]:
-    """Return one launch of each kernel, and for sm_90 the ways operands reach the tensor cores."""
+def launches(arch: int) -> list[list[Prepared]]:
+    """Return launches of every kernel, those of one machine code together."""
     from memory_cases import draw
 
     from simsid.kernels import neighbor_attention, residual_layer_norm, space_aware_memory
+    from simsid.kernels.memory import fused
     from simsid.kernels.memory.variants import PAIRS
 
     interpreter = Interpreter(arch)
     normal = torch.Generator().manual_seed(0)
+    plan = fused.plan_scores
 
     def leaf(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=normal).requires_grad_()
 
-    def memory(sizes: tuple[int, ...], dtypes: str) -> None:
+    def memory(sizes: tuple[int, ...], dtypes: str, chunk: int) -> None:
         z, items, g, _ = draw(*sizes, *PAIRS[dtypes])
-        space_aware_memory(z.requires_grad_(), items.requires_grad_(), 5, backend="triton").backward(g)
+        # The number of steps decides which of three buffers the last copies go to, and so which barrier they need.
+        shape = {"chunk": chunk, "splits": -(-sizes[3] // chunk)}
+        with mock.patch.object(fused, "plan_scores", lambda *a: dataclasses.replace(plan(*a), **shape)):
+            space_aware_memory(z.requires_grad_(), items.requires_grad_(), 5, backend="triton").backward(g)
 
     with interpreter.installed():
-        memory((3, 1, 37, 264), "fp32")
-        memory((33, 1, 20, 264), "bf16 memory too")
-        x = leaf(3, 512)
-        residual_layer_norm(x, x, leaf(512), leaf(512), backend="triton").sum().backward()
-        # Images and head rows that are no multiple of a vector, so that masks matter.
-        q, k, v = (leaf(1, 15, 70) for _ in range(3))
-        neighbor_attention(q, k, v, grid=(3, 5), heads=2, pad_key=leaf(70), pad_value=leaf(70), backend="triton").sum().backward()
-    first = {}
+        for dtypes in ("fp32", "bf16 memory too"):
+            for batch, items, chunk in ((13, 37, 192), (13, 70, 128), (13, 37, 256), (70, 37, 128), (37, 100, 128)):
+                memory((batch, 1, items, 200), dtypes, chunk)
+        x, residual = leaf(130, 500), leaf(130, 500)  # two rows a program
+        residual_layer_norm(x, residual, leaf(500), leaf(500), backend="triton").sum().backward()
+        q, k, v, g = (leaf(1, 15, 70) for _ in range(4))  # no size that a vector or a tile divides
+        out = neighbor_attention(q, k, v, grid=(3, 5), heads=2, pad_key=leaf(70), pad_value=leaf(70), backend="triton")
+        out.backward(g)
+    alike: dict[str, list[Prepared]] = {}
     for launch in interpreter.launches:
-        first.setdefault(launch.ptx, launch)
-    return list(first.values())
+        alike.setdefault(launch.ptx, []).append(launch)
+    return list(alike.values())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -136,9 +155,9 @@ def main(arguments: list[str] | None = None) -> int:
     torch.use_deterministic_algorithms(True, warn_only=True)
     found = []
     for arch in chosen.arch or (80, 90):
-        for launch in launches(arch):
-            if chosen.match in launch.kernel:
-                for verdict in verdicts(launch, arch):
+        for alike in launches(arch):
+            if chosen.match in alike[0].kernel:
+                for verdict in verdicts(alike, arch):
                     found.append(verdict)
                     if not chosen.json:
                         print(*verdict.values(), flush=True)
