@@ -1,5 +1,6 @@
 """What can be read from a program without running it: the order that `wgmma` and its operands need, on every path."""
 
+import functools
 from collections.abc import Callable
 
 from ptx.instructions import Instruction, Program
@@ -15,6 +16,8 @@ def count(program: Program, prefix: str) -> int:
 
 def faults(program: Program) -> list[str]:
     """Name every missing order: fences before products, the wait before their results."""
+    if not count(program, "wgmma.mma_async"):
+        return []
     return [*unfenced(program), *unordered_registers(program), *early_reads(program)]
 
 
@@ -62,9 +65,10 @@ def unfenced(program: Program) -> list[str]:
     return _walk(program, False, bool.__or__, step)
 
 
-def _registers(operand: object) -> set[str]:
+@functools.lru_cache(maxsize=1 << 14)
+def _registers(operand: object) -> frozenset[str]:
     texts = operand if isinstance(operand, tuple) else (getattr(operand, "base", operand),)
-    return {text for text in texts if text.startswith("%")}
+    return frozenset(text for text in texts if text.startswith("%"))
 
 
 def unordered_registers(program: Program) -> list[str]:
@@ -93,8 +97,11 @@ def early_reads(program: Program) -> list[str]:
     """
 
     def step(flying: frozenset, instruction: Instruction) -> tuple[frozenset, str | None]:
-        ages, opcode = dict(flying), instruction.opcode
-        targets = _registers(instruction.operands[0]) if instruction.operands else set()
+        opcode = instruction.opcode
+        if not flying and not opcode.startswith("wgmma.mma_async"):
+            return flying, None
+        ages = dict(flying)
+        targets = _registers(instruction.operands[0]) if instruction.operands else frozenset()
         if opcode.startswith("wgmma.mma_async"):
             ages.update(dict.fromkeys(targets, _OPEN))
             if isinstance(instruction.operands[1], tuple):

@@ -110,6 +110,7 @@ def _statements(body: str) -> list[str]:
     return statements
 
 
+@functools.lru_cache(maxsize=1 << 16)  # programs that differ in one statement are parsed by the hundred
 def _instruction(statement: str) -> Instruction:
     guard = re.match(r"@(!?)(%?\w+)\s+", statement)
     rest = statement[guard.end() :] if guard else statement

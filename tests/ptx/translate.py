@@ -1,6 +1,7 @@
 """Instructions to Python functions that carry them out for every thread of some blocks at once."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 
@@ -93,10 +94,14 @@ class _Translator:
 
     def slot(self, text: str, kind: str) -> int:
         """Return the slot of a register, a special register, a symbol or an immediate."""
+        known = self.slots.get(text)  # only of registers
+        if known is not None:
+            return known
         if text.startswith("%") and text[1:].split(".")[0] not in SPECIAL:
             if not re.fullmatch(r"%\w+", text):
                 raise Unsupported(f"the operand {text}")
-            return self.slots.setdefault(text, len(self.slots))
+            self.slots[text] = len(self.slots)
+            return self.slots[text]
         key = (text, storage(kind))
         if key not in self.slots:
             self.slots[key] = len(self.slots)
@@ -125,13 +130,9 @@ class _Translator:
     # Instructions
 
     def _step(self, instruction: Instruction) -> Step | None:
-        opcode = instruction.opcode
-        if opcode.startswith(NOTHING):
+        if instruction.opcode.startswith(NOTHING):
             return None
-        for prefix, build in _BUILDERS.items():
-            if opcode.startswith(prefix):
-                return build(self, instruction)
-        return self._arithmetic(instruction)
+        return _builder(instruction.opcode)(self, instruction)
 
     def _arithmetic(self, instruction: Instruction) -> Step:
         target, *operands = instruction.operands
@@ -388,3 +389,9 @@ _BUILDERS: dict[str, Callable[[_Translator, Instruction], Step | None]] = {
     "mma.sync": _Translator._multiply,
     "wgmma": _Translator._multiply_group,
 }
+
+
+@functools.cache
+def _builder(opcode: str) -> Callable[[_Translator, Instruction], Step | None]:
+    found = (build for prefix, build in _BUILDERS.items() if opcode.startswith(prefix))
+    return next(found, _Translator._arithmetic)
