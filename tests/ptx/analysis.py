@@ -46,20 +46,19 @@ def _walk(program: Program, first: object, join: Callable, step: Callable) -> li
 
 
 def unfenced(program: Program) -> list[str]:
-    """Report products that a path reaches from a write to shared memory without `fence.proxy.async` after it.
+    """Report products that a path reaches from the wait for a copy without `fence.proxy.async` after the wait.
 
-    A copy writes at the latest at the wait for it. The interpreter checks the same by address; this holds for paths
-    that no test runs.
+    The interpreter checks every write to shared memory by its address; this holds for paths that no test runs.
     """
 
     def step(dirty: bool, instruction: Instruction) -> tuple[bool, str | None]:
         opcode = instruction.opcode
         if opcode.startswith("fence.proxy.async"):
             return False, None
-        if opcode.startswith(("st.shared", "stmatrix", "cp.async.wait")):
+        if opcode.startswith("cp.async.wait"):
             return True, None
         if dirty and opcode.startswith("wgmma.mma_async"):
-            return dirty, "no fence.proxy.async between a write to shared memory and a product"
+            return dirty, "no fence.proxy.async between the wait for a copy and a product"
         return dirty, None
 
     return _walk(program, False, bool.__or__, step)
@@ -91,9 +90,9 @@ def unordered_registers(program: Program) -> list[str]:
 
 
 def early_reads(program: Program) -> list[str]:
-    """Report registers of a product that are touched before `wgmma.wait_group` has ended it.
+    """Report accumulators that are read or written before `wgmma.wait_group` has ended their product.
 
-    The accumulator may be neither read nor written, an operand in registers not written.
+    Operands in registers may be overwritten: ptxas gives the new value another register, or waits.
     """
 
     def step(flying: frozenset, instruction: Instruction) -> tuple[frozenset, str | None]:
@@ -101,11 +100,8 @@ def early_reads(program: Program) -> list[str]:
         if not flying and not opcode.startswith("wgmma.mma_async"):
             return flying, None
         ages = dict(flying)
-        targets = _registers(instruction.operands[0]) if instruction.operands else frozenset()
         if opcode.startswith("wgmma.mma_async"):
-            ages.update(dict.fromkeys(targets, _OPEN))
-            if isinstance(instruction.operands[1], tuple):
-                ages.update(dict.fromkeys((f"operand {name}" for name in _registers(instruction.operands[1])), _OPEN))
+            ages.update(dict.fromkeys(_registers(instruction.operands[0]), _OPEN))
             return frozenset(ages.items()), None
         if opcode.startswith("wgmma.commit_group"):
             return frozenset((name, min(age + 1, _OLDEST)) for name, age in ages.items()), None
@@ -113,9 +109,7 @@ def early_reads(program: Program) -> list[str]:
             pending = int(instruction.operands[0])
             return frozenset((name, age) for name, age in ages.items() if age in range(pending + 1)), None
         used = set().union(*map(_registers, instruction.operands)) if instruction.operands else set()
-        if not opcode.startswith(("st.", "cp.", "bar", "bra")):
-            used |= {f"operand {name}" for name in targets}
-        return flying, "a register of a product is used before the wait for it" if used & ages.keys() else None
+        return flying, "an accumulator is used before the wait for its product" if used & ages.keys() else None
 
     def join(a: frozenset, b: frozenset) -> frozenset:
         ages = dict(a)

@@ -82,7 +82,7 @@ def _invariant(batches: tuple[int, ...], dtypes: str) -> Callable[[], None]:
         from simsid.kernels import space_aware_memory
         from simsid.kernels.memory.variants import PAIRS
 
-        z, memory, _, _ = draw(max(batches), 1, 37, 136, *PAIRS[dtypes])
+        z, memory, _, _ = draw(max(batches), 1, 37, 144, *PAIRS[dtypes])
         outputs = {B: space_aware_memory(z[:B], memory, 5, backend="triton") for B in batches}
         for B, output in outputs.items():
             assert torch.equal(output, outputs[max(batches)][:B]), f"the bits in a batch of {B} differ"
@@ -97,17 +97,17 @@ def _cases() -> list[Case]:
         # One tile of queries, gradients together; a feature axis that no vector divides; two tiles, gradients apart.
         add("memory fp32", _memory((3, 2, 37, 64)))
         add("memory fp32 odd", _memory((2, 1, 20, 35), k=3, noisy=True, threshold="exclusive"))
-        add("memory fp32 batch 33", _memory((33, 1, 20, 72)))
-        add("memory bf16", _memory((3, 1, 37, 72), "bf16"))
-        add("memory bf16 too", _memory((3, 1, 37, 136), "bf16 memory too"))
-        add("memory bf16 too batch 33", _memory((33, 1, 20, 72), "bf16 memory too"))
-        add("memory bf16 batch 33", _memory((33, 1, 20, 72), "bf16"), arch == 80)
-        add("memory fp16", _memory((3, 1, 37, 72), "fp16"), arch == 80)
-        add("memory fp16 too", _memory((3, 1, 37, 72), "fp16 memory too"), arch == 80)
-        add("memory fp16 batch 33", _memory((33, 1, 20, 72), "fp16"), True)
-        add("memory fp16 too batch 33", _memory((33, 1, 20, 72), "fp16 memory too"), True)
-        add("memory fp32 batch 17", _memory((17, 1, 20, 72)), True)
-        add("memory bf16 batch 17", _memory((17, 1, 20, 72), "bf16"), True)
+        add("memory fp32 batch 33", _memory((33, 1, 20, 80)))
+        add("memory bf16", _memory((3, 1, 37, 80), "bf16"))
+        add("memory bf16 too", _memory((3, 1, 37, 144), "bf16 memory too"))
+        add("memory bf16 too batch 33", _memory((33, 1, 20, 80), "bf16 memory too"))
+        add("memory bf16 batch 33", _memory((33, 1, 20, 80), "bf16"), arch == 80)
+        add("memory fp16", _memory((3, 1, 37, 80), "fp16"), arch == 80)
+        add("memory fp16 too", _memory((3, 1, 37, 80), "fp16 memory too"), arch == 80)
+        add("memory fp16 batch 33", _memory((33, 1, 20, 80), "fp16"), True)
+        add("memory fp16 too batch 33", _memory((33, 1, 20, 80), "fp16 memory too"), True)
+        add("memory fp32 batch 17", _memory((17, 1, 20, 80)), True)
+        add("memory bf16 batch 17", _memory((17, 1, 20, 80), "bf16"), True)
         add("memory fp32 shared items", _memory((2, 3, 20, 40), shared=True), True)
         add("memory fp32 four splits", _memory((3, 2, 100, 512)), True)
         add("memory fp32 two row tiles", _memory((2, 1, 4100, 16)), True)

@@ -73,3 +73,5 @@ class GlobalMemory:
         if (rows[offsets // size] != values).any():
             raise Race("two threads write different values to one global address in one instruction")
         self._writer[offsets] = blocks
+        if (self._writer[offsets] != blocks).any():
+            raise Race("two blocks write to one global address")
