@@ -39,7 +39,7 @@ def _walk(program: Program, first: object, join: Callable, step: Callable) -> li
                 messages[f"{program.name}: {message} [{instruction.text[:100]}]"] = None
         for following in program.successors(i_block):
             joined = join(before[following], state) if following in before else state
-            if before.get(following, None) != joined or following not in before:
+            if before.get(following) != joined or following not in before:
                 before[following] = joined
                 waiting.append(following)
     return list(messages)

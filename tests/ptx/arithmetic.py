@@ -6,10 +6,10 @@ exactly as float32 allows: a GPU's result may differ in the last two bits.
 """
 
 import functools
+import re
 from collections.abc import Callable
 
 import numpy as np
-
 from ptx.checks import Unsupported
 
 BITS = {"8": np.uint8, "16": np.uint16, "32": np.uint32, "64": np.uint64}
@@ -23,6 +23,19 @@ def storage(kind: str) -> type:
     if kind == "tf32" or kind.endswith("x2"):
         return np.uint32
     return BITS[kind.lstrip("busf")]
+
+
+def immediate(text: str, kind: str) -> np.ndarray:
+    """Return the register bits of a constant, an array of one element; shared memory starts at 0."""
+    dtype = storage(kind)
+    if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
+        return np.array([int(text[2:], 16)], dtype)
+    if text == "global_smem":
+        return np.zeros(1, dtype)
+    if not re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
+        raise Unsupported(f"the operand {text}")
+    value = int(text.rstrip("U"), 0)
+    return np.array([bool(value) if dtype is np.bool_ else value % (1 << 8 * np.dtype(dtype).itemsize)], dtype)
 
 
 def signed(x: np.ndarray) -> np.ndarray:
@@ -67,7 +80,9 @@ def _write(x: np.ndarray, kind: str) -> np.ndarray:
         return x
     if kind == "bf16":
         return to_bf16(x.astype(np.float32))
-    return unsigned(np.ascontiguousarray(x, FLOATS.get(kind) or storage(kind) if kind[0] != "s" else f"i{int(kind[1:]) // 8}"))
+    return unsigned(
+        np.ascontiguousarray(x, FLOATS.get(kind) or storage(kind) if kind[0] != "s" else f"i{int(kind[1:]) // 8}")
+    )
 
 
 def fused_multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -216,7 +231,9 @@ def _flushed(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
 
 def _packed(function: Callable[..., np.ndarray], kind: str) -> Callable[..., np.ndarray]:
     """Let a function of register bits work on the two halves of each register."""
-    return lambda *x: function(*(np.ascontiguousarray(value).view(storage(kind)) for value in np.broadcast_arrays(*x))).view(np.uint32)
+    return lambda *x: function(
+        *(np.ascontiguousarray(value).view(storage(kind)) for value in np.broadcast_arrays(*x))
+    ).view(np.uint32)
 
 
 def _in_double(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:

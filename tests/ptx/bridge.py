@@ -138,7 +138,9 @@ class Interpreter:
         self.ambiguous: dict[str, int] = {}
         self._rounding = ROUNDING[arch] if rounded else None
 
-    def launch(self, kernel: object, grid: tuple[int, ...], num_warps: int, num_stages: int, **arguments: object) -> None:
+    def launch(
+        self, kernel: object, grid: tuple[int, ...], num_warps: int, num_stages: int, **arguments: object
+    ) -> None:
         """Compile and run, in place of `simsid.kernels.launch.launch`."""
         variant = specialize(kernel.__name__, Launch(kernel, grid, arguments, num_warps, num_stages), (self.arch,))
         compiled = _compiled(variant, self.arch)

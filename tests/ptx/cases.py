@@ -18,7 +18,9 @@ class Case:
     long: bool = False
 
 
-def _memory(sizes: tuple[int, int, int, int], dtypes: str = "fp32", k: int = 5, **options: object) -> Callable[[], None]:
+def _memory(
+    sizes: tuple[int, int, int, int], dtypes: str = "fp32", k: int = 5, **options: object
+) -> Callable[[], None]:
     """Compare the memory op of B, L, N, D."""
 
     def run() -> None:
@@ -51,7 +53,9 @@ def _weights() -> None:
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-def _attention(grid: tuple[int, int], features: int, heads: int, dtype: str = "float32", pads: bool = True) -> Callable[[], None]:
+def _attention(
+    grid: tuple[int, int], features: int, heads: int, dtype: str = "float32", pads: bool = True
+) -> Callable[[], None]:
     def run() -> None:
         import test_attention_fused
         import torch

@@ -1,7 +1,6 @@
 """Global memory of one launch: the storages of its tensors, far enough apart that no overrun goes unseen."""
 
 import numpy as np
-
 from ptx.checks import Misaligned, OutOfBounds, Race
 
 FIRST = 1 << 33  # above 2^32: a pointer that lost its upper half is out of bounds
@@ -47,7 +46,9 @@ class GlobalMemory:
         inside[inside] = self._valid[offsets[inside]] & self._valid[offsets[inside] + size - 1]
         if not inside.all():
             bad = offsets[~inside]
-            raise OutOfBounds(f"{len(bad)} accesses to global memory outside of every tensor, first at {int(bad[0]):#x}")
+            raise OutOfBounds(
+                f"{len(bad)} accesses to global memory outside of every tensor, first at {int(bad[0]):#x}"
+            )
         return offsets
 
     def _check_writer(self, offsets: np.ndarray, blocks: np.ndarray) -> None:

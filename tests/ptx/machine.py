@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-
 from ptx.checks import Divergence, Fault, Uninitialized, Unsupported
 from ptx.global_memory import GlobalMemory
 from ptx.shared_memory import SharedMemory
@@ -102,7 +101,7 @@ class Machine:
         """Return a register, or a pattern that shows in results where nothing was written to it."""
         before = self.registers[slot]
         if before is UNWRITTEN:
-            before = np.frombuffer(b"\xcd" * dtype.itemsize, dtype) if dtype != bool else np.zeros(1, bool)
+            before = np.frombuffer(b"\xcd" * dtype.itemsize, dtype) if dtype.kind != "b" else np.zeros(1, bool)
         return before
 
     # Memories
@@ -124,9 +123,7 @@ class Machine:
         else:
             self.shared.store(where, values, blocks, threads)
 
-    def copy(
-        self, to: np.ndarray, source: np.ndarray, size: int, sizes: np.ndarray, lanes: np.ndarray | None
-    ) -> None:
+    def copy(self, to: np.ndarray, source: np.ndarray, size: int, sizes: np.ndarray, lanes: np.ndarray | None) -> None:
         """Start an asynchronous copy of `sizes` bytes, the rest of `size` bytes zeros."""
         where, blocks, threads, numbers = self._who(to, lanes)
         chosen = slice(None) if lanes is None else lanes
@@ -149,8 +146,7 @@ class Machine:
         part.numbers = self.numbers[chosen]
         part._index()
         part.registers = [
-            register[threads] if register.size == size and size > 1 else register
-            for register in self.registers
+            register[threads] if register.size == size and size > 1 else register for register in self.registers
         ]
         part.shared = self.shared.select(chosen)
         return part
@@ -198,9 +194,10 @@ def run(kernel: Kernel, machine: Machine) -> None:
 
 
 def _run_steps(kernel: Kernel, block: object, m: Machine) -> None:
-    instruction = None
+    done = 0
     try:
-        for step, instruction in block.steps:
+        for step, _ in block.steps:
             step(m)
+            done += 1
     except Fault as fault:
-        raise type(fault)(f"{kernel.name}: {fault} [{instruction.text}]") from fault
+        raise type(fault)(f"{kernel.name}: {fault} [{block.steps[done][1].text}]") from fault

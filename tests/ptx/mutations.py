@@ -88,7 +88,9 @@ def edits(ptx: str, mutation: Mutation, quick: bool) -> Iterator[str]:
     for match in found[:: -(-len(found) // QUICK)] if quick and found else found:
         before, after = ptx[: match.start()], ptx[match.end() :]
         # Triton puts a barrier before the first use of shared memory; there is nothing yet that it could order.
-        if "barrier" not in mutation.name or re.search(r"\.shared[^{;]*[\[{]|ldmatrix|stmatrix|\$L__BB", before.partition("{")[2]):
+        if "barrier" not in mutation.name or re.search(
+            r"\.shared[^{;]*[\[{]|ldmatrix|stmatrix|\$L__BB", before.partition("{")[2]
+        ):
             yield before + match.expand(mutation.replacement) + after
 
 
@@ -188,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
                     if not chosen.json:
                         print(*verdict.values(), flush=True)
     if chosen.json:
-        print(json.dumps({"triton": importlib.metadata.version("triton"), "verdicts": found}))
+        print(json.dumps({"triton": importlib.metadata.version("triton"), "verdicts": found, "missed": missed(found)}))
     return int(bool(missed(found)))
 
 

@@ -72,7 +72,9 @@ def read_variants(match: str) -> list[dict[str, object]]:
                     translate(program)
                 except Fault as error:
                     fault = f"{type(error).__name__}: {error}"
-                fences, products = (analysis.count(program, prefix) for prefix in ("fence.proxy.async", "wgmma.mma_async"))
+                fences, products = (
+                    analysis.count(program, prefix) for prefix in ("fence.proxy.async", "wgmma.mma_async")
+                )
                 order = analysis.faults(program)
                 results.append({"name": name, "fault": fault, "order": order, "fences": fences, "products": products})
     return results

@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-
-from ptx.checks import AsyncCopyRace, MissingFence, Misaligned, OutOfBounds, Race, Uninitialized
+from ptx.checks import AsyncCopyRace, Misaligned, MissingFence, OutOfBounds, Race, Uninitialized
 
 WARP = 32
 
@@ -114,9 +113,13 @@ class SharedMemory:
         before = reader[rows]
         reader[rows] = threads[:, None]
         # A second thread, of this instruction or an earlier one: no thread is equal to -2.
-        reader[rows] = np.where((reader[rows] != threads[:, None]) | ((before != -1) & (before != threads[:, None])), -2, reader[rows])
+        reader[rows] = np.where(
+            (reader[rows] != threads[:, None]) | ((before != -1) & (before != threads[:, None])), -2, reader[rows]
+        )
 
-    def load(self, addresses: np.ndarray, dtype: type, count: int, blocks: np.ndarray, threads: np.ndarray) -> np.ndarray:
+    def load(
+        self, addresses: np.ndarray, dtype: type, count: int, blocks: np.ndarray, threads: np.ndarray
+    ) -> np.ndarray:
         """Return `count` elements from each address, `[accesses, count]`; blocks and threads say whose access it is."""
         size = np.dtype(dtype).itemsize * count
         rows = self._rows(addresses, size, blocks)
@@ -248,5 +251,8 @@ class SharedMemory:
             return result
 
         part._open_copies, part._copy_groups = copies(self._open_copies), [copies(g) for g in self._copy_groups]
-        part._open_products, part._product_groups = products(self._open_products), [products(g) for g in self._product_groups]
+        part._open_products, part._product_groups = (
+            products(self._open_products),
+            [products(g) for g in self._product_groups],
+        )
         return part

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 
 import numpy as np
-
 from ptx.arithmetic import from_bf16
 from ptx.checks import Misaligned, Unsupported
 
@@ -63,6 +62,7 @@ def fragment(registers: list[np.ndarray], rows: int, kind: str) -> np.ndarray:
     return result
 
 
+@functools.cache
 def _accumulator_index(i: int) -> tuple[np.ndarray, np.ndarray]:
     i_tile, part = divmod(i, 4)
     return ROW + 8 * (part >> 1), 8 * i_tile + 2 * COLUMN + (part & 1)
@@ -72,13 +72,15 @@ def accumulator(registers: list[np.ndarray]) -> np.ndarray:
     """Return the accumulator that lies in registers `[warps, 32]`, as float32 `[warps, 16, columns]`."""
     result = np.empty((registers[0].shape[0], 16, 2 * len(registers)), np.float32)
     for i, register in enumerate(registers):
-        result[:, *_accumulator_index(i)] = register.view(np.float32)
+        row, column = _accumulator_index(i)
+        result[:, row, column] = register.view(np.float32)
     return result
 
 
 def accumulator_registers(c: np.ndarray) -> list[np.ndarray]:
     """Return the registers `[warps, 32]` of an accumulator."""
-    return [np.ascontiguousarray(c[:, *_accumulator_index(i)]).view(np.uint32) for i in range(c.shape[2] // 2)]
+    places = map(_accumulator_index, range(c.shape[2] // 2))
+    return [np.ascontiguousarray(c[:, row, column]).view(np.uint32) for row, column in places]
 
 
 def multiply(a: np.ndarray, b: np.ndarray, c: np.ndarray, kind: str, rounding: Rounding | None) -> np.ndarray:
@@ -127,7 +129,9 @@ def toward_zero(x: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _pattern(rows: int, k: int, element: int, transposed: bool, swizzle: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pattern(
+    rows: int, k: int, element: int, transposed: bool, swizzle: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return for each element the bytes within a swizzle atom, and how many leading and stride offsets lie before it.
 
     `rows` are those of A, or the columns of B. Untransposed, the k elements of a row are adjacent and every eighth row
@@ -148,7 +152,10 @@ def operand_addresses(descriptors: np.ndarray, rows: int, k: int, element: int, 
     Raises:
         Unsupported: the operand is not swizzled, or does not start at a multiple of the swizzle's pattern.
     """
-    field = lambda start, bits: ((descriptors >> np.uint64(start)) & np.uint64((1 << bits) - 1)).astype(np.int64)  # noqa: E731
+
+    def field(start: int, bits: int) -> np.ndarray:
+        return ((descriptors >> np.uint64(start)) & np.uint64((1 << bits) - 1)).astype(np.int64)
+
     modes = set(field(62, 2).tolist())
     if len(modes) != 1 or modes == {0} or field(49, 3).any():
         raise Unsupported(f"a descriptor of swizzle mode {sorted(modes)}, base offset {field(49, 3).max()}")

@@ -13,11 +13,19 @@ import sys
 
 import pytest
 from ptx.cases import CASES
-from test_ptx_opcodes import ARITHMETIC
+from test_ptx_arithmetic import ARITHMETIC
 
 from simsid.kernels.backend import TRITON_INSTALLED
 
 FOLDER = pathlib.Path(__file__).parent
+# Triton 3.6 leaves the fence out where a 16-bit operand goes through `cp.async` to shared memory and to `wgmma`.
+UNFENCED = {
+    "sm_90 memory bf16",
+    "sm_90 memory bf16 too",
+    "sm_90 memory bf16 batch 33",
+    "sm_90 memory bf16 too batch 33",
+    "sm_90 memory fp16 too",
+}
 UNDERSTOOD = ("3.6", "3.7", "3.8", "3.9")  # versions of Triton whose PTX was run
 SHORT = [case.name for case in CASES if not case.long]
 # Kernels in which threads of one warp write different roundings of one sum to one address. A GPU keeps one of them,
@@ -50,6 +58,13 @@ def why_not():
 needs_ptx = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
+def short_cases(start=""):
+    """Return the names of the cases as parameters; those with a known fault must fail."""
+    broken = UNFENCED if TRITON_INSTALLED and importlib.metadata.version("triton").startswith("3.6.") else set()
+    mark = pytest.mark.xfail(reason="Triton 3.6 leaves out fence.proxy.async", strict=True)
+    return [pytest.param(name, marks=[mark] if name in broken else []) for name in SHORT if name.startswith(start)]
+
+
 def run_script(name, *arguments):
     """Run a script of this folder on compiled Triton and return the JSON that it prints."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -71,11 +86,11 @@ def results():
 
 @needs_ptx
 class TestKernels:
-    @pytest.mark.parametrize("name", SHORT)
+    @pytest.mark.parametrize("name", short_cases())
     def test_kernels_agree_with_the_reference_and_have_no_fault(self, name):
         assert results()[name]["fault"] is None, results()[name]["fault"]
 
-    @pytest.mark.parametrize("name", [name for name in SHORT if name.startswith("sm_90")])
+    @pytest.mark.parametrize("name", short_cases("sm_90"))
     def test_products_are_fenced_and_waited_for_on_every_path(self, name):
         assert results()[name]["order"] == []
 
@@ -93,6 +108,22 @@ class TestKernels:
         assert {kernel for result in results().values() for kernel in result["ambiguous"]} <= AMBIGUOUS
 
     def test_every_arithmetic_opcode_of_the_kernels_is_tested_alone(self):
-        elsewhere = ("ld.", "st.", "cp.", "bar.", "bra", "ret", "shfl.", "redux.", "ldmatrix.", "stmatrix.", "mma.", "wgmma.", "fence.")
-        used = {opcode for result in results().values() for opcode in result["opcodes"] if not opcode.startswith(elsewhere)}
+        elsewhere = (
+            "ld.",
+            "st.",
+            "cp.",
+            "bar.",
+            "bra",
+            "ret",
+            "shfl.",
+            "redux.",
+            "ldmatrix.",
+            "stmatrix.",
+            "mma.",
+            "wgmma.",
+            "fence.",
+        )
+        used = {
+            opcode for result in results().values() for opcode in result["opcodes"] if not opcode.startswith(elsewhere)
+        }
         assert used - {opcode for opcode, *_ in ARITHMETIC} <= {"setp.le.bf16x2"}

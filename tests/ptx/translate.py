@@ -6,9 +6,8 @@ import re
 from collections.abc import Callable
 
 import numpy as np
-
 from ptx import warp
-from ptx.arithmetic import operation, storage
+from ptx.arithmetic import immediate, operation, storage
 from ptx.checks import Unsupported
 from ptx.instructions import Address, Instruction, Program
 from ptx.machine import Machine
@@ -108,7 +107,7 @@ class _Translator:
             if text.startswith("%"):
                 self.special[self.slots[key]] = text[1:]
             else:
-                self.constants[self.slots[key]] = _immediate(text, kind)
+                self.constants[self.slots[key]] = immediate(text, kind)
         return self.slots[key]
 
     def vector(self, operand: object, kind: str) -> list[int]:
@@ -121,7 +120,9 @@ class _Translator:
     def _address(self, address: Address, memory: str) -> tuple[int, np.generic]:
         wide = memory == "global"
         kind = np.uint64 if wide or self._is_wide(address.base) else np.uint32
-        return self.slot(address.base, "u64" if kind is np.uint64 else "u32"), kind(address.offset % (1 << 8 * kind().itemsize))
+        return self.slot(address.base, "u64" if kind is np.uint64 else "u32"), kind(
+            address.offset % (1 << 8 * kind().itemsize)
+        )
 
     @staticmethod
     def _is_wide(base: str) -> bool:
@@ -143,7 +144,9 @@ class _Translator:
         function, kinds, result = operation(instruction.opcode)
         if len(operands) != len(kinds):
             raise Unsupported(instruction.text)
-        return self._assign(instruction, self.slot(target, result), [self.slot(o, k) for o, k in zip(operands, kinds)], function)
+        return self._assign(
+            instruction, self.slot(target, result), [self.slot(o, k) for o, k in zip(operands, kinds)], function
+        )
 
     def _assign(self, instruction: Instruction, target: int, sources: list[int], function: Callable) -> Step:
         active, negated = self._active(instruction)
@@ -224,7 +227,9 @@ class _Translator:
         def load(m: Machine) -> None:
             value = m.parameters[address.base].view(storage(kind))
             signed = value.view(f"i{value.dtype.itemsize}") if kind.startswith("s") else value
-            m.registers[slot] = signed.astype(f"i{np.dtype(width).itemsize}").view(width) if kind[0] == "s" else signed.astype(width)
+            m.registers[slot] = (
+                signed.astype(f"i{np.dtype(width).itemsize}").view(width) if kind[0] == "s" else signed.astype(width)
+            )
 
         return load
 
@@ -359,18 +364,6 @@ class _Translator:
             kind=parts[6],
             transposed=(False if from_registers else any(flags[:1]), any(flags[-1:])),
         )
-
-
-def _immediate(text: str, kind: str) -> np.ndarray:
-    dtype = storage(kind)
-    if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
-        return np.array([int(text[2:], 16)], dtype)
-    if text == "global_smem":
-        return np.zeros(1, dtype)
-    if not re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
-        raise Unsupported(f"the operand {text}")
-    value = int(text.rstrip("U"), 0)
-    return np.array([bool(value) if dtype is np.bool_ else value % (1 << 8 * np.dtype(dtype).itemsize)], dtype)
 
 
 _BUILDERS: dict[str, Callable[[_Translator, Instruction], Step | None]] = {

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-
 from ptx import tensorcore
 from ptx.checks import Uninitialized, Unsupported
 from ptx.machine import UNWRITTEN, Machine
@@ -34,7 +33,14 @@ def shuffle(mode: str, value: np.ndarray, lane: np.ndarray, bounds: np.ndarray) 
 
 def reduction(how: str, kind: str) -> Callable[[np.ndarray], np.ndarray]:
     """Return the function of `redux.sync` over whole warps."""
-    functions = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+    functions = {
+        "add": np.add,
+        "min": np.minimum,
+        "max": np.maximum,
+        "and": np.bitwise_and,
+        "or": np.bitwise_or,
+        "xor": np.bitwise_xor,
+    }
     if how not in functions or kind not in ("s32", "u32", "b32"):
         raise Unsupported(f"redux.sync.{how}.{kind}")
     dtype = np.int32 if kind == "s32" else np.uint32
