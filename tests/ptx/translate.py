@@ -60,11 +60,11 @@ def translate(program: Program) -> Kernel:
     )
 
 
-def access(opcode: str) -> tuple[type, int]:
-    """Return the dtype and the number of elements of a load or store."""
+def access(opcode: str) -> tuple[str, type, int]:
+    """Return the memory of a load or store, `"global"` or `"shared"`, the dtype and the number of its elements."""
     parts = opcode.split(".")
     vector = [int(part[1:]) for part in parts if re.fullmatch(r"v\d", part)]
-    return storage(parts[-1]), (vector or [1])[0]
+    return parts[1].removesuffix("::cta"), storage(parts[-1]), (vector or [1])[0]
 
 
 class _Translator:
@@ -234,7 +234,7 @@ class _Translator:
         return load
 
     def _load(self, instruction: Instruction) -> Step:
-        memory, (dtype, count) = instruction.opcode.split(".")[1], access(instruction.opcode)
+        memory, dtype, count = access(instruction.opcode)
         kind = instruction.opcode.split(".")[-1]
         targets = self.vector(instruction.operands[0], kind)
         base, offset = self._address(instruction.operands[1], memory)
@@ -252,7 +252,7 @@ class _Translator:
         return load
 
     def _store(self, instruction: Instruction) -> Step:
-        memory, (dtype, count) = instruction.opcode.split(".")[1], access(instruction.opcode)
+        memory, dtype, count = access(instruction.opcode)
         kind = instruction.opcode.split(".")[-1]
         base, offset = self._address(instruction.operands[0], memory)
         sources = self.vector(instruction.operands[1], "b16" if dtype is np.uint8 else kind)
