@@ -10,7 +10,16 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "simsid/__init__.py").rea
 
 CODECS = ["pylibjpeg>=2.0", "pylibjpeg-openjpeg>=2.0", "pyjpegls>=1.4", "python-gdcm>=3.0.10"]
 TENSORBOARD = ["tensorboard>=2.14"]
-TEST = ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6.100", "ruff>=0.6", "selenium>=4.20"]
+ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
+TEST = [
+    "pytest>=8",
+    "pytest-benchmark>=4",
+    "pytest-xdist>=3.5",
+    "hypothesis>=6.100",
+    "ruff>=0.6",
+    "mypy>=1.11",
+    "selenium>=4.20",
+]
 
 setup(
     name="simsid",
@@ -27,7 +36,11 @@ setup(
         *(f"simsid.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"simsid.kernels": "kernels"},
-    package_data={"simsid.models": ["weights/*", "shipped/*/*"], "simsid.report": ["templates/*"]},
+    package_data={
+        "simsid": ["py.typed", "samples/*", "samples/*/*"],
+        "simsid.models": ["weights/*", "shipped/*/*"],
+        "simsid.report": ["templates/*"],
+    },
     install_requires=[
         "torch>=2.10",
         "triton; platform_system == 'Linux'",
@@ -46,6 +59,7 @@ setup(
     ],
     extras_require={
         "dicom": CODECS,
+        "onnx": ONNX,
         "tensorboard": TENSORBOARD,
         "test": [*TEST, *CODECS, *TENSORBOARD],
     },

@@ -32,6 +32,7 @@ _EXPORTS = {
     "Model": "simsid.models.model",
     "Reconstruction": "simsid.models.model",
     "AnomalyModel": "simsid.models.base",
+    "Detector": "simsid.detector",
     "FeatureMemory": "simsid.models.feature_memory",
     "FeatureConfig": "simsid.models.feature_config",
     "freeze": "simsid.models.inference",

@@ -229,7 +229,20 @@ PRESETS: dict[str, Callable[..., Config]] = {
 
 
 ConfigName = Literal[tuple(ABLATIONS)]  # type: ignore[valid-type]
-PresetName = Literal["simsid", "squid", "digit_anatomy", "memae", "autoencoder", "features", "pixel_knn", "pixel_pca"]
+PresetName = Literal[
+    "simsid",
+    "squid",
+    "digit_anatomy",
+    "memae",
+    "autoencoder",
+    "features",
+    "feature_knn",
+    "location_knn",
+    "padim",
+    "patchcore",
+    "pixel_knn",
+    "pixel_pca",
+]
 """Names of `simsid.models.presets.PRESETS`, which a test compares; here, since that module needs PyTorch."""
 
 

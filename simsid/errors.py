@@ -33,6 +33,10 @@ class ConversionError(InputError):
     """A checkpoint of the released code that cannot be converted."""
 
 
+class ExportError(SimsidError, RuntimeError):
+    """A model that cannot be exported, or whose exported program scores differently."""
+
+
 class CheckpointError(SimsidError, RuntimeError):
     """A folder that holds no readable checkpoint; the message names the file and what is wrong with it."""
 

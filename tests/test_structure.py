@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -178,7 +180,19 @@ def test_importing_simsid_is_light():
     }
     for name in ("matplotlib", "sklearn", "triton"):
         for module, tree in TREES.items():
-            if module.startswith("simsid.kernels") or module == "simsid.report.figures":
+            if module.startswith("simsid.kernels") or module in ("simsid.report.figures", "simsid.detector"):
                 continue
             heads = [ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
             assert not [head for head in heads if head.split()[1].split(".")[0] == name], module
+
+
+def test_imports_stay_light():
+    """`import simsid` imports nothing heavy, and the model nothing that only reports, DICOM and kernels need."""
+    script = (
+        "import sys, simsid\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules), 'import simsid'\n"
+        "import simsid.models.model, simsid.models.released\n"
+        "found = {'triton', 'matplotlib', 'sklearn', 'pydicom', 'tyro', 'tensorboard'} & set(sys.modules)\n"
+        "assert not found, found\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

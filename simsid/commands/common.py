@@ -166,9 +166,17 @@ def write_evaluation_report(
         configuration={"model": described(model), **(configuration or {})},
         versions=versions(),
         notes=list(notes),
+        warnings=for_processing_notes(sum(record.for_processing for record in images.records)),
         descriptions=selection.descriptions(model),
     )
     selection.write_film_pages(path, model, rows, examples)
+
+
+def for_processing_notes(count: int) -> list[str]:
+    """Return a warning where some images are raw detector data, whose gray scale is not that of a diagnostic image."""
+    if not count:
+        return []
+    return [f"{count} images are stored FOR PROCESSING: their gray values are not those meant for display."]
 
 
 def described(model: "AnomalyModel") -> dict[str, object]:

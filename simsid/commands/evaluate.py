@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 from dataclasses import dataclass, field
 
 from tyro.conf import OmitArgPrefixes
@@ -15,6 +16,7 @@ from simsid.commands.common import (
     SignalName,
     SplitName,
     calibrated_model,
+    for_processing_notes,
     load_set,
     output_folder,
     saved,
@@ -72,6 +74,8 @@ class Evaluate:
             for score in scores_of(model, images, evaluation, records):
                 write(row(score, model.signal_names))
         print(format_table(evaluation), flush=True)
+        for note in for_processing_notes(sum(record.for_processing for record in images.records)):
+            print(f"simsid: note: {note}", file=sys.stderr)
         if images.failures:
             print(f"{len(images.failures)} of {len(records)} files could not be read (reasons in scores.csv)")
         title = f"simsid: {self.data.resolve().name}, {split or 'all images'}"

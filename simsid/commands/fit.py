@@ -49,7 +49,7 @@ class Fit:
             "val_share": self.val_share,
             "exclude": list(self.exclude),
         }
-        model = seeded_model(config, getattr(config, "seed", 0), device)
+        model = seeded_model(self.preset, config, getattr(config, "seed", 0), device)
         with run_folder(path, document) as folder:
             train, val = load_both(train_records, val_records, model, machine.workers)
             folder.write_manifest(train, val)

@@ -17,6 +17,9 @@ from simsid.commands.convert import Convert
 from simsid.commands.demo import Demo
 from simsid.commands.doctor import Doctor
 from simsid.commands.evaluate import Evaluate
+from simsid.commands.explain import Explain
+from simsid.commands.export import Export
+from simsid.commands.models import Models
 from simsid.commands.scan import Scan
 from simsid.commands.score import Score
 from simsid.commands.train import Train
@@ -33,10 +36,13 @@ COMMANDS: dict[str, type] = {
     "train": Train,
     "evaluate": Evaluate,
     "score": Score,
+    "explain": Explain,
     "adapt": Adapt,
     "calibrate": Calibrate,
     "scan": Scan,
     "convert": Convert,
+    "export": Export,
+    "models": Models,
     "doctor": Doctor,
 }
 
@@ -140,7 +146,7 @@ def _train_command(arguments: list[str]) -> tuple[type, Any]:
 
     if name not in presets.PRESETS:
         return Train, subcommand("train", prefix_name=False)
-    config = presets.preset(name)
+    config = presets.preset(name).config()
     kind: Any = fit_command(type(config))  # type: ignore[arg-type]  # a class is hashable
     return kind, subcommand("train", prefix_name=False, default=kind(model=config))
 

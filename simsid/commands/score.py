@@ -17,6 +17,7 @@ from simsid.commands.common import (
     calibrated_model,
     clear_film_pages,
     described,
+    for_processing_notes,
     refuse_file,
     saved,
     versions,
@@ -104,6 +105,8 @@ class Score:
                 f"{summary.flagged} above the threshold, which {self.false_positive_rate:.3g} of {len(held)} held-out "
                 "normal images may exceed"
             )
+        for note in for_processing_notes(summary.for_processing):
+            print(f"simsid: note: {note}", file=sys.stderr)
         if summary.shift is not None:
             print(f"simsid: note: {summary.shift}".replace("MODEL", self.model), file=sys.stderr)
         if summary.top:
@@ -141,7 +144,10 @@ class Score:
                 configuration={"model": described(model)},
                 versions=versions(),
                 notes=notes,
-                warnings=[] if summary.shift is None else [f"{summary.shift}."],
+                warnings=[
+                    *for_processing_notes(summary.for_processing),
+                    *([] if summary.shift is None else [f"{summary.shift}."]),
+                ],
                 descriptions=selection.descriptions(model),
             )
             selection.write_film_pages(path, model, rows, examples)

@@ -68,7 +68,7 @@ class Train:
         source = request.source()
         train_records, val_records = group.broadcast(lambda: split(source, request))
         path = self.resume or request.output or pathlib.Path("runs") / f"{source.resolve().stem}-{request.name}"
-        model: Any = seeded_model(request.model, request.training.seed, device)
+        model: Any = seeded_model(request.name, request.model, request.training.seed, device)
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(self._folder(request, path)) if group.main else None
             trainer = Trainer(model, request.training, run=folder or path, progress=True, group=group)

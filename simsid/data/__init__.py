@@ -1,7 +1,7 @@
 """Radiographs and DigitAnatomy: lists of images, decoding, preprocessing, splits and augmentation."""
 
 from simsid.data.augmentation import augment
-from simsid.data.datasets import CheXpert, COVIDx, Dataset, Radiographs, ZhangLab, iter_records, open_dataset
+from simsid.data.datasets import SAMPLES, CheXpert, COVIDx, Dataset, Radiographs, ZhangLab, iter_records, open_dataset
 from simsid.data.digits import DigitAnatomy
 from simsid.data.files import read
 from simsid.data.images import ImageSet, load_images, stream_images
@@ -14,6 +14,7 @@ from simsid.data.splits import partition, split_by_patient
 from simsid.errors import ReadError
 
 __all__ = [
+    "SAMPLES",
     "COVIDx",
     "CheXpert",
     "Dataset",

@@ -23,6 +23,10 @@ from simsid.errors import InputError, ReadError
 Path = str | os.PathLike[str]
 
 
+SAMPLES = os.path.join(os.path.dirname(os.path.dirname(__file__)), "samples", "films.csv")
+"""A list of twelve radiographs of children that come with simsid, six normal and six with pneumonia (CC BY 4.0)."""
+
+
 class Dataset(data.Dataset):
     """A list of images, decoded when an item is taken: a torch `Dataset` whose items are (image, label).
 

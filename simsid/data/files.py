@@ -63,10 +63,15 @@ def _preprocessing_of(owner: object) -> Preprocessing:
 
 
 class Decoded(NamedTuple):
-    """One file that was read: `[H, W]` uint8 or uint16, and the file's SHA-256 in hexadecimal, `""` if not wanted."""
+    """One file that was read.
+
+    `pixels` `[H, W]` uint8 or uint16; `sha256` of the file in hexadecimal, `""` if not wanted; `provenance` as `Record`
+    has it.
+    """
 
     pixels: np.ndarray
     sha256: str
+    provenance: dict[str, str | int | float]
 
 
 class FileReader:
@@ -85,7 +90,9 @@ class FileReader:
                 # The hash is that of the file which is decoded: one handle, even if another file takes its name.
                 digest = _sha256(file) if self.hash_files else ""
                 image = read_image(file, max_pixels=self.max_pixels)
-            return Decoded(self.preprocessing.quantize(image), digest)
+            rows, columns = image.pixels.shape
+            about = {"format": image.format, "rows": rows, "columns": columns, "bits": image.bits, **image.provenance}
+            return Decoded(self.preprocessing.quantize(image), digest, about)
         except ReadError as error:
             return Failure(record.path, str(error), digest)
         except Exception as error:  # a defect of one file must not stop a run over thousands

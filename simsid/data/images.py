@@ -167,7 +167,7 @@ def load_images(
         if result.pixels.dtype == np.uint16 and pixels.dtype == np.uint8:
             pixels = _widen(pixels)
         pixels[len(loaded), 0] = _widen(result.pixels) if pixels.dtype != result.pixels.dtype else result.pixels
-        loaded.append(record)
+        loaded.append(replace(record, provenance=result.provenance))
         hashes.append(result.sha256)
     if not loaded:
         raise InputError(failure_summary(failures, len(files)))
@@ -213,7 +213,7 @@ def _batches(
             failures.append(result)
         else:
             images.append(to_float(torch.from_numpy(result.pixels)))
-            done.append(record)
+            done.append(replace(record, provenance=result.provenance))
         if len(done) == batch_size or len(failures) == FAILURES_AT_ONCE:
             yield torch.stack(images)[:, None] if images else empty, done, failures
             images, done, failures = [], [], []

@@ -1,5 +1,6 @@
 """Maps decoded gray values to what a model takes: one range, one size, and 8 or 16 bits that become -1..1."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,43 @@ class Preprocessing:
         top, dtype = (255, np.uint8) if image.bits <= 8 else (65535, np.uint16)
         return np.rint(np.clip(values, 0, 1) * np.float32(top)).astype(dtype)
 
+    def gray(self, image: DecodedImage) -> np.ndarray:
+        """Return the gray values that `quantize` resizes, at the image's own size: `[H, W]` uint8, 0 is black.
+
+        Raises:
+            ReadError: intensity `"range"` for an image that declares no range.
+        """
+        limits = _range(image, self.intensity)
+        rows, columns = image.pixels.shape
+        pixels = np.empty((rows, columns), np.uint8)
+        for band in bands(rows, columns):
+            pixels[band] = np.rint(_normalized(image, band, *limits) * np.float32(255))
+        return pixels
+
+    def at_own_size(self, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        """Bring a map of the model's image back to the image it was made of, bilinearly: the inverse of `aspect`.
+
+        Args:
+            values: `[*size]`, floating point.
+            shape: height and width of the image, upright, before preprocessing.
+
+        Returns:
+            `[*shape]` float32; with `"crop"`, NaN where the model saw nothing. What lies on the black bars of `"pad"`
+            is dropped.
+
+        Raises:
+            InputError: `values` does not have the size of this preprocessing.
+        """
+        if np.shape(values) != self.size:
+            raise InputError(f"values must have shape {list(self.size)}, got {list(np.shape(values))}")
+        image = Image.fromarray(np.asarray(values, np.float32))
+        if self.aspect == "crop":
+            return _uncropped(image, shape, self.size)
+        if self.aspect == "pad":
+            top, left, height, width = _padded_window(shape, self.size)
+            image = image.crop((left, top, left + width, top + height))
+        return np.array(image.resize(shape[::-1], Image.Resampling.BILINEAR))
+
 
 def to_float(pixels: Tensor) -> Tensor:
     """Turn uint8 or uint16 into float32 in -1..1, both ends exact; floats become float32 and keep their values.
@@ -152,14 +190,9 @@ def _resize(image: DecodedImage, limits: tuple[float, float], size: tuple[int, i
     height, width = size
     left, top, right, bottom = 0.0, 0.0, float(columns), float(rows)
     if aspect == "pad":
-        scale = min(height / rows, width / columns)
-        height, width = max(1, round(rows * scale)), max(1, round(columns * scale))
+        down, across, height, width = _padded_window((rows, columns), size)
     elif aspect == "crop":
-        scale = max(height / rows, width / columns)
-        across, down = width / scale, height / scale
-        left, top = (columns - across) / 2, (rows - down) / 2
-        # Rounding may pass the border by 1e-13, which Pillow refuses.
-        left, top, right, bottom = max(left, 0.0), max(top, 0.0), min(left + across, columns), min(top + down, rows)
+        left, top, right, bottom = _cropped_box((rows, columns), size)
     if rows * columns <= AT_ONCE:
         source = Image.fromarray(_normalized(image, slice(None), *limits))
     else:
@@ -176,6 +209,44 @@ def _resize(image: DecodedImage, limits: tuple[float, float], size: tuple[int, i
     if aspect != "pad":
         return resized
     padded = np.zeros(size, np.float32)
-    down, across = (size[0] - height) // 2, (size[1] - width) // 2
     padded[down : down + height, across : across + width] = resized
     return padded
+
+
+def _padded_window(shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return where an image of `shape` lies in the padded one of `size`: top, left, height, width in pixels."""
+    (rows, columns), (height, width) = shape, size
+    scale = min(height / rows, width / columns)
+    inner = max(1, round(rows * scale)), max(1, round(columns * scale))
+    return (height - inner[0]) // 2, (width - inner[1]) // 2, *inner
+
+
+def _cropped_box(shape: tuple[int, ...], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Return the part of an image of `shape` that is cropped to `size`: left, top, right, bottom in its pixels."""
+    (rows, columns), (height, width) = shape, size
+    scale = max(height / rows, width / columns)
+    across, down = width / scale, height / scale
+    left, top = (columns - across) / 2, (rows - down) / 2
+    # Rounding may pass the border by 1e-13, which Pillow refuses.
+    return max(left, 0.0), max(top, 0.0), min(left + across, columns), min(top + down, rows)
+
+
+def _uncropped(image: Image.Image, shape: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Put an image of `size` back where `_cropped_box` cut it from one of `shape`: float32, NaN around it."""
+    left, top, right, bottom = _cropped_box(shape, size)
+    begin, end, low, high = _uncropped_axis(left, right, size[1])
+    first, last, upper, lower = _uncropped_axis(top, bottom, size[0])
+    restored = np.full(shape, np.nan, np.float32)
+    restored[first:last, begin:end] = np.asarray(
+        image.resize((end - begin, last - first), Image.Resampling.BILINEAR, box=(low, upper, high, lower))
+    )
+    return restored
+
+
+def _uncropped_axis(low: float, high: float, side: int) -> tuple[int, int, float, float]:
+    """Return the pixels `[first, last)` whose centers lie in `low..high`, and their edges on the axis `0..side`."""
+    first = math.ceil(low - 0.5)
+    last = max(math.floor(high - 0.5), first) + 1
+    scale = side / (high - low)
+    # The edges may lie half a pixel outside, where there is nothing to interpolate.
+    return first, last, max((first - low) * scale, 0.0), min((last - low) * scale, float(side))

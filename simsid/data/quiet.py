@@ -11,6 +11,9 @@ from typing import Any
 class _ThreadMark(logging.Filter):
     """Knows whether this thread reads a file; serves as the module pattern of a warnings filter and as a log filter."""
 
+    pattern = "(?!)"
+    """scikit-learn copies warnings filters into its workers by this attribute; a copy must not match any module."""
+
     def __init__(self) -> None:
         super().__init__()
         self._state = threading.local()

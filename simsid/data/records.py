@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from simsid import checkpoint
@@ -37,6 +37,8 @@ class Record:
         label: 0 normal, 1 abnormal, None unknown.
         finding: the class that the data set gives it, such as `"NORMAL"`, `"PNEUMONIA"`, `"misordered"`.
         patient: an identifier that is equal for two images of one patient; `""` unknown.
+        provenance: how the file was decoded, once it is: format, size, bit depth, which LUT or window, polarity. It is
+            not a column of lists.
     """
 
     path: str
@@ -44,6 +46,12 @@ class Record:
     label: int | None = None
     finding: str = ""
     patient: str = ""
+    provenance: Mapping[str, str | int | float] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def for_processing(self) -> bool:
+        """Whether the file is stored FOR PROCESSING, so that its gray values are not those meant for display."""
+        return self.provenance.get("presentation_intent") == "FOR PROCESSING"
 
 
 @dataclass(frozen=True)

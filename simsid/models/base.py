@@ -93,6 +93,18 @@ class Scorer(abc.ABC):
         """The signals that have a map."""
         return tuple(name for name in self.signal_names if SIGNALS[name].map is not None)
 
+    def choose_map(self, name: str | None = None) -> str:
+        """Return `name`; where it is None, the model's own signal if that has a map, else the first that has.
+
+        Raises:
+            InputError: a signal without a map, or a model without any; the message lists the choices.
+        """
+        if not self.map_names:
+            raise InputError(f"none of the model's signals has a map: {', '.join(self.signal_names)}")
+        if name is None:
+            return self.signal if self.signal in self.map_names else self.map_names[0]
+        return check_signals(name, self.map_names)[0]
+
     def signals(
         self, images: object, names: Iterable[str] | None = None, *, batch_size: int = BATCH
     ) -> dict[str, np.ndarray]:
@@ -274,4 +286,5 @@ class AnomalyModel(Scorer):
         """Return a hash of all that decides a score: configuration, calibration, tensors and their layout."""
         tensors, document = self.state()
         calibration = self.calibration.to_dict() if self.calibration else None
-        return checkpoint.digest(json.dumps([self.kind, document, calibration], sort_keys=True), tensors)
+        text = json.dumps([self.kind, document, calibration], sort_keys=True)
+        return checkpoint.digest(text, dict(sorted(tensors.items())))

@@ -191,7 +191,7 @@ class FeatureEncoder(nn.Module):
             x = ((images + 1) / 2 - self.mean) / self.std
         maps = self._layer_outputs(x.contiguous(memory_format=torch.channels_last))
         for value in maps:
-            if not isinstance(value, Tensor) or value.dim() != 4 or len(value) != len(images):
+            if not isinstance(value, Tensor) or value.dim() != 4 or value.shape[0] != images.shape[0]:
                 what = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise InputTypeError(f"the encoder must yield feature maps [{len(images)}, C, h, w], got {what}")
         if not maps:

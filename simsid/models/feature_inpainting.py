@@ -103,7 +103,7 @@ class FeatureInpainting(nn.Module):
     def look_up(self, y: Tensor) -> Tensor:
         """Return the mean of the nearest items of each location, `[B, L, D]` to `[B, L, D]`."""
         items = self.items.to(y.dtype)
-        bias = (items.square().sum(2) * -0.5).expand(len(y), -1, -1)
+        bias = (items.square().sum(2) * -0.5).expand(y.shape[0], -1, -1)
         return space_aware_memory(y, items, self.topk, noise=bias, temperature=y.shape[2] / 2)
 
     @torch.no_grad()
@@ -144,10 +144,12 @@ class FeatureInpainting(nn.Module):
         return square, product, y.new_tensor(len(y))
 
     def _residual(self, y: Tensor, look_up: Tensor, prediction: Tensor) -> Tensor:
-        parts = [
-            target - torch.bmm(self._neighborhood(part).transpose(0, 1), prediction).transpose(0, 1)
-            for part, target in zip(look_up.split(CHUNK), y.split(CHUNK))
-        ]
+        def predict(part: Tensor) -> Tensor:
+            return torch.bmm(self._neighborhood(part).transpose(0, 1), prediction).transpose(0, 1)
+
+        if torch.compiler.is_exporting():  # a program has no loop over a batch of any size
+            return y - predict(look_up)
+        parts = [target - predict(part) for part, target in zip(look_up.split(CHUNK), y.split(CHUNK))]
         return torch.cat(parts) if parts else y
 
     def _map(self, residual: Tensor) -> Tensor:
@@ -178,8 +180,8 @@ def kmeans(y: Tensor, items: int, seed: int) -> Tensor:
     centers = points.gather(1, order[:, :, None].expand(-1, -1, y.shape[2]))
     for _ in range(KMEANS_STEPS):
         nearest = torch.cat([torch.cdist(part, centers).argmin(2) for part in points.split(4096, 1)], 1)
-        index = nearest[:, :, None].expand(-1, -1, y.shape[2])
-        sums = torch.zeros_like(centers).scatter_add_(1, index, points)
-        counts = torch.zeros_like(centers[..., 0]).scatter_add_(1, nearest, torch.ones_like(nearest, dtype=y.dtype))
+        # A product with the assignments, not scatter_add_, whose float atomics on a GPU sum in another order each time.
+        assigned = (nearest[:, None] == torch.arange(items, device=y.device)[:, None]).to(y.dtype)
+        sums, counts = assigned @ points, assigned.sum(2)
         centers = torch.where(counts[..., None] > 0, sums / counts[..., None].clamp_min(1), centers)
     return centers

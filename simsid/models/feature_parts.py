@@ -72,7 +72,8 @@ class FeatureParts(nn.Module):
             owner: `[B]`, the number of each image in the pooled memory, -1 where it is not there: its own rows are left
                 out.
         """
-        if len(grid) > 1 and not grid.is_cuda:
+        # An exported program has no loop over a batch of any size.
+        if not torch.compiler.is_exporting() and len(grid) > 1 and not grid.is_cuda:
             # One image at a time: a matrix product on a CPU sums a row in an order that depends on the row's index, and
             # an image's score must not depend on the images before it. It takes a tenth of the encoder's time.
             owners = [None] * len(grid) if owner is None else owner.split(1)

@@ -126,8 +126,10 @@ class PooledMemory(nn.Module):
         for i, x in enumerate(pooled):
             query, rows = self._transformed(i, x), self._rows(i)
             parts = []
-            for start in range(0, len(query), CHUNK):
-                part = slice(start, start + CHUNK)
+            # An exported program has no loop over a batch of any size.
+            starts = [0] if torch.compiler.is_exporting() else range(0, len(query), CHUNK)
+            for start in starts:
+                part = slice(None) if torch.compiler.is_exporting() else slice(start, start + CHUNK)
                 # Differences, not |a|^2 - 2ab + |b|^2, which is inexact for near rows.
                 d = torch.cdist(query[part], rows, compute_mode="donot_use_mm_for_euclid_dist")
                 if owner is not None:

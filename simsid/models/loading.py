@@ -26,7 +26,7 @@ SHIPPED = pathlib.Path(__file__).with_name("shipped")
 
 def shipped_models() -> tuple[str, ...]:
     """Return the names of the fitted models that come with simsid."""
-    return tuple(sorted(folder.name for folder in SHIPPED.iterdir() if (folder / "model.json").is_file()))
+    return tuple(sorted(file.parent.name for file in SHIPPED.glob("*/model.json")))
 
 
 def load(folder: str | os.PathLike, *, device: torch.device | str = "cpu", **options: object) -> AnomalyModel:

@@ -1,6 +1,7 @@
 """Published configurations and baselines by name, each with the class of models that it configures."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,45 +11,46 @@ from simsid.config import ABLATIONS, Config
 from simsid.errors import ConfigError
 from simsid.models.base import AnomalyModel
 from simsid.models.baselines import PixelKNN, PixelPCA
+from simsid.models.feature_baselines import FeatureKNN, LocationKNN, PaDiM, PatchCore
 from simsid.models.feature_config import FeatureConfig
 from simsid.models.feature_memory import FeatureMemory
 from simsid.models.model import Model
 
-PRESETS: dict[str, Callable[[], Any]] = {
-    **configs.PRESETS,
-    "features": FeatureConfig,
-    "pixel_knn": configs.PixelKNNConfig,
-    "pixel_pca": configs.PixelPCAConfig,
+
+@dataclass(frozen=True)
+class Preset:
+    """A class of models, and what returns the configuration to start from."""
+
+    model: Callable[[Any], AnomalyModel]
+    config: Callable[[], Any]
+
+
+PRESETS: dict[str, Preset] = {
+    **{name: Preset(Model, config) for name, config in configs.PRESETS.items()},
+    "features": Preset(FeatureMemory, FeatureConfig),
+    "feature_knn": Preset(FeatureKNN, FeatureConfig),
+    "location_knn": Preset(LocationKNN, FeatureConfig),
+    "padim": Preset(PaDiM, FeatureConfig),
+    "patchcore": Preset(PatchCore, FeatureConfig),
+    "pixel_knn": Preset(PixelKNN, configs.PixelKNNConfig),
+    "pixel_pca": Preset(PixelPCA, configs.PixelPCAConfig),
 }
-"""Configuration of each preset; `build` makes the model."""
-
-_BUILDERS: dict[type, Callable[[Any], AnomalyModel]] = {
-    Config: Model,
-    FeatureConfig: FeatureMemory,
-    configs.PixelKNNConfig: PixelKNN,
-    configs.PixelPCAConfig: PixelPCA,
-}
 
 
-def preset(name: str) -> Any:
-    """Return the configuration of a preset or ablation.
+def preset(name: str) -> Preset:
+    """Return the preset or ablation of a name.
 
     Raises:
         ConfigError: an unknown name, with the known ones.
     """
     if name in ABLATIONS:
-        return Config.ablation(name)
+        return Preset(Model, lambda: Config.ablation(name))
     if name not in PRESETS:
         raise ConfigError(f"preset must be one of {', '.join((*PRESETS, *ABLATIONS))}, got {name!r}")
-    return PRESETS[name]()
+    return PRESETS[name]
 
 
-def build(config: Any) -> AnomalyModel:
-    """Return a new model of any configuration."""
-    return _BUILDERS[type(config)](config)
-
-
-def seeded_model(config: Any, seed: int, device: torch.device | str) -> AnomalyModel:
-    """Return a new model whose initial weights come from `seed`."""
+def seeded_model(name: str, config: Any, seed: int, device: torch.device | str) -> AnomalyModel:
+    """Return a new model of preset `name` with this configuration, whose initial weights come from `seed`."""
     torch.manual_seed(seed)
-    return build(config).to_device(device)
+    return preset(name).model(config).to_device(device)

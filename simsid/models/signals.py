@@ -32,6 +32,7 @@ class Signal:
         compute: outputs to `[B]`, one value an image.
         map: outputs to `[B, h, w]`, where in the image the signal comes from; None where it has no map.
         unit: the unit of the map's values, for the color bar.
+        localizes: whether the map's peak lies on planted anomalies; reports prefer such maps. Grad-CAM's does not.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Signal:
     compute: Callable[[Outputs], Tensor]
     map: Callable[[Outputs], Tensor] | None = None
     unit: str = ""
+    localizes: bool = True
 
 
 def residual(images: Tensor, reconstruction: Tensor) -> Tensor:
@@ -97,6 +99,7 @@ def _of_memory(measure: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Outputs
 
 
 _GRAY_UNIT = "squared difference of gray values in -1..1"
+_LOGIT_UNIT = "Grad-CAM, contribution to the negated logit"
 _RESIDUAL_MAP: dict[str, Any] = {
     "map": _of_reconstruction(residual_map),
     "unit": _GRAY_UNIT,
@@ -125,12 +128,18 @@ SIGNALS: dict[str, Signal] = {
             "image's own statistics as in the released evaluation",
             ("reconstruction", "discriminator"),
             lambda outputs: -outputs["discriminator"](outputs["reconstruction"], "per_image"),
+            map=lambda outputs: outputs["discriminator"].grad_cam(outputs["reconstruction"], "per_image"),
+            unit=_LOGIT_UNIT,
+            localizes=False,
         ),
         Signal(
             "discriminator_running",
             "the papers' score, normalized with the running statistics of training",
             ("reconstruction", "discriminator"),
             lambda outputs: -outputs["discriminator"](outputs["reconstruction"]),
+            map=lambda outputs: outputs["discriminator"].grad_cam(outputs["reconstruction"]),
+            unit=_LOGIT_UNIT,
+            localizes=False,
         ),
         Signal(
             "residual",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from simsid.errors import InputError
+from simsid.scoring.overlay import colors, gray, overlay, upper_limit
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +77,13 @@ def label_name(label: int | None) -> str:
 
 def heat_limit(examples: Sequence[Example]) -> float:
     """Return the value at the bright end of the color scale that the heat maps of all examples share."""
-    return _quantile([example.heat_map for example in examples if example.heat_map is not None])
+    maps = [np.ravel(example.heat_map) for example in examples if example.heat_map is not None]
+    return upper_limit(np.concatenate(maps or [np.zeros(0)]))
 
 
 def map_limit(heat: HeatMap) -> float:
     """Return the value at the bright end of one map's color scale."""
-    return _quantile([heat.values]) if heat.limit is None else heat.limit
+    return upper_limit(heat.values) if heat.limit is None else heat.limit
 
 
 def pictures(example: Example, limit: float) -> list[tuple[str, np.ndarray]]:
@@ -94,22 +96,9 @@ def pictures(example: Example, limit: float) -> list[tuple[str, np.ndarray]]:
     return shown
 
 
-def gray(image: np.ndarray) -> np.ndarray:
-    """Convert intensities in -1..1 to uint8; what lies outside is clipped, NaN is black."""
-    finite = np.clip(np.nan_to_num(np.asarray(image, np.float64), nan=-1.0), -1.0, 1.0)
-    return np.rint(finite * 127.5 + 127.5).astype(np.uint8)
-
-
-def overlay(image: np.ndarray, heat: np.ndarray, limit: float) -> np.ndarray:
-    """Lay a heat map over its dimmed input: `[H, W, 3]` uint8, brightest where `heat` reaches `limit`."""
-    heat = np.clip(np.nan_to_num(np.asarray(heat, np.float64), nan=0.0) / limit, 0.0, 1.0)
-    opacity = np.minimum(1.0, 0.25 + 1.5 * heat)[..., None]
-    return (opacity * _colors(heat) + (1.0 - opacity) * 0.7 * gray(image)[..., None]).astype(np.uint8)
-
-
 def color_bar() -> bytes:
     """Encode the color scale as a PNG of 256 x 1 pixels, from 0 at the left to the limit at the right."""
-    return encode(_colors(np.linspace(0.0, 1.0, 256))[None])
+    return encode(colors(np.linspace(0.0, 1.0, 256))[None])
 
 
 def encode(pixels: np.ndarray, limit: int = 384) -> bytes:
@@ -121,18 +110,3 @@ def encode(pixels: np.ndarray, limit: int = 384) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
-
-
-def _quantile(maps: Sequence[np.ndarray]) -> float:
-    """Return the 99.5 % quantile of all finite values; the maximum would let a few pixels darken all the rest."""
-    values = np.concatenate([np.ravel(values) for values in maps] or [np.zeros(0)]).astype(np.float64)
-    values = values[np.isfinite(values)]
-    limit = float(np.quantile(values, 0.995)) if values.size else 0.0
-    return limit if limit > 0.0 else 1.0
-
-
-def _colors(values: np.ndarray) -> np.ndarray:
-    """Return colors `[..., 3]` uint8 for values in 0..1, on a perceptually uniform map that also prints in gray."""
-    from matplotlib import colormaps
-
-    return colormaps["inferno"](values, bytes=True)[..., :3]

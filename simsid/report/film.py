@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from simsid import checkpoint
 from simsid.errors import InputError
-from simsid.report.examples import Example, HeatMap, color_bar, encode, gray, label_name, map_limit, overlay
+from simsid.report.examples import Example, HeatMap, color_bar, encode, label_name, map_limit
 from simsid.report.render import data_uri, render
+from simsid.scoring.overlay import gray, overlay
 
 PAGE_NAME = re.compile(r"films/[A-Za-z0-9-]{1,40}-[0-9a-f]{12}\.html")
 SIDE_LIMIT = 1024  # pixels: such a page has a few pictures, so they may be larger than those of the report

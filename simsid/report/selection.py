@@ -12,7 +12,7 @@ from simsid.data import ImageSet, Record
 from simsid.evaluation import Evaluation, scores_of
 from simsid.models.base import AnomalyModel
 from simsid.models.signals import SIGNALS
-from simsid.report.examples import Example, HeatMap
+from simsid.report.examples import Example, HeatMap, map_limit
 from simsid.report.film import FilmRow, page_name, remove_films, write_film
 from simsid.scoring import Score
 
@@ -57,7 +57,9 @@ def examples_of_scores(model: AnomalyModel, scores: Iterable[Score], signal: str
     """Return the images that were kept with their scores, the highest score first."""
     shown = [score for score in reversed(list(scores)) if score.image is not None]
     images = _stacked([score.image for score in shown if score.image is not None])
-    records = [Record(score.path, label=score.label, finding=score.finding) for score in shown]
+    records = [
+        Record(score.path, label=score.label, finding=score.finding, provenance=score.provenance) for score in shown
+    ]
     return _examples(model, images, records, [float(score.score or 0.0) for score in shown], signal or model.signal)
 
 
@@ -101,13 +103,15 @@ def write_film_pages(
     if images is None:
         return
     maps = {name: model.maps(images, name).numpy() for name in distinct_maps(model)}
+    # One scale for all pages: on its own scale a normal image would glow like an abnormal one.
+    limits = {name: map_limit(HeatMap(name, values)) for name, values in maps.items()}
     for i, example in enumerate(shown):
         row = row_of[example.path]
         write_film(
             pathlib.Path(report),
             row,
             example,
-            maps=[HeatMap(name, values[i], SIGNALS[name].unit) for name, values in maps.items()],
+            maps=[HeatMap(name, values[i], SIGNALS[name].unit, limits[name]) for name, values in maps.items()],
             standardized=_standardized(model, row.signals),
             descriptions=descriptions(model),
         )
@@ -136,10 +140,11 @@ def _standardized(model: AnomalyModel, signals: Mapping[str, float]) -> dict[str
 def _examples(
     model: AnomalyModel, images: Tensor | None, records: Sequence[Record], scores: Sequence[float], signal: str
 ) -> list[Example]:
-    """Return examples with the map of `signal`, or where it has none, of the first signal that has one."""
+    """Return examples with the map of `signal`, or of the first signal whose map localizes where that one has none."""
     if images is None:
         return []
-    shown = signal if signal in model.map_names else next(iter(model.map_names), None)
+    localizing = [name for name in (signal, *model.map_names) if name in model.map_names and SIGNALS[name].localizes]
+    shown = next(iter(localizing), None)
     rebuilt = model.pictures(images).get("reconstruction")
     heat = model.maps(images, shown).numpy() if shown is not None else None
     return [
@@ -152,9 +157,21 @@ def _examples(
             reconstruction=None if rebuilt is None else rebuilt[i].numpy(),
             heat_map=None if heat is None else heat[i],
             heat_name=shown or "",
+            details=_details(record),
         )
         for i, record in enumerate(records)
     ]
+
+
+def _details(record: Record) -> dict[str, object]:
+    """Return how the file was decoded, in words for a reader."""
+    about = dict(record.provenance)
+    shown: dict[str, object] = {"format": about.pop("format", "")}
+    rows, columns = about.pop("rows", None), about.pop("columns", None)
+    if rows is not None:
+        shown["size"] = f"{columns} x {rows} pixels"
+    shown |= {name.replace("_", " "): value for name, value in about.items()}
+    return {name: value for name, value in shown.items() if value != ""}
 
 
 def _stacked(images: Sequence[np.ndarray]) -> Tensor | None:

@@ -18,9 +18,9 @@ import shutil
 import time
 import warnings
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -35,8 +35,9 @@ from simsid.errors import ArchiveError, InputError
 from simsid.models.base import BATCH, AnomalyModel
 from simsid.models.signals import check_signals
 from simsid.scoring.shard import Highest, Shard, read_images, read_row, write_row
-from simsid.scoring.shift import Shift, find_shift
+from simsid.scoring.shift import find_shift
 from simsid.scoring.stream import Score, columns, row, score_files
+from simsid.scoring.summary import Summary
 
 SYNC_SECONDS = 10
 """Seconds of work that a power failure may cost; a kill of the process costs one batch."""
@@ -57,32 +58,6 @@ TableVersion = tuple[int, int] | None
 """Inode and modification time of a file, or None where there is none."""
 
 AT_CALL = (-1, -1)  # the version of no file
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How far a call of `score_archive` came.
-
-    Args:
-        state: `"merged"`: `scores.csv` is written. `"waiting"`: this rank has finished, `missing` ranks have not.
-            `"already merged"`: another rank had finished everything. `"interrupted"`: Ctrl-C; the next call resumes.
-        done: files that this rank has scored.
-        resumed: those of them that were found done.
-        missing: ranks still running.
-        scored, flagged, failed: counts over all ranks, once merged.
-        top: the highest scores, ascending, with their images, once merged.
-        shift: set where the scores do not resemble the calibration's.
-    """
-
-    state: Literal["merged", "waiting", "already merged", "interrupted"]
-    done: int = 0
-    resumed: int = 0
-    missing: tuple[int, ...] = ()
-    scored: int = 0
-    flagged: int = 0
-    failed: int = 0
-    top: list[Score] = field(default_factory=list)
-    shift: Shift | None = None
 
 
 def score_archive(
@@ -137,7 +112,7 @@ def score_archive(
     archive = _Archive(model, data, output, group or ProcessGroup(), options)
     output.mkdir(parents=True, exist_ok=True)
     with archive:
-        if not archive.begin(superseded=table_version(output) != before):
+        if not archive.begin(before):
             return Summary("already merged")
         resumed = done = archive.resume()
         bar = tqdm(total=archive.total, initial=done, unit="image", disable=not progress)
@@ -229,7 +204,7 @@ class _Archive:
     def __exit__(self, *_: object) -> None:
         self._shard_lock.release()
 
-    def begin(self, superseded: bool) -> bool:
+    def begin(self, before: TableVersion) -> bool:
         """Lock this rank's shard; False where another rank has already finished all shards and merged them.
 
         Raises:
@@ -244,7 +219,8 @@ class _Archive:
             request = self.folder / "request.json"
             if request.exists():
                 self._check_request(checkpoint.read_json(request))
-            elif self.group.size > 1 and superseded:
+            # Compared under the lock, which a rank that merges holds until the table is replaced.
+            elif self.group.size > 1 and table_version(self.output) != before:
                 return False
             else:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -320,7 +296,8 @@ class _Archive:
             ArchiveError: a shard is not as it was when its rank had finished.
         """
         names, name = self.model.signal_names, self.options.signal
-        scored, flagged, values, top = 0, 0, array("d"), Highest(name, self.options.pictures)
+        scored, flagged, raw, values = 0, 0, 0, array("d")
+        top = Highest(name, self.options.pictures)
         table = self.output / "scores.csv"
         with contextlib.ExitStack() as stack:
             ranks = range(self.group.size)
@@ -334,6 +311,7 @@ class _Archive:
                 write(row(score, names))
                 if not score.reason:
                     scored, flagged = scored + 1, flagged + bool(score.flagged)
+                    raw += score.for_processing
                     values.append(score.signals[name])
                     top.add(score)
             # The report of an earlier scoring would not fit the new scores.
@@ -344,6 +322,7 @@ class _Archive:
             scored=scored,
             flagged=flagged,
             failed=self._shard.passed - scored,
+            for_processing=raw,
             top=self._with_images(top.ascending()),
             shift=find_shift(np.asarray(values), held),
         )
@@ -358,7 +337,7 @@ class _Archive:
 
     def _with_images(self, scores: list[Score]) -> list[Score]:
         """Return the scores with their images: as the shards have them, or read again after a resumed scoring."""
-        images: dict[str, np.ndarray] = {}
+        images: dict[str, tuple[np.ndarray, Mapping[str, Any]]] = {}
         for rank in range(self.group.size):
             images |= read_images(self._file(rank, "npz"))
         missing = [score.path for score in scores if score.path not in images]
@@ -368,8 +347,14 @@ class _Archive:
             except InputError as error:
                 warnings.warn(f"some of the highest scores have no picture: {error}", stacklevel=2)
             else:
-                images |= {path: image[0].numpy() for path, image in zip(read.paths, read.batch(slice(None)))}
-        return [replace(score, image=images.get(score.path)) for score in scores]
+                batch = read.batch(slice(None))
+                images |= {
+                    record.path: (image[0].numpy(), record.provenance) for record, image in zip(read.records, batch)
+                }
+        found: list[tuple[np.ndarray | None, Mapping[str, Any]]] = [
+            images.get(score.path, (None, {})) for score in scores
+        ]
+        return [replace(score, image=image, provenance=about) for score, (image, about) in zip(scores, found)]
 
     def _file(self, rank: int, ending: str) -> pathlib.Path:
         return self.folder / f"shard-{rank}-of-{self.group.size}.{ending}"

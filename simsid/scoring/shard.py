@@ -74,22 +74,22 @@ class Highest:
         return [score for _, _, score in sorted(self._heap, key=lambda entry: entry[:2])]
 
     def save(self, path: pathlib.Path) -> None:
-        """Write the images atomically, with their paths as JSON."""
+        """Write the images atomically, with their paths and provenance as JSON."""
         with_image = [score for score in self.ascending() if score.image is not None]
         content = io.BytesIO()
-        paths = np.frombuffer(json.dumps([score.path for score in with_image]).encode(), np.uint8)
+        about = json.dumps([[score.path, dict(score.provenance)] for score in with_image])
         images: dict[str, Any] = {str(i): score.image for i, score in enumerate(with_image)}
-        np.savez(content, paths=paths, **images)
+        np.savez(content, about=np.frombuffer(about.encode(), np.uint8), **images)
         checkpoint.write_file(path, content.getvalue())
 
 
-def read_images(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Read what `Highest.save` wrote: path to image; nothing where the file is missing or damaged."""
+def read_images(path: pathlib.Path) -> dict[str, tuple[np.ndarray, dict[str, Any]]]:
+    """Read what `Highest.save` wrote: path to image and provenance; nothing where the file is missing or damaged."""
     try:
         with np.load(path) as content:
-            paths = json.loads(content["paths"].tobytes())
-            return {name: content[str(i)] for i, name in enumerate(paths)}
-    except (OSError, ValueError, KeyError):
+            about = json.loads(content["about"].tobytes())
+            return {name: (content[str(i)], provenance) for i, (name, provenance) in enumerate(about)}
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
@@ -97,7 +97,8 @@ def write_row(rows: BinaryIO, score: Score, names: Iterable[str]) -> None:
     """Write a score as one line of JSON, without its image; `names` are the model's signals."""
     values = [score.signals[name] for name in names] if not score.reason else []
     flagged = None if score.flagged is None else int(score.flagged)
-    entry = [score.path, score.label, score.finding, score.score, flagged, values, score.reason]
+    about = [score.path, score.label, score.finding]
+    entry = [*about, score.score, flagged, values, score.reason, int(score.for_processing)]
     rows.write(json.dumps(entry).encode() + b"\n")
 
 
@@ -107,8 +108,8 @@ def read_row(rows: BinaryIO, names: Iterable[str]) -> Score | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        path, label, finding, score, flagged, values, reason = json.loads(line)
+        path, label, finding, score, flagged, values, reason, raw = json.loads(line)
     except (ValueError, TypeError):
         return None
     signals = dict(zip(names, values)) if not reason else {}
-    return Score(path, label, finding, score, None if flagged is None else bool(flagged), signals, reason)
+    return Score(path, label, finding, score, None if flagged is None else bool(flagged), signals, reason, bool(raw))

@@ -5,7 +5,7 @@ import functools
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,7 +31,9 @@ class Score:
         flagged: whether the signal lies above the threshold; None without a threshold.
         signals: the raw values by name.
         reason: why the file has no score; "" where it has one.
+        for_processing: whether a DICOM file is stored FOR PROCESSING, so that its gray values are not for display.
         image: `[H, W]` float32 in -1..1 as the model saw it, for pictures. It is part of a batch: copy what is kept.
+        provenance: how the file was decoded, see `simsid.data.Record`; of images just scored.
     """
 
     path: str
@@ -41,7 +43,9 @@ class Score:
     flagged: bool | None = None
     signals: dict[str, float] = field(default_factory=dict)
     reason: str = ""
+    for_processing: bool = False
     image: np.ndarray | None = field(default=None, repr=False, compare=False)
+    provenance: Mapping[str, str | int | float] = field(default_factory=dict, repr=False, compare=False)
 
 
 def columns(signal_names: Iterable[str]) -> list[str]:
@@ -133,7 +137,7 @@ def _results(
     probability = model.calibrated().probability(name, signals[name])
     scores = []
     for i, record in enumerate(records):
-        score = Score(record.path, record.label, record.finding)
+        score = Score(record.path, record.label, record.finding, for_processing=record.for_processing)
         values = {key: float(column[i]) for key, column in signals.items()}
         wrong = next((key for key, value in values.items() if not np.isfinite(value)), None)
         if wrong is not None:
@@ -142,7 +146,14 @@ def _results(
         flagged = None if threshold is None else values[name] > threshold
         image = images[i, 0].numpy()
         scores.append(
-            dataclasses.replace(score, score=float(probability[i]), flagged=flagged, signals=values, image=image)
+            dataclasses.replace(
+                score,
+                score=float(probability[i]),
+                flagged=flagged,
+                signals=values,
+                image=image,
+                provenance=record.provenance,
+            )
         )
     return scores, failed
 

@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from simsid import Model, Trainer, data
+from simsid.commands import demo
 from simsid.commands import main as command_line
 
 
@@ -48,6 +49,7 @@ def test_a_demo_replaces_an_earlier_one(tmp_path, monkeypatch):
         raise Stop
 
     monkeypatch.setattr(Trainer, "fit", fit)
+    monkeypatch.setattr(demo, "score_samples", lambda output: output.mkdir() or "")
     tiny.calibrated(tmp_path / "demo")
     (tmp_path / "demo" / "run.json").write_text('{"command": "demo"}')
     for name in ("last.json", "report.html", ".lock", ".run.json.x1"):
@@ -55,4 +57,4 @@ def test_a_demo_replaces_an_earlier_one(tmp_path, monkeypatch):
     for _ in range(2):
         with pytest.raises(Stop):
             command_line.main(["demo", "-o", str(tmp_path / "demo"), "--images", "8", "--threads", "1"])
-        assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [".lock", "run.json"]
+        assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [".lock", "radiographs", "run.json"]

@@ -25,7 +25,7 @@ REFUSALS = [
     ("train --resume cut", "cut/run.json is not a run's request"),
     ("score nowhere FILMS -o out", "nowhere/model.json does not exist"),
     ("score notes.txt FILMS -o out", "notes.txt/model.json cannot be read"),
-    ("score foreign FILMS -o out", "foreign/model.json: kind must be one of simsid, pixel_knn, pixel_pca"),
+    ("score foreign FILMS -o out", "foreign/model.json: kind must be one of simsid, "),
     ("score newer FILMS -o out", "newer/model.json must be of format 1"),
     ("score unknown FILMS -o out", "unknown/model.json is not a model: 'moustache' is not a configuration field"),
     ("score MODEL nowhere -o out", "nowhere does not exist"),

@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
@@ -167,3 +168,16 @@ def look_up_table(entries, first, bits):
     item.LUTData = [int(value) for value in entries]
     item["LUTData"].VR = "US"
     return Sequence([item])
+
+
+def gray(rows, value):
+    pixels = np.full((rows, 14), value, np.uint8)
+    pixels[:, -1] += 40
+    return pixels
+
+
+def grays(images):
+    return images.pixels.to(torch.int64)[:, 0, 0, 0].tolist()
+
+
+DEEP = ramp(40, 50, 65535, np.uint16)

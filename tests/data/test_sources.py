@@ -85,7 +85,7 @@ def test_labels_reach_the_image_set_and_are_dropped_from_batches(kind):
     assert torch.equal(torch.cat(list(as_batches(LABELED[kind](), 2))), IMAGES)
 
 
-@pytest.mark.parametrize("kind", UNLABELED.keys() - {"image set"})
+@pytest.mark.parametrize("kind", sorted(UNLABELED.keys() - {"image set"}))
 def test_images_without_labels_get_the_given_one(kind):
     assert as_image_set(UNLABELED[kind]()).labels.tolist() == [-1] * 7
     images = as_image_set(UNLABELED[kind](), label=0, name="train")

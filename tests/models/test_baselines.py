@@ -8,7 +8,7 @@ import torch
 
 from simsid import load
 from simsid.data import ImageSet, Record
-from simsid.errors import CheckpointError, ConfigError, InputError
+from simsid.errors import CheckpointError, ConfigError, InputError, SimsidError
 from simsid.evaluation import evaluate
 from simsid.models import PixelKNN, PixelPCA
 
@@ -136,8 +136,8 @@ def test_a_saved_model_scores_bit_for_bit_as_before(name, tmp_path):
     assert loaded.calibration == model.calibration and loaded.identity() == model.identity()
     test = smooth_images(1, 10)
     np.testing.assert_array_equal(loaded.signals(test)[name], model.signals(test)[name])
-    # A command that computes on a GPU loads the model all the same.
-    assert load(tmp_path, device="cuda").device.type == "cpu"
+    # A command that computes on a GPU moves the model there all the same.
+    assert loaded.to_device("cuda").device.type == "cpu"
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -174,8 +174,8 @@ def test_damaged_files_are_refused(name, tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model: model.signals(smooth_images(0, 2)), "has learned nothing yet: call fit"),
-        (lambda model: model.pictures(smooth_images(0, 2)) or model.save("x"), "has learned nothing yet: call fit"),
+        (lambda model: model.signals(smooth_images(0, 2)), "is not fitted: call fit"),
+        (lambda model: model.pictures(smooth_images(0, 2)) or model.save("x"), "is not fitted: call fit"),
         (lambda model: model.fit(smooth_images(0, 2)[:0]), "at least"),
         (lambda model: model.fit(smooth_images(0, 4)).signals(torch.zeros(1, 1, 8, 8)), r"\[B, 1, 12, 12\]"),
         (lambda model: model.fit(smooth_images(0, 4) + 5), "-1"),
@@ -185,7 +185,7 @@ def test_damaged_files_are_refused(name, tmp_path):
     ids=["signals before fit", "save before fit", "no image", "other size", "range", "signal", "map"],
 )
 def test_wrong_inputs_are_named(name, call, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(SimsidError, match=message):
         call(made(name))
 
 

@@ -3,6 +3,8 @@
 import gc
 import json
 import os
+import threading
+import time
 import tracemalloc
 
 import numpy as np
@@ -244,6 +246,23 @@ def test_a_rank_that_starts_after_the_merge_begins_nothing(loaded, films, tmp_pa
     # A single process, or one that was started when the table was there already, scores again.
     assert score(loaded, films, tmp_path, before=before).done == 23
     assert score(loaded, films, tmp_path, TWO[0]).state == "waiting"
+
+
+def test_a_rank_that_starts_during_the_merge_begins_nothing(loaded, films, tmp_path, monkeypatch):
+    """Both shards were finished by an earlier start; this rank waits for the lock before the table is replaced."""
+    assert score(loaded, films, tmp_path, TWO[1]).state == "waiting"
+    real, states = archive.columns, []
+    late = threading.Thread(target=lambda: states.append(score(loaded, films, tmp_path, TWO[1], before=None).state))
+
+    def columns(names):
+        late.start()
+        time.sleep(0.3)
+        return real(names)
+
+    monkeypatch.setattr(archive, "columns", columns)
+    assert score(loaded, films, tmp_path, TWO[0], before=None).state == "merged"
+    late.join()
+    assert states == ["already merged"] and not (tmp_path / ".scoring").exists()
 
 
 def test_a_report_that_fails_is_made_by_the_next_start_from_the_same_scores(loaded, films, tmp_path):

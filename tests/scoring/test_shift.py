@@ -54,9 +54,11 @@ def test_scoring_an_archive_reports_the_shift_of_the_signal_that_scores(tmp_path
     same = tiny.images(40, 1)
     model.calibrate(same, same)
     held = np.array(model.calibration.holdout["residual"])
-    # Images without noise have another residual.
+    # Images of almost black and almost white pixels have a higher residual than those of uniform noise.
     for i, path in enumerate(files):
-        tiny.write_png(path, np.full((48, 48), 100 + i, np.uint8))
+        generator = np.random.default_rng(i)
+        pixels = generator.choice([5, 245], (48, 48)) + generator.integers(0, 10, (48, 48))
+        tiny.write_png(path, pixels.astype(np.uint8))
     summary = score(model, tmp_path / "data", tmp_path / "out", signal="residual")
     values = np.array([float(row["residual"]) for row in tiny.rows(tmp_path / "out" / "scores.csv")])
     assert summary.shift == find_shift(values, held) and summary.shift.scored == 30

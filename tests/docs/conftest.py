@@ -1,0 +1,55 @@
+"""A folder with everything that the commands and snippets of the pages name, at tiny sizes."""
+
+import csv
+import functools
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from simsid import data
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "models"))
+from test_released import export
+
+
+@pytest.fixture(scope="session")
+def world_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    tiny.zhanglab(folder / "chest_xray", train=12, val=4, test=3)
+    tiny.films(folder / "archive", 5)
+    tiny.films(folder / "local_normals", 10, seed=1)
+    tiny.film(folder / "film.png")
+    _write_list(folder)
+    tiny.calibrated(folder / "runs" / "first")
+    tiny.calibrated(folder / "simsid-demo")
+    parts = export(tiny.model(decoder_memory="subpatch", threshold="exclusive", heads=8).eval())
+    for name, tensors in zip(("model.pth", "discriminator.pth"), parts):
+        torch.save(tensors, folder / name)
+    return folder
+
+
+@pytest.fixture
+def world(world_folder, monkeypatch):
+    """The folder as the working directory, and a small DigitAnatomy: its whole test set takes most of a minute."""
+    monkeypatch.chdir(world_folder)
+    small = functools.partial(data.DigitAnatomy, val=8, test_normal=10, test_anomalous=20)
+    monkeypatch.setattr(data, "DigitAnatomy", small)
+    return world_folder
+
+
+def _write_list(folder):
+    with open(folder / "list.csv", "w", newline="", encoding="utf-8") as file:
+        write = csv.writer(file).writerow
+        write(["path", "label", "split", "patient", "finding"])
+        for i in range(12):
+            pixels = np.random.default_rng(i).integers(0, 256, (50, 60), np.uint8)
+            (folder / "listed").mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(folder / "listed" / f"{i}.png")
+            write(
+                [f"listed/{i}.png", int(i > 9), "train" if i < 7 else "val", f"p{i}", "opacity" if i > 9 else "normal"]
+            )
