@@ -103,7 +103,7 @@ class TestKernels:
         sound = {name: result for name, result in results().items() if name not in BROKEN}
         memory = [result for name, result in sound.items() if name.startswith("sm_90 memory")]
         assert all(result["fences"] > 0 for result in memory if result["products"])
-        assert sum(result["products"] > 0 for result in memory) >= 3
+        assert sum(result["products"] > 0 for result in memory) >= (3 if BROKEN else 5)
 
     def test_ambiguous_writes_are_in_the_known_kernels_alone(self):
         assert {kernel for result in results().values() for kernel in result["ambiguous"]} <= AMBIGUOUS
