@@ -86,18 +86,18 @@ class Machine:
 
     def assign(self, slot: int, value: np.ndarray, active: np.ndarray) -> None:
         """Write a register where a predicate holds."""
-        self.registers[slot] = np.where(active, value, self._before(slot, value.dtype))
+        self.registers[slot] = np.where(active, value, self.before(slot, value.dtype))
 
     def scatter(self, slot: int, values: np.ndarray, lanes: np.ndarray | None) -> None:
         """Write a register of some threads."""
         if lanes is None:
             self.registers[slot] = values
             return
-        register = np.array(np.broadcast_to(self._before(slot, values.dtype), self.threads.shape))
+        register = np.array(np.broadcast_to(self.before(slot, values.dtype), self.threads.shape))
         register[lanes] = values
         self.registers[slot] = register
 
-    def _before(self, slot: int, dtype: np.dtype) -> np.ndarray:
+    def before(self, slot: int, dtype: np.dtype) -> np.ndarray:
         """Return a register, or a pattern that shows in results where nothing was written to it."""
         before = self.registers[slot]
         if before is UNWRITTEN:

@@ -198,13 +198,16 @@ class _Translator:
         whole, half = storage(f"b{bits}"), storage(f"b{bits // 2}")
         shift = whole(bits // 2)
         if isinstance(source, tuple):
-            low, high = self.vector(source, f"b{bits // 2}")
-            return self._assign(
-                instruction,
-                self.slot(target, f"b{bits}"),
-                [low, high],
-                lambda a, b: a.astype(whole) | (b.astype(whole) << shift),
-            )
+            halves, result = self.vector(source, f"b{bits // 2}"), self.slot(target, f"b{bits}")
+            if instruction.predicate:
+                raise Unsupported(instruction.text)
+
+            def pack(m: Machine) -> None:
+                # LLVM packs registers that it never writes where nobody uses that half.
+                low, high = (m.before(register, np.dtype(half)).astype(whole) for register in halves)
+                m.registers[result] = low | (high << shift)
+
+            return pack
         if instruction.predicate:
             raise Unsupported(instruction.text)
         register = self.slot(source, f"b{bits}")
