@@ -238,8 +238,6 @@ def check_shapes(module: torch.nn.Module, values: dict[str, Tensor], source: obj
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{source} {kind} tensor {min(names)}{more}")
     for name, tensor in own.items():
-        if values[name].is_floating_point() != tensor.is_floating_point():
-            raise CheckpointError(f"{source}: tensor {name} must be of type {tensor.dtype}, got {values[name].dtype}")
         if values[name].shape != tensor.shape:
             raise CheckpointError(
                 f"{source}: tensor {name} must have shape {list(tensor.shape)}, got {list(values[name].shape)}"

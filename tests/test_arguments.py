@@ -52,7 +52,7 @@ WRONG = {
     "signals batch 2.5": lambda model, folder: model.signals(X, batch_size=2.5),
     "signals 0..255": lambda model, folder: model.signals((X + 1) * 127),
     "signals nan": lambda model, folder: model.signals(X * float("nan")),
-    "maps name": lambda model, folder: model.maps(X, "discriminator_running"),
+    "maps name": lambda model, folder: model.maps(X, "nope"),
     "maps None": lambda model, folder: model.maps(X, None),
     "reconstruct None": lambda model, folder: model.reconstruct(None),
     "calibrate None": lambda model, folder: model.calibrate(None),

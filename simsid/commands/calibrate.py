@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from simsid.models import AnomalyModel
 
 
-FEWEST = 8
+FEWEST = 3
 """Normal images that a calibration on local images needs."""
 
 

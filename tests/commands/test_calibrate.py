@@ -78,9 +78,9 @@ def test_a_refused_calibration_leaves_the_model_as_it_was(simsid, model, films, 
 
 def test_few_local_images_are_refused_and_the_calibration_stays(simsid, tmp_path):
     made = tiny.calibrated(tmp_path / "model")
-    tiny.films(tmp_path / "data", 3)
+    tiny.films(tmp_path / "data", 2)
     done = simsid("calibrate", "model", "data", "--local")
-    message = "calibration on local images needs at least 8 images, got 3 in data"
+    message = "calibration on local images needs at least 3 images, got 2 in data"
     assert (done.code, done.err) == (2, f"simsid: {message}\n")
     assert Model.load(tmp_path / "model").calibration == made.calibration
 
