@@ -14,7 +14,7 @@ TIERS = [
     {"commands"},
     {"study", "detector", "export", "doctor"},
     {"report"},
-    {"evaluation"},
+    {"evaluation", "robustness"},
     {"training", "scoring"},
     {"models", "data"},
     {"metrics", "checkpoint", "distributed", "cuda_graph", "parallel", "config", "fields", "arguments", "errors"},
