@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from simsid.commands.common import Exclude, Machine, MaybeOutput
-from simsid.commands.train import load_both, report_loaded, report_validation, run_folder, split
+from simsid.commands.train import load_both, report_loaded, report_validation, split
 from simsid.config import PresetName
 from simsid.errors import UsageError
 
@@ -34,6 +34,7 @@ class Fit:
     def run(self) -> int:
         """Fit, save, and report on the validation images where they are labelled."""
         from simsid.models.presets import seeded_model
+        from simsid.training.run_folder import fit_in_folder, open_run
 
         if self.data is None:
             raise UsageError("train needs a folder or CSV of images")
@@ -50,12 +51,10 @@ class Fit:
             "exclude": list(self.exclude),
         }
         model = seeded_model(self.preset, config, getattr(config, "seed", 0), device)
-        with run_folder(path, document) as folder:
+        with open_run(path, document) as folder:
             train, val = load_both(train_records, val_records, model, machine.workers)
-            folder.write_manifest(train, val)
             report_loaded(path, train, val)
-            model.fit(train, val, progress=True)
-            model.save(path)
+            fit_in_folder(model, folder, train, val, progress=True)
             print(f"use it with: simsid score {shlex.quote(str(path))} FOLDER -o DIR", flush=True)
             title = f"simsid: {self.data.resolve().name}, validation"
             report_validation(model, val, path, title, [], {})
