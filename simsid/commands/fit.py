@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from simsid.commands.common import Exclude, Machine, MaybeOutput
-from simsid.commands.train import load_both, report_loaded, report_validation, run_folder, split
+from simsid.commands.train import load_both, report_loaded, report_validation, split
 from simsid.config import PresetName
 from simsid.errors import UsageError
 
@@ -47,6 +47,7 @@ class Fit:
 
     def _fit(self, device: str, group: "ProcessGroup") -> int:
         from simsid.models.presets import seeded_model
+        from simsid.training.run_folder import fit_in_folder, open_run
 
         data = self.data
         if data is None:
@@ -57,17 +58,14 @@ class Fit:
         train_records, left_out = _sampled(train_records, config)
         model = seeded_model(self.preset, config, getattr(config, "seed", 0), device)
         with contextlib.ExitStack() as stack:
-            folder = stack.enter_context(run_folder(path, self._document(data, config))) if group.main else None
-            workers = machine.workers or group.cpu_threads()
-            train, val = load_both(train_records, val_records, model, workers, group)
+            folder = stack.enter_context(open_run(path, self._document(data, config))) if group.main else None
+            train, val = load_both(train_records, val_records, model, machine.workers or group.cpu_threads(), group)
             if folder is not None:
-                folder.write_manifest(train, val)
                 report_loaded(path, train, val)
-            if group.main and left_out:
-                print(f"a uniform sample: {left_out} further images are not read (--most-images)", flush=True)
-            model.fit(train, val, progress=group.main, group=group)
-            if group.main:
-                model.save(path)
+                if left_out:
+                    print(f"a uniform sample: {left_out} further images are not read (--most-images)", flush=True)
+            fit_in_folder(model, folder, train, val, progress=True, group=group)
+            if folder is not None:
                 print(f"use it with: simsid score {shlex.quote(str(path))} FOLDER -o DIR", flush=True)
                 title = f"simsid: {data.resolve().name}, validation"
                 report_validation(model, val, path, title, [], {})

@@ -22,6 +22,7 @@ from simsid.commands.export import Export
 from simsid.commands.models import Models
 from simsid.commands.scan import Scan
 from simsid.commands.score import Score
+from simsid.commands.study import Study
 from simsid.commands.train import Train
 from simsid.config import PRESETS, Config
 from simsid.errors import ConfigError, IncompleteError, SimsidError, UsageError, printable
@@ -40,6 +41,7 @@ COMMANDS: dict[str, type] = {
     "adapt": Adapt,
     "calibrate": Calibrate,
     "scan": Scan,
+    "study": Study,
     "convert": Convert,
     "export": Export,
     "models": Models,

@@ -33,7 +33,7 @@ class Reconstruction(NamedTuple):
 
     `student` `[B, 1, H, W]` in -1..1; `teacher` likewise and `distillation` (a scalar), or None where the teacher was
     not computed; `query` and `retrieved` `[B, L, D]`: the in-painting block's queries and what its memory returned, or
-    None in a model without the block.
+    None in a model without the block; `divergence` (a scalar, nats a pixel) of a variational autoencoder, else None.
     """
 
     student: Tensor
@@ -41,6 +41,7 @@ class Reconstruction(NamedTuple):
     distillation: Tensor | None = None
     query: Tensor | None = None
     retrieved: Tensor | None = None
+    divergence: Tensor | None = None
 
 
 class Model(ConfiguredNetwork, AnomalyModel):
@@ -104,7 +105,7 @@ class Model(ConfiguredNetwork, AnomalyModel):
         with stage("student"):
             student = self.student(encoded.deepest, encoded.skips)
         if self.teacher is None or not (self.training if teacher is None else teacher):
-            return Reconstruction(student.images, query=student.query, retrieved=student.retrieved)
+            return Reconstruction(student.images, None, None, student.query, student.retrieved, student.divergence)
         deepest, skips = encoded
         if self.config.stop_gradient:
             deepest, skips = deepest.detach(), [skip.detach() for skip in skips]
@@ -112,7 +113,9 @@ class Model(ConfiguredNetwork, AnomalyModel):
             taught = self.teacher(deepest, skips)
         with stage("distillation"):
             distillation = distillation_loss(student.features, taught.features)
-        return Reconstruction(student.images, taught.images, distillation, student.query, student.retrieved)
+        return Reconstruction(
+            student.images, taught.images, distillation, student.query, student.retrieved, student.divergence
+        )
 
     def fit(
         self,
