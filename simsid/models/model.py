@@ -170,7 +170,7 @@ class Model(ConfiguredNetwork, AnomalyModel):
         custom = {"encoder": self.encoder.name} if isinstance(self.encoder, CustomEncoder) else {}
         return checkpoint.tensors(self), {"layout": layout, "config": self.config.to_dict(), **custom}
 
-    def load_options(self) -> dict[str, nn.Module]:
+    def load_options(self) -> dict[str, Any]:
         """Return what `load` needs beside a folder of this model: a copy of its encoder where that is custom."""
         custom = isinstance(self.encoder, CustomEncoder)
         return {"encoder": copy.deepcopy(self.encoder.network)} if custom else {}

@@ -68,7 +68,7 @@ def test_saved_model_names_the_encoder_that_it_lacks(tmp_path):
         simsid.load(tmp_path / "custom")
     with pytest.raises(CheckpointError, match="trained with the papers' encoder: load it without encoder="):
         simsid.load(tmp_path / "papers", encoder=Pyramid())
-    with pytest.raises(CheckpointError, match="must have shape|lacks"):
+    with pytest.raises(CheckpointError, match=r"must have shape|lacks"):
         simsid.load(tmp_path / "custom", encoder=nn.Sequential(copy.deepcopy(model.encoder.network)))
 
 
