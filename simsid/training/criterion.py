@@ -9,7 +9,6 @@ from simsid.data import ImageSet
 from simsid.errors import InputError
 from simsid.training.state import History
 
-
 VALUES: dict[str, tuple[str, int]] = {
     "auc": ("val_auc_{signal}", 1),
     "synthetic": ("val_synthetic_{signal}", 1),
