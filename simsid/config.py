@@ -288,7 +288,10 @@ class TrainingConfig:
     discriminator_weight: float = 0.005
     """Weight of the discriminator's loss."""
     generator_weight_decay: float = 1e-5
-    """Coupled weight decay of encoder, student and teacher."""
+    """Weight decay of encoder, student and teacher."""
+    decay: Literal["coupled", "except_items", "decoupled"] = "coupled"
+    """How those weights decay: by a term of the gradient, which Adam scales to full steps where there is no other
+    gradient (the papers); likewise, but never the memory items; or apart from the gradient, as AdamW does."""
     translate: float = 0.05
     """Augmentation: largest translation, as a fraction of the side."""
     scale: float = 0.05
@@ -301,10 +304,10 @@ class TrainingConfig:
     """Compile the networks with `torch.compile`, which takes minutes before the first iteration."""
     sync_batchnorm: bool = False
     """With several processes, normalize with the global batch's statistics; otherwise with each shard's own."""
-    criterion: Literal["auto", "auc", "reconstruction", "last"] = "auto"
-    """What chooses the epoch that is kept: validation AUC of the model's signal (the papers; needs labeled
-    anomalies), reconstruction error of held-out normal images (needs none), or the last. `"auto"`: AUC where validation
-    has both."""
+    criterion: Literal["auto", "auc", "reconstruction", "memory_distance", "synthetic", "last"] = "auto"
+    """What chooses the epoch that is kept: validation AUC of the model's signal (the papers; needs labeled anomalies);
+    of held-out normal images alone, reconstruction error, memory distance, or AUC of the signal against copies with a
+    pasted patch; or the last. `"auto"`: AUC where validation has anomalies, else `"reconstruction"`."""
     patience: int = 0
     """Stop after this many epochs without a better criterion; 0 never."""
     seed: int = 0
