@@ -25,12 +25,14 @@ class Generated(NamedTuple):
     """A reconstruction `[B, 1, H, W]` and the feature map after each up block (and its memory).
 
     `query`, `retrieved`: the in-painting block's queries and their look-up, `[B, L, D]`, or None without the block.
+    `decoder_queries`: the feature map that each decoder memory was given; its look-up is in `features`.
     """
 
     images: Tensor
     features: list[Tensor]
     query: Tensor | None
     retrieved: Tensor | None
+    decoder_queries: list[Tensor]
 
 
 class Encoder(nn.Module):
@@ -86,7 +88,8 @@ class Generator(nn.Module):
         if self.inpainting is not None:
             with stage("in-painting"):
                 x, query, retrieved = self.inpainting(x)
-        features = []
+        features: list[Tensor] = []
+        queries: list[Tensor] = []
         for i, block in enumerate(self.up):
             skip = skips[len(skips) - 1 - i]
             if i == self.merge_at:
@@ -99,9 +102,10 @@ class Generator(nn.Module):
                 x = torch.cat([skip, x], dim=1)
             x = block(x)
             if i < len(self.memories):
+                queries.append(x)
                 with stage(f"decoder memory {i}"):
                     x = self.memories[i](x)
             features.append(x)
         if self.merge_at == len(self.up):
             x = patches.merge(x, self.patches)
-        return Generated(torch.tanh(self.output(x)), features, query, retrieved)
+        return Generated(torch.tanh(self.output(x)), features, query, retrieved, queries)
