@@ -141,10 +141,10 @@ class Scorer(abc.ABC):
         return lambda: {name: values.double().cpu().numpy() for name, values in joined.items()}
 
     def maps(self, images: object, name: str, *, batch_size: int = BATCH) -> Tensor:
-        """Return where in each image signal (or memory) `name` comes from: float32 `[B, H, W]` on the CPU, higher is anomalous.
+        """Return where in each image signal `name` comes from: float32 `[B, H, W]` on the CPU, higher is anomalous.
 
         Raises:
-            InputError: a signal without a map (`map_names` lists those that have one).
+            InputError: a name that is not among `map_names`, which also lists the maps of memories that are no signal.
         """
         return self.several_maps(images, (name,), batch_size=batch_size)[name]
 

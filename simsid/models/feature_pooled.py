@@ -74,7 +74,7 @@ class PooledMemory(nn.Module):
         for i, count in enumerate(self.channels):
             self.register_buffer(f"mean{i}", torch.zeros(count))
             self.register_buffer(f"std{i}", torch.ones(count))
-            # Not torch.eye: on the meta device, where a loaded model is built first, it imports torch._dynamo for seconds.
+            # torch.eye on the meta device, where a loaded model is built first, would import torch._dynamo for seconds.
             self.register_buffer(f"transform{i}", torch.zeros(count, count))
             self.register_buffer(f"rows{i}", torch.zeros(2 * images, count, dtype=torch.float16))
         self.register_buffer("owner", torch.zeros(2 * images, dtype=torch.int64))

@@ -108,7 +108,7 @@ class FrozenModel(ConfiguredNetwork):
         self._lock = threading.Lock() if self._capture else nullcontext()
 
     def forward(self, images: Tensor) -> dict[str, Any]:
-        """Return the outputs of `[B, 1, H, W]` by name, which the signals and maps read; see `simsid.models.signals`."""
+        """Return the outputs of `[B, 1, H, W]` by name, which `simsid.models.signals` reads."""
         images = images.contiguous(memory_format=torch.channels_last)
         encoded = self.encoder(patches.split(images, self.config.patches))
         with stage("student"):

@@ -13,6 +13,8 @@ from simsid.models.memory_contents import FEATURES, SHOWN, MemoryContents
 if TYPE_CHECKING:
     from simsid.models.inference import FrozenModel
 
+INPAINTING = "in-painting memory"
+
 
 class _Tally:
     """Counts what a memory's look-ups keep, as a hook of the memory, and keeps the queries of some images."""
@@ -23,7 +25,7 @@ class _Tally:
         self.weight = torch.zeros(memory.items.shape[:2], dtype=torch.float64)
         self.queries: list[Tensor] = []
 
-    def __call__(self, memory: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         (self.query,) = inputs
 
     def add(self, images: int, batch: int, keep: int) -> None:
@@ -43,9 +45,12 @@ def network_memories(model: "FrozenModel", images: object) -> tuple[MemoryConten
     """Return every memory of a network, the in-painting block's first; `images` are normal, see `Scorer`."""
     student, side = model.student, model.config.patches
     named: dict[str, SpaceAwareMemory] = {}
+    blocks: dict[str, DecoderMemory | None] = {INPAINTING: None}
     if student.inpainting is not None:
-        named["in-painting memory"] = student.inpainting.memory
-    named |= {f"decoder memory {i}": block.memory for i, block in enumerate(student.memories, 1)}
+        named[INPAINTING] = student.inpainting.memory
+    for i, block in enumerate(student.memories, 1):
+        assert isinstance(block, DecoderMemory)
+        named[f"decoder memory {i}"], blocks[f"decoder memory {i}"] = block.memory, block
     if not named:
         return ()
     tallies = {name: _Tally(memory) for name, memory in named.items()}
@@ -58,15 +63,15 @@ def network_memories(model: "FrozenModel", images: object) -> tuple[MemoryConten
             count += real
             context.add(real, side * side)
             for name, tally in tallies.items():
-                queued = tally.memory.items.shape[1] if name == "in-painting memory" else 0
+                queued = tally.memory.items.shape[1] if name == INPAINTING else 0
                 tally.add(real, len(batch), FEATURES + queued)
     finally:
         for hook in hooks:
             hook.remove()
-    blocks: list[DecoderMemory | None] = [None] * ("in-painting memory" in named) + list(student.memories)
+    average = context.mean(count)
     return tuple(
-        _contents(name, tallies[name], count, _decode(model, named[name], block, tallies[name], context.mean(count)))
-        for (name, block) in zip(named, blocks)
+        _contents(name, tallies[name], count, _decode(model, memory, blocks[name], tallies[name], average))
+        for name, memory in named.items()
     )
 
 
@@ -77,7 +82,7 @@ class _Context:
         self.found: list[Tensor] = []
         self.sums: list[Tensor] = []
 
-    def __call__(self, encoder: nn.Module, inputs: tuple[Tensor, ...], encoded: Any) -> None:
+    def __call__(self, _: nn.Module, __: object, encoded: Any) -> None:
         self.found = [encoded.deepest, *encoded.skips]
 
     def add(self, images: int, locations: int) -> None:
@@ -91,20 +96,18 @@ class _Context:
 
 def _contents(name: str, tally: _Tally, images: int, decoded: Tensor) -> MemoryContents:
     memory, queries = tally.memory, torch.cat(tally.queries).float()
-    L, N, D = memory.items.shape
+    L, N, _ = memory.items.shape
     latest = None
     # A queue of the same size, filled by other images than those whose features are shown beside it.
     shown = min(FEATURES, (len(queries) + 1) // 2)
-    if name == "in-painting memory" and not memory.is_queue and len(queries) > shown:
+    if name == INPAINTING and not memory.is_queue and len(queries) > shown:
         later = queries[shown:]
         later = later.flatten(0, 1)[:, None] if L == 1 else later
         latest = later.transpose(0, 1)[:, -N:]
     kind = "queue of features" if memory.is_queue else "learned items"
     kept = 0 if memory.hard_threshold is not None else min(memory.topk, N)
     items = memory.items.detach().float().cpu()
-    return MemoryContents(
-        name, kind, items, queries[:shown], tally.uses, tally.weight, images, kept, latest, decoded
-    )
+    return MemoryContents(name, kind, items, queries[:shown], tally.uses, tally.weight, images, kept, latest, decoded)
 
 
 def _decode(
@@ -146,7 +149,7 @@ def _with_items(
     """Return the student's pictures `[n, H, W]` where the look-up at `place` returns `items` `[n, D]`."""
     row, column = place
 
-    def replaced(memory: nn.Module, inputs: object, found: Tensor) -> Tensor:
+    def replaced(_: nn.Module, __: object, found: Tensor) -> Tensor:
         found = found.unflatten(0, (len(items), -1)).clone()
         found[:, row, column] = items.to(found.dtype)
         return found.flatten(0, 1)
