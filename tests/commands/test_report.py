@@ -69,7 +69,9 @@ def test_unfinished_run_without_abnormal_images_has_a_note_and_no_figures(simsid
     rows = [row for row in tiny.rows(folder / "manifest.csv") if row["label"] == "0"]
     tiny.write_list(folder / "manifest.csv", list(rows[0]), [list(row.values()) for row in rows])
     done = simsid("report", folder, "--threads", 1)
-    assert done.code == 0 and f"simsid: note: {folder} is not finished; the page shows its best model so far" in done.err
+    assert (
+        done.code == 0 and f"simsid: note: {folder} is not finished; the page shows its best model so far" in done.err
+    )
     page = Page((folder / "memory" / "report.html").read_text("utf-8"))
     assert "no labeled validation images of both classes" in page.text and "decoder memory 2" in page.text
 

@@ -84,7 +84,9 @@ def patch_hit_rate(maps, corners, side):
     hits = 0
     for heat, corner in zip(maps, corners):
         peak = divmod(int(heat.argmax()), heat.shape[1])
-        hits += all(start < n // side * side + side and n // side * side < start + SIDE for n, start in zip(peak, corner))
+        hits += all(
+            start < n // side * side + side and n // side * side < start + SIDE for n, start in zip(peak, corner)
+        )
     return hits / len(corners)
 
 
