@@ -1,6 +1,5 @@
 """The drawings of a memory: t-SNE of its items among features of images, what is used, and decoded items."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,40 +57,47 @@ def embed(title: str, items: Tensor, queries: Tensor) -> Panel:
     return Panel(title, flat[:first], flat[first:], mixing)
 
 
-def embedding_figure(panels: Sequence[Panel]) -> Figure:
-    """Draw panels side by side."""
-    figure = Figure(figsize=(4.7 * len(panels), 4.7))
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        axes.plot(*panel.features.T, "o", color=NORMAL_COLOR, markersize=3.5, alpha=0.7, label="features of images")
-        axes.plot(*panel.items.T, "x", color=ABNORMAL_COLOR, markersize=4.5, label="items")
-        axes.set(title=panel.title, xticks=[], yticks=[])
-        axes.grid(visible=False)
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.01), ncols=2)
+def embedding_figure(panel: Panel) -> Figure:
+    """Draw items among features."""
+    figure = Figure(figsize=(5.4, 4.6))
+    axes = figure.add_subplot()
+    axes.plot(*panel.features.T, "o", color=NORMAL_COLOR, markersize=3.5, alpha=0.7, label="features of images")
+    axes.plot(*panel.items.T, "x", color=ABNORMAL_COLOR, markersize=4.5, label="items")
+    axes.set(title=panel.title, xticks=[], yticks=[])
+    axes.grid(visible=False)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.01), ncols=2)
+    figure.tight_layout()
+    return figure
+
+
+def alive_figure(contents: MemoryContents) -> Figure:
+    """Draw the fraction of each location's items that is used."""
+    figure = Figure(figsize=(5.4, 3.6))
+    axes = figure.add_subplot()
+    alive = 1 - contents.dead.numpy()
+    side = round(len(alive) ** 0.5)
+    axes.imshow(alive.reshape(side, side), vmin=0, vmax=1, cmap="Blues")
+    for index, value in enumerate(alive) if side <= 8 else ():
+        row, column = divmod(index, side)
+        color = "white" if value > 0.6 else INK
+        axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=color, fontsize=8)
+    axes.set(title="items in use" + (", by location" if side > 1 else ""), xticks=[], yticks=[])
+    axes.grid(visible=False)
     figure.tight_layout()
     return figure
 
 
 def use_figure(contents: MemoryContents) -> Figure:
-    """Draw the fraction of each location's items that is used, and how often the most used items are."""
-    figure = Figure(figsize=(9.4, 3.4))
-    left, right = figure.subplots(1, 2, width_ratios=(1, 2))
-    alive = 1 - contents.dead.numpy()
-    side = round(len(alive) ** 0.5)
-    left.imshow(alive.reshape(side, side), vmin=0, vmax=1, cmap="Blues")
-    if side <= 8:
-        for index, value in enumerate(alive):
-            row, column = divmod(index, side)
-            color = "white" if value > 0.6 else INK
-            left.text(column, row, f"{value:.0%}", ha="center", va="center", color=color, fontsize=8)
-    left.set(title="items in use, by location" if side > 1 else "items in use", xticks=[], yticks=[])
-    left.grid(visible=False)
+    """Draw how often the items of each location are kept, the most used first."""
+    figure = Figure(figsize=(5.4, 3.6))
+    axes = figure.add_subplot()
     ordered = np.sort(contents.uses.numpy(), axis=1)[:, ::-1] / max(contents.images, 1)
     ranks = np.arange(1, ordered.shape[1] + 1)
     for line in ordered if len(ordered) > 1 else ():
-        right.plot(ranks, line, color=FAINT, linewidth=0.6, alpha=0.6)
-    right.plot(ranks, ordered.mean(0), color=PALETTE[0], linewidth=2.2, label="mean of the locations")
-    right.set(title="look-ups that keep an item", xlabel="items of a location, most used first", ylabel="per image")
-    right.set_ylim(bottom=0)
+        axes.plot(ranks, line, color=FAINT, linewidth=0.6, alpha=0.6)
+    axes.plot(ranks, ordered.mean(0), color=PALETTE[0], linewidth=2.2)
+    axes.set(title="look-ups of an image that keep an item", xlabel="items of a location, most used first")
+    axes.set_ylim(bottom=0)
     figure.tight_layout()
     return figure
 

@@ -84,16 +84,22 @@ def section(views: MemoryViews) -> dict[str, Any]:
             elif contents.latest is not None:
                 title = "latest features, as a queue holds them"
                 panels.append(embedding.embed(title, contents.latest, contents.queries))
+            drawn = [
+                (embedding.alive_figure(contents), f"{contents.name}: fraction of items in use at each location"),
+                (embedding.use_figure(contents), f"{contents.name}: how often items are kept, most used first"),
+            ]
+            drawn += [
+                (embedding.embedding_figure(panel), f"{contents.name}: t-SNE of {panel.title} among features of images")
+                for panel in panels
+            ]
             memories.append(
                 {
                     "contents": contents,
                     "panels": panels,
                     "dead": int((contents.uses == 0).sum()),
-                    "total": contents.uses.numel(),
                     # Fewer look-ups than items leave some untouched, whatever the memory is like.
                     "few": int(contents.uses.sum(1).max()) < contents.uses.shape[1],
-                    "embedding": data_uri(figures.png(embedding.embedding_figure(panels), dpi=120)),
-                    "use": data_uri(figures.png(embedding.use_figure(contents), dpi=120)),
+                    "plots": [(data_uri(figures.png(figure, dpi=130)), text) for figure, text in drawn],
                     "decoded": [data_uri(encode(picture)) for picture in embedding.montages(contents)],
                 }
             )

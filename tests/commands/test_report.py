@@ -49,7 +49,7 @@ def test_page_shows_every_memory_of_the_run_and_its_validation_images(simsid, ru
     assert page.text.count("are dead : no look-up kept them.") == 3
     assert page.text.count("latest features, as a queue holds them") == 1
     drawn = [image["alt"] for image in page.images]
-    assert sum("t-SNE of items and features" in text for text in drawn) == 3
+    assert sum("t-SNE of" in text for text in drawn) == 4
     assert sum("item of rank" in text for text in drawn) == 3 * 4
     assert "AUC by finding" in page.text and "optimistic" in page.text
     assert sorted(path.name for path in run.iterdir()) == before
