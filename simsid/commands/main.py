@@ -20,6 +20,7 @@ from simsid.commands.evaluate import Evaluate
 from simsid.commands.explain import Explain
 from simsid.commands.export import Export
 from simsid.commands.models import Models
+from simsid.commands.report import Report
 from simsid.commands.scan import Scan
 from simsid.commands.score import Score
 from simsid.commands.study import Study
@@ -38,6 +39,7 @@ COMMANDS: dict[str, type] = {
     "evaluate": Evaluate,
     "score": Score,
     "explain": Explain,
+    "report": Report,
     "adapt": Adapt,
     "calibrate": Calibrate,
     "scan": Scan,

@@ -1,6 +1,6 @@
 """The feature memory: a frozen pretrained encoder with memories of what normal images look like to it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,8 +13,10 @@ from simsid.errors import InputError
 from simsid.models.base import BATCH, Adaptation
 from simsid.models.calibration import Calibration
 from simsid.models.feature_config import FeatureConfig
+from simsid.models.feature_contents import feature_memories
 from simsid.models.feature_model import FEWEST, FeatureModel, checked_sizes
 from simsid.models.feature_parts import FeatureParts
+from simsid.models.memory_contents import MemoryContents
 
 ABNORMAL = 3.5  # robust deviations above the median from which `adapt` names an image
 
@@ -164,11 +166,28 @@ class FeatureMemory(FeatureModel):
         held = None if holdout is None else self._judged_without_itself(holdout)
         self.calibration = Calibration.fit(self._judged_without_itself(images), held)
 
+    @torch.no_grad()
+    def memories(self, images: object) -> tuple[MemoryContents, ...]:
+        """Return the in-painting's items and the pooled memory's images, and what `images` use of them."""
+        return feature_memories(self._fitted(), self._described(images))
+
+    @torch.no_grad()
+    def nearest_images(self, images: object) -> Tensor:
+        """Return the numbers of the images in the pooled memory that are nearest to each image, itself left out."""
+        parts = self._fitted()
+        return torch.cat([parts.pooled.nearest(layers).cpu() for layers, _ in self._described(images)])
+
+    def _described(self, images: object) -> Iterator[tuple[list[Tensor], Tensor]]:
+        for batch, count in self._padded_batches(images, BATCH):
+            pooled, grid = self.describe(batch)
+            yield [x[:count] for x in pooled], grid[:count]
+
     def _judged_without_itself(self, images: object) -> dict[str, np.ndarray]:
         """Return the signals of images, each judged without its own rows of the memory where it is in there."""
         parts = self._fitted()
         columns: dict[str, list[Tensor]] = {name: [] for name in self.signal_names}
         for batch, count in self._padded_batches(images, BATCH):
+            # All of a padded batch: a product of fewer rows sums in another order.
             pooled, grid = self.describe(batch)
             judged = parts(pooled, grid, parts.pooled.own_rows(pooled))
             for name, values in columns.items():

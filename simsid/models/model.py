@@ -20,6 +20,8 @@ from simsid.models.generator import Encoder, Generator
 from simsid.models.inference import ConfiguredNetwork, FrozenModel, check_signal
 from simsid.models.losses import distillation_loss
 from simsid.models.memory import SpaceAwareMemory
+from simsid.models.memory_contents import MemoryContents
+from simsid.models.network_memories import network_memories
 
 if TYPE_CHECKING:
     from simsid.training import Trainer
@@ -152,6 +154,10 @@ class Model(ConfiguredNetwork, AnomalyModel):
     def reconstruct(self, images: Tensor) -> Tensor:
         """Return the student's reconstruction of `[B, 1, H, W]` in inference mode, on the images' device."""
         return self._inference_copy().reconstruct(images)
+
+    def memories(self, images: object) -> tuple[MemoryContents, ...]:
+        """Return the contents of the in-painting block's memory and of the decoder's, and what `images` use of them."""
+        return network_memories(self.freeze(), images)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Return weights and buffers, and configuration and memory layout."""
