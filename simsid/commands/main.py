@@ -90,7 +90,7 @@ def _run(arguments: list[str]) -> int | str | None:
         if "" in arguments:
             raise UsageError("an argument is empty, perhaps a variable of the shell that is not set")
         command = _parse(arguments)
-        if several and not isinstance(command, (Train, Score)):
+        if several and arguments[0] not in ("train", "score"):
             raise UsageError(f"{arguments[0]} runs as a single process; start it without torchrun")
         return command.run()
     except SystemExit as stop:

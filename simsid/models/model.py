@@ -10,6 +10,7 @@ from torch import Tensor
 
 from simsid import checkpoint
 from simsid.config import Config, TrainingConfig
+from simsid.distributed import ProcessGroup
 from simsid.errors import ConfigError, InputError, InputTypeError
 from simsid.kernels.ranges import stage
 from simsid.models import patches
@@ -124,6 +125,7 @@ class Model(ConfiguredNetwork, AnomalyModel):
         val: object = None,
         *,
         progress: bool = False,
+        group: ProcessGroup | None = None,
         config: TrainingConfig | None = None,
         run: str | os.PathLike | None = None,
     ) -> "Model":
@@ -132,7 +134,7 @@ class Model(ConfiguredNetwork, AnomalyModel):
         import simsid
 
         trainer = cast("type[Trainer]", simsid.Trainer)
-        trainer(self, config, run=run, progress=progress).fit(train, val)
+        trainer(self, config, run=run, progress=progress, group=group).fit(train, val)
         return self
 
     def to_device(self, device: torch.device | str) -> "Model":
