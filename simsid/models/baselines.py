@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from simsid.data import Preprocessing, as_image_set
+from simsid.distributed import ProcessGroup
 from simsid.errors import CalibrationError, CheckpointError, ConfigError, InputError
 from simsid.fields import from_dict, replaced
 from simsid.models.base import AnomalyModel
@@ -55,7 +56,14 @@ class PixelBaseline(AnomalyModel):
         """The baseline's only signal."""
         return (self.kind,)
 
-    def fit(self, train: object, val: object = None, *, progress: bool = False) -> Self:  # noqa: ARG002
+    def fit(
+        self,
+        train: object,
+        val: object = None,
+        *,
+        progress: bool = False,  # noqa: ARG002
+        group: ProcessGroup | None = None,  # noqa: ARG002  # seconds of work, which every rank repeats
+    ) -> Self:
         """Learn from normal images, then calibrate by cross-fitting; normal images of `val` set the threshold.
 
         An image is at distance 0 from itself, so the calibration's statistics come from `val` where it has normal
