@@ -81,9 +81,8 @@ class Study:
         )
         plan = None if self.budget else Plan(self.width, self.epochs or Plan.epochs)
         folder = self.output or pathlib.Path("studies") / f"{self.name}-{pathlib.Path(images.name).stem}"
-        text = StudyRun(
-            self.name, study, images, folder, self.seeds, plan, self.budget, self.criterion, device, _report
-        )()
+        run = StudyRun(self.name, study, images, folder, self.seeds, plan, self.budget, self.criterion, device, _report)
+        text = run.run()
         if text is None:
             print("stopped; the same command resumes the study", file=sys.stderr)
             return 130
