@@ -22,6 +22,7 @@ from torch import Tensor
 
 from simsid import __version__, checkpoint
 from simsid.data import ImageSet
+from simsid.distributed import ProcessGroup
 from simsid.errors import RunError
 from simsid.models.base import AnomalyModel
 
@@ -154,13 +155,30 @@ def open_run(path: pathlib.Path, document: Mapping[str, object] | None) -> Itera
 
 
 def fit_in_folder(
-    model: AnomalyModel, folder: RunFolder, train: ImageSet, val: ImageSet | None, *, progress: bool = False
+    model: AnomalyModel,
+    folder: RunFolder | None,
+    train: ImageSet,
+    val: ImageSet | None,
+    *,
+    progress: bool = False,
+    group: ProcessGroup | None = None,
 ) -> None:
-    """Fit a model in one pass over the images, and leave it in a run folder with a list of the images."""
-    folder.write_manifest(train, val)
-    model.fit(train, val, progress=progress)
-    with folder.writing("model.json"):
-        model.save(folder.path)
+    """Fit a model in one pass over the images, and leave it in a run folder with a list of the images.
+
+    Args:
+        model: what is fitted.
+        folder: where it is left; None on the ranks of `group` that write nothing.
+        train: normal images.
+        val: images of which the normal ones set the thresholds.
+        progress: show a progress bar.
+        group: the ranks that fit together; None: this process alone.
+    """
+    if folder is not None:
+        folder.write_manifest(train, val)
+    model.fit(train, val, progress=progress, group=group)
+    if folder is not None:
+        with folder.writing("model.json"):
+            model.save(folder.path)
 
 
 def versions() -> dict[str, str]:

@@ -83,6 +83,7 @@ def test_ctrl_c_leaves_a_study_that_the_same_command_resumes(simsid, small, monk
         ("speed --only nothing", "only must match a model of the study, got nothing; they are simsid, squid"),
         ("speed --seeds 0", "seeds must be at least 1, got 0"),
         ("speed --epochs 0", "epochs must be at least 1, got 0"),
+        ("speed --criterion best", "criterion must be one of 'auto', 'auc', "),
         ("speed --budget 0", "budget must be a positive number of minutes, got 0"),
         (
             "speed --budget 5 --width 8",
