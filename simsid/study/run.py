@@ -8,7 +8,7 @@ from typing import Any
 
 from simsid import checkpoint
 from simsid.errors import CheckpointError, ConfigError, RunError
-from simsid.study import figure, table
+from simsid.study import table
 from simsid.study.cells import Result, run_cell
 from simsid.study.images import StudyImages
 from simsid.study.plan import Plan, choose_plan, configuration, is_network
@@ -46,7 +46,7 @@ class StudyRun:
     device: str
     report: Callable[[str], None]
 
-    def __call__(self) -> str | None:
+    def run(self) -> str | None:
         """Run what is not finished, write table.md, results.csv and figure.png, and return the table as text.
 
         Returns:
@@ -95,13 +95,12 @@ class StudyRun:
     def _possible(self) -> list[Cell]:
         """Return the cells that can be built; those that the image size rules out are named."""
         reasons = {cell.label: self._reason(cell) for cell in self.study.cells}
-        for label, error in reasons.items():
-            if error is not None:
-                self.report(f"left out {label}: {error}")
-        cells = [cell for cell in self.study.cells if reasons[cell.label] is None]
-        if not cells:
-            raise next(error for error in reasons.values() if error is not None)
-        return cells
+        errors = {label: error for label, error in reasons.items() if error is not None}
+        if len(errors) == len(reasons):
+            raise next(iter(errors.values()))
+        for label, error in errors.items():
+            self.report(f"left out {label}: {error}")
+        return [cell for cell in self.study.cells if cell.label not in errors]
 
     def _reason(self, cell: Cell) -> ConfigError | None:
         """Return why a cell cannot be built, or None."""
@@ -138,6 +137,7 @@ class StudyRun:
 
     def _write(self, cells: Sequence[Cell], results: dict[str, list[Result]], plan: Plan | None) -> str:
         from simsid.report.figures import png
+        from simsid.study.figure import draw
 
         rows = table.summarize(self.study, cells, results, self.images)
         parts = [table.main_table(rows, with_paper=not self.images.digits), table.signal_table(rows)]
@@ -150,6 +150,6 @@ class StudyRun:
         with checkpoint.csv_writer(self.folder / "results.csv", table.CSV_COLUMNS) as write:
             for row in table.csv_rows(cells, results):
                 write(row)
-        drawn = png(figure.draw(self.study, rows, f"{self.name}, {self.images.name}"), dpi=100)
+        drawn = png(draw(self.study, rows, f"{self.name}, {self.images.name}"), dpi=100)
         checkpoint.write_file(self.folder / "figure.png", drawn)
         return "\n\n".join([title, *(table.as_text(*part) for part in parts), "\n".join(said)])
