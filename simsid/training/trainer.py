@@ -33,6 +33,7 @@ from simsid.training.step import TrainingStep
 from simsid.training.validation import (
     calibrate,
     choose_batch_size,
+    measure_items,
     paste_patches,
     to_image_set,
     validate,
@@ -252,6 +253,7 @@ class Trainer:
             "learning_rate": learning_rate(self.config, progress.epoch),
             **losses,
             **validate(self.model, self.group, training.val, training.pasted),
+            **measure_items(self.model),
             "seconds": round(time.monotonic() - began, 3),
         }
         better = choose_best(progress.history, epoch, training.criterion, self.model.signal)
