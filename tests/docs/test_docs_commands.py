@@ -10,9 +10,9 @@ import pytest
 import tiny
 
 from simsid.commands import main as command_line
-from simsid.report import figures
+from simsid.report import embedding, figures
 
-COMPUTING = ("train", "evaluate", "score", "adapt", "calibrate", "demo")
+COMPUTING = ("train", "evaluate", "score", "adapt", "calibrate", "demo", "report")
 REDUCED = {
     "demo": ["--epochs", "1", "--images", "32"],
     "pixel_knn": ["--image-size", "48"],
@@ -57,6 +57,7 @@ def coarse(monkeypatch):
     """Draw the reports' figures with few pixels, which take most of a tiny command's time."""
     draw = figures.png
     monkeypatch.setattr(figures, "png", lambda figure, dpi=0: draw(figure, dpi=20))
+    monkeypatch.setattr(embedding, "POINTS", 20)
 
 
 def run_simsid(words, capsys):
