@@ -14,7 +14,7 @@ TIERS = [
     {"commands"},
     {"study", "detector", "export", "doctor"},
     {"report"},
-    {"evaluation"},
+    {"evaluation", "robustness"},
     {"training", "scoring"},
     {"models", "data"},
     {"metrics", "checkpoint", "distributed", "cuda_graph", "parallel", "config", "fields", "arguments", "errors"},
@@ -167,7 +167,7 @@ def test_nothing_read_is_executed(name):
     assert "joblib" not in loaders or "from joblib import cpu_count\n" in MODULES[name].read_text("utf-8")
 
 
-DRAWING = ("simsid.report.figures", "simsid.report.embedding", "simsid.detector")
+DRAWING = ("simsid.report.figures", "simsid.report.embedding", "simsid.study.figure", "simsid.detector")
 """Modules that may import matplotlib and scikit-learn: they are imported when they are needed."""
 
 

@@ -1,7 +1,7 @@
 """Anomaly models: the networks of SimSID and SQUID, their signals and calibration, and plain baselines."""
 
 from simsid.models.base import AnomalyModel
-from simsid.models.baselines import PixelKNN, PixelPCA
+from simsid.models.baselines import PixelIsolationForest, PixelKNN, PixelPCA
 from simsid.models.calibration import Calibration
 from simsid.models.feature_baselines import FeatureKNN, LocationKNN, PaDiM, PatchCore
 from simsid.models.feature_config import FeatureConfig
@@ -28,6 +28,7 @@ __all__ = [
     "Model",
     "PaDiM",
     "PatchCore",
+    "PixelIsolationForest",
     "PixelKNN",
     "PixelPCA",
     "Reconstruction",

@@ -15,6 +15,7 @@ from typing_extensions import Self
 from simsid import checkpoint
 from simsid.arguments import require_device, require_path, require_whole_number
 from simsid.data import Preprocessing, as_batches
+from simsid.distributed import ProcessGroup
 from simsid.errors import CalibrationError, CheckpointError, InputError
 from simsid.models.calibration import Calibration
 from simsid.models.memory_contents import MemoryContents
@@ -216,8 +217,14 @@ class AnomalyModel(Scorer):
     """What `model.json` calls this class of models."""
 
     @abc.abstractmethod
-    def fit(self, train: object, val: object = None, *, progress: bool = False) -> Self:
-        """Learn from normal images, then calibrate; the normal images of `val` are held out for thresholds."""
+    def fit(
+        self, train: object, val: object = None, *, progress: bool = False, group: ProcessGroup | None = None
+    ) -> Self:
+        """Learn from normal images, then calibrate; the normal images of `val` are held out for thresholds.
+
+        Every rank of `group` receives the same images and ends with the same model; where the class can, they divide
+        the work.
+        """
 
     @abc.abstractmethod
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:

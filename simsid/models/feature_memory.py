@@ -9,6 +9,7 @@ from torch import Tensor
 
 from simsid import checkpoint
 from simsid.data import ImageSet
+from simsid.distributed import ProcessGroup
 from simsid.errors import InputError
 from simsid.models.base import BATCH, Adaptation
 from simsid.models.calibration import Calibration
@@ -16,6 +17,7 @@ from simsid.models.feature_config import FeatureConfig
 from simsid.models.feature_contents import feature_memories
 from simsid.models.feature_model import FEWEST, FeatureModel, checked_sizes
 from simsid.models.feature_parts import FeatureParts
+from simsid.models.feature_sample import FeatureSample
 from simsid.models.memory_contents import MemoryContents
 
 ABNORMAL = 3.5  # robust deviations above the median from which `adapt` names an image
@@ -77,7 +79,14 @@ class FeatureMemory(FeatureModel):
         return {"images": images, **self._fitted()(*self.describe(images))}
 
     @torch.no_grad()
-    def fit(self, train: object, val: object = None, *, progress: bool = False) -> "FeatureMemory":
+    def fit(
+        self,
+        train: object,
+        val: object = None,
+        *,
+        progress: bool = False,
+        group: ProcessGroup | None = None,
+    ) -> "FeatureMemory":
         """Fit the memories to normal images and calibrate.
 
         The calibration's mean and deviation come from the training images, each judged without itself: by the other
@@ -89,17 +98,23 @@ class FeatureMemory(FeatureModel):
                 a uniform sample, are encoded and kept as features. No pixels are kept.
             val: images held out for thresholds, kept in memory; those labeled abnormal are left out.
             progress: whether to show a bar.
+            group: ranks that divide the encoding; each has the same images and ends with the same model.
 
         Raises:
             InputError: fewer than 8 images, or images of another size.
         """
+        group = group or ProcessGroup()
         copies = ("jittered", "painted") if self.config.synthetic else ("jittered",)
-        sample = self.training_sample(train, copies, progress=progress)
-        self.parts = FeatureParts(self.config, [x.shape[1] for x in sample.clean]).to(self.device)
-        signals = _arrays(self.parts.fit(sample, self.config), self.signal_names)
-        self.original = None
-        self.calibrate_fitted(signals, val)
+        sample = self.training_sample(train, copies, progress=progress, group=group)
+        # By one rank: another number of threads, or another GPU, would give the others another model.
+        parts, signals = group.broadcast(lambda: self._fitted_parts(sample))
+        self.parts, self.original = parts.to(self.device), None
+        self.calibrate_fitted(signals, val, group)
         return self
+
+    def _fitted_parts(self, sample: FeatureSample) -> tuple[FeatureParts, dict[str, np.ndarray]]:
+        parts = FeatureParts(self.config, [x.shape[1] for x in sample.clean]).to(self.device)
+        return parts, _arrays(parts.fit(sample.to(self.device), self.config), self.signal_names)
 
     @torch.no_grad()
     def adapt(self, images: object, *, progress: bool = False) -> Adaptation:

@@ -187,6 +187,12 @@ SIGNALS: dict[str, Signal] = {
             unit=_GRAY_UNIT,
         ),
         Signal(
+            "pixel_isolation_forest",
+            "how few random splits of single pixels separate the image from normal training images",
+            ("pixel_isolation_forest",),
+            lambda outputs: outputs["pixel_isolation_forest"],
+        ),
+        Signal(
             "pooled_memory",
             "distance of the image's mean features to the nearest normal ones, in deviations of normal images",
             ("pooled_memory",),
