@@ -150,7 +150,10 @@ def require_labels(labels: Iterable[int | None]) -> None:
     labels = [-1 if label is None else int(label) for label in labels]
     unknown, normal, abnormal = (labels.count(value) for value in (-1, 0, 1))
     if unknown:
-        raise InputError(f"evaluation needs a label for every image, got {unknown} of {len(labels)} without one")
+        raise InputError(
+            f"evaluation needs a label for every image, got {unknown} of {len(labels)} without one; list the images in "
+            "a CSV with the columns path and label"
+        )
     if not normal or not abnormal:
         raise InputError(f"evaluation needs normal and abnormal images, got {normal} normal and {abnormal} abnormal")
 

@@ -187,9 +187,11 @@ class FeatureMemory(FeatureModel):
         return feature_memories(self._fitted(), self._described(images))
 
     @torch.no_grad()
-    def nearest_images(self, images: object) -> Tensor:
+    def nearest_images(self, images: object) -> Tensor | None:
         """Return the numbers of the images in the pooled memory that are nearest to each image, itself left out."""
         parts = self._fitted()
+        if parts.pooled.images >= self.config.most_images:
+            return None  # perhaps a sample of the training images, of which no numbers are kept
         return torch.cat([parts.pooled.nearest(layers).cpu() for layers, _ in self._described(images)])
 
     def _described(self, images: object) -> Iterator[tuple[list[Tensor], Tensor]]:

@@ -128,14 +128,18 @@ class FrozenModel(ConfiguredNetwork):
 
     def pictures(self, images: Tensor) -> dict[str, Tensor]:
         """Return the reconstructions, `[B, H, W]`."""
-        return {"reconstruction": self.reconstruct(images)[:, 0]}
+        # One image is not padded to sixteen: a picture shows no last digits.
+        return {"reconstruction": self._reconstructed(images, min(BATCH, max(1, len(images))))[:, 0]}
 
-    @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """Return the student's reconstruction of `[B, 1, H, W]`, on the images' device."""
+        return self._reconstructed(images, BATCH)
+
+    @torch.no_grad()
+    def _reconstructed(self, images: Tensor, size: int) -> Tensor:
         found = [
             self.outputs(batch)["reconstruction"][:count].to(images.device, copy=True)
-            for batch, count in self._padded_batches(images, BATCH)
+            for batch, count in self._padded_batches(images, size)
         ]
         return torch.cat(found)
 
