@@ -77,9 +77,9 @@ class FeatureModel(AnomalyModel):
         return self
 
     def describe(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return pooled features `[B, C]` of each layer, and those of the grid's locations, `[B, L, sum of C]`."""
+        """Return pooled features `[B, C]` of the deepest layers, and features of the locations, `[B, L, C]`."""
         maps = self.encoder(images)
-        return pool(maps, self.config.weight), to_grid(maps, self.config.grid)
+        return pool(maps[-self.config.pooled_layers :], self.config.weight), to_grid(maps, self.config.grid)
 
     def sample(
         self,

@@ -19,7 +19,7 @@ from simsid.kernels.ranges import stage
 from simsid.models import patches
 from simsid.models.base import BATCH, Scorer
 from simsid.models.discriminator import Discriminator
-from simsid.models.generator import Encoder, Generator
+from simsid.models.generator import CustomEncoder, Encoder, Generator
 from simsid.models.signals import SIGNALS, available_signals, decoder_memory_map
 
 
@@ -27,7 +27,7 @@ class ConfiguredNetwork(nn.Module, Scorer):
     """What `Model` and its frozen copies have in common: networks, and what their configuration says of them."""
 
     config: Config
-    encoder: Encoder
+    encoder: Encoder | CustomEncoder
     student: Generator
     discriminator: Discriminator
 

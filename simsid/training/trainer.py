@@ -278,7 +278,7 @@ class Trainer:
         """Load the best model, on every rank."""
         own = checkpoint.tensors(self.model)
         if folder is not None:
-            best = Model.load(folder.path)
+            best = Model.load(folder.path, **self.model.load_options())
             self._best, self.model.calibration = checkpoint.tensors(best), best.calibration
         if self._best is not None:
             with torch.no_grad():
