@@ -39,6 +39,22 @@ def check_tensor(
         raise ValueError(f"{name} must be on {like[1].device} like {like[0]}, got {tensor.device}")
 
 
+def check_mask(name: str, mask: Tensor, shape: tuple[int, ...], like: tuple[str, Tensor]) -> None:
+    """Raise unless `mask` is a boolean tensor of the expected shape on the device of `like`.
+
+    Raises:
+        TypeError: not a tensor, or not boolean.
+        ValueError: another shape or device.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a boolean tensor of shape {_show(shape)}, got {got}")
+    if mask.shape != shape:
+        raise ValueError(f"{name} must have shape {_show(shape)}, got {_show(tuple(mask.shape))}")
+    if mask.device != like[1].device:
+        raise ValueError(f"{name} must be on {like[1].device} like {like[0]}, got {mask.device}")
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise a ValueError unless `value` is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
@@ -52,6 +68,8 @@ def check_integer(name: str, value: Any, least: int) -> int:
         TypeError: not an integer; bool is refused because `True` is more likely a misplaced flag.
         ValueError: below `least`.
     """
+    if type(value) is int and value >= least:
+        return value
     message = f"{name} must be an integer of at least {least}, got {value!r}"
     if isinstance(value, bool):
         raise TypeError(message)
