@@ -30,8 +30,9 @@ def check_tensor(
         raise TypeError(f"{name} must be a tensor of shape {_show(shape)}, got {type(tensor).__name__}")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be a floating-point tensor (float16 to float64), got {tensor.dtype}")
-    fits = tensor.dim() == len(shape) and all(
-        isinstance(expected, str) or expected == size for expected, size in zip(shape, tensor.shape)
+    fits = tensor.shape == shape or (
+        tensor.dim() == len(shape)
+        and all(isinstance(expected, str) or expected == size for expected, size in zip(shape, tensor.shape))
     )
     if not fits:
         raise ValueError(f"{name} must have shape {_show(shape)}, got {_show(tuple(tensor.shape))}")

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from simsid.kernels.backend import fenced_stages
 from simsid.kernels.launch import ceil_div, launch, on_device
 from simsid.kernels.library import needs_gradient, register, run_backward
 from simsid.kernels.memory.kernels import (
@@ -65,7 +66,7 @@ def _scores(query: Tensor, memory: Tensor, target: Target) -> Tensor:
         memory_scores_kernel,
         (ceil_div(B, plan.block_b) * ceil_div(N, plan.block_n) * L, plan.splits),
         plan.num_warps,
-        plan.num_stages,
+        fenced_stages(plan.num_stages, target.warp_groups, query, memory),
         query_ptr=query,
         memory_ptr=memory,
         partial_ptr=partial,
@@ -235,7 +236,7 @@ def memory_backward(
                 memory_query_gradient_kernel,
                 (ceil_div(B, plan.block_b) * ceil_div(D, plan.block_d), L),
                 plan.num_warps,
-                plan.num_stages,
+                fenced_stages(plan.num_stages, target.warp_groups, query, memory),
                 memory_ptr=memory,
                 coefficient_ptr=coefficient,
                 grad_query_ptr=grad_query,
@@ -249,7 +250,7 @@ def memory_backward(
                 memory_items_gradient_kernel,
                 (ceil_div(N, plan.block_n) * ceil_div(D, plan.block_d), L),
                 plan.num_warps,
-                plan.num_stages,
+                fenced_stages(plan.num_stages, target.warp_groups, query, memory),
                 **pointers,
                 coefficient_ptr=coefficient,
                 grad_memory_ptr=grad_memory,
