@@ -67,13 +67,15 @@ def _score_of(key):
 
 
 @triton.jit
-def _merge_top(b_key, b_top, o_k, TOPK: tl.constexpr):
-    """Return the TOPK largest of the keys and of the earlier top, largest first."""
+def _merge_top(b_key, b_top, o_k, TOPK: tl.constexpr, FIRST: tl.constexpr):
+    """Return the TOPK largest of the keys and, but for the FIRST time, of the earlier top, largest first."""
     b_new = tl.full(b_top.shape, _LOWEST, tl.int64)
     for i_k in range(TOPK):
-        best = tl.maximum(tl.max(b_key, 0), tl.max(b_top, 0))
+        best = tl.max(b_key, 0)
+        if not FIRST:
+            best = tl.maximum(best, tl.max(b_top, 0))
+            b_top = tl.where(b_top == best, _LOWEST, b_top)
         b_key = tl.where(b_key == best, _LOWEST, b_key)
-        b_top = tl.where(b_top == best, _LOWEST, b_top)
         b_new = tl.where(o_k == i_k, best, b_new)
     return b_new
 
@@ -208,10 +210,12 @@ def memory_select_kernel(
     TILES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """Select the items of one row, weigh them by the softmax of their scores alone, and add them up.
 
-    Grid: (B L, blocks of D). A program owns one row and BLOCK_D features; the programs of a row repeat the selection.
+    Grid: (B L, parts of D). A program owns one row and BLOCKS times BLOCK_D features; the programs of a row repeat the
+    selection.
     Saves, by the first program of a row: the probabilities for the backward, indices and weights where asked for.
     """
     i_row = tl.program_id(0).to(tl.int64)
@@ -222,7 +226,7 @@ def memory_select_kernel(
         o_n = i_tile * BLOCK_N + o_tile
         m_n = valid_items(mask_ptr, i_row % L, o_n, N)
         b_s = _logits(partial_ptr, noise_ptr, i_row, rows, o_n, m_n, N, temperature, SPLITS)
-        b_top = _merge_top(_keys(b_s, o_n, m_n), b_top, o_k, TOPK)
+        b_top = _merge_top(_keys(b_s, o_n, m_n), b_top, o_k, TOPK, TILES == 1)
     b_score = _score_of(b_top)
     greatest = _score_of(tl.max(b_top, 0))
     m_k = b_top >= _FIRST_VALID  # neither masked nor a lane beyond TOPK
@@ -234,13 +238,14 @@ def memory_select_kernel(
     total = tl.sum(b_e, 0)
     b_w = b_e / tl.where(total == 0.0, 1.0, total)
 
-    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     # In range for every kept item whatever the scores; the bound guards the lanes beyond TOPK.
     b_index = tl.minimum(0x7FFFFFFF - (b_top & 0x7FFFFFFF), N - 1)
-    p_m = memory_ptr + (i_row % L) * stride_m_l + b_index[:, None] * stride_m_n + o_d[None, :]
-    m_m = (o_k < TOPK)[:, None] & (b_w != 0.0)[:, None] & (o_d < D)[None, :]
-    b_m = tl.load(p_m, mask=m_m, other=0.0).to(tl.float32)
-    tl.store(out_ptr + i_row * D + o_d, tl.sum(b_w[:, None] * b_m, 0), mask=o_d < D)
+    p_m = memory_ptr + (i_row % L) * stride_m_l + b_index[:, None] * stride_m_n
+    for i_block in range(BLOCKS):
+        o_d = (tl.program_id(1) * BLOCKS + i_block) * BLOCK_D + tl.arange(0, BLOCK_D)
+        m_m = (o_k < TOPK)[:, None] & (b_w != 0.0)[:, None] & (o_d < D)[None, :]
+        b_m = tl.load(p_m + o_d[None, :], mask=m_m, other=0.0).to(tl.float32)
+        tl.store(out_ptr + i_row * D + o_d, tl.sum(b_w[:, None] * b_m, 0), mask=o_d < D)
 
     if index_ptr is not None:  # noqa: SIM102 - decided when compiling, the next one when running
         if tl.program_id(1) == 0:

@@ -180,7 +180,7 @@ def memory_forward(
             partial = _cosine(partial, query_square, item_square, saved[-3:])
         launch(
             memory_select_kernel,
-            (B * L, ceil_div(D, plan.block_d)),
+            (B * L, ceil_div(D, plan.block_d * plan.blocks)),
             plan.num_warps,
             1,
             partial_ptr=partial,
@@ -204,6 +204,7 @@ def memory_forward(
             TILES=plan.tiles,
             BLOCK_K=plan.block_k,
             BLOCK_D=plan.block_d,
+            BLOCKS=plan.blocks,
         )
     return results
 
