@@ -92,7 +92,7 @@ def plan_rows(items: int, features: int, kept: int) -> RowPlan:
     block_k = power_of_two(kept)
     # 8192 gathered numbers are 64 registers a thread; wide blocks repeat the selection less often.
     block_d = min(max(16, power_of_two(features)), 1024, 8192 // block_k)
-    # A kept item costs about 35 instructions in every program, a block of features 240: as much for one as for the other.
+    # A kept item costs about 35 instructions in every program, a block of features 240: as much for both.
     blocks = min(ceil_div(features, block_d), max(1, kept // 8))
     num_warps = 4 if max(block_n, block_d) <= 1024 else 8  # at most 8 keys a thread up to there
     return RowPlan(block_n, ceil_div(items, block_n), block_k, block_d, blocks, num_warps)
