@@ -214,12 +214,19 @@ def digest(variant: Variant, arch: int) -> str:
     import triton
 
     module = sys.modules[variant.kernel.fn.__module__]
+    helpers = {
+        sys.modules[value.fn.__module__]
+        for value in vars(module).values()
+        if isinstance(value, triton.runtime.JITFunction) and value.fn.__module__ != module.__name__
+    }
     parts = [triton.__version__, str(arch), repr(variant.key)]
-    for name, value in sorted(vars(module).items()):
-        if isinstance(value, triton.runtime.JITFunction) and (name.startswith("_") or value is variant.kernel):
-            parts.append(code_of(value.fn))
-        elif isinstance(value, triton.language.constexpr):
-            parts.append(f"{name} = {value.value}")
+    for source in (module, *sorted(helpers, key=lambda each: each.__name__)):
+        for name, value in sorted(vars(source).items()):
+            if isinstance(value, triton.runtime.JITFunction):
+                if value is variant.kernel or not name.endswith("_kernel"):
+                    parts.append(code_of(value.fn))
+            elif isinstance(value, triton.language.constexpr):
+                parts.append(f"{name} = {value.value}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

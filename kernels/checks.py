@@ -12,23 +12,30 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensor(
-    name: str, tensor: Tensor, shape: tuple[str | int, ...], like: tuple[str, Tensor] | None = None
+    name: str,
+    tensor: Tensor,
+    shape: tuple[str | int, ...],
+    like: tuple[str, Tensor] | None = None,
+    boolean: bool = False,
 ) -> None:
-    """Raise unless `tensor` is a floating-point tensor of the expected shape and device.
+    """Raise unless `tensor` is a floating-point (or boolean) tensor of the expected shape and device.
 
     Args:
         name: of the argument, for the message.
         tensor: the argument.
         shape: expected sizes; a string names an axis that may have any size.
         like: name and value of the argument whose device is expected, or None for any device.
+        boolean: whether the dtype must be bool instead of a floating-point one.
 
     Raises:
-        TypeError: not a tensor, or not floating point.
+        TypeError: not a tensor, or of another dtype.
         ValueError: another shape or device.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {_show(shape)}, got {type(tensor).__name__}")
-    if tensor.dtype not in FLOATS:
+    if boolean and tensor.dtype != torch.bool:
+        raise TypeError(f"{name} must be a boolean tensor, got {tensor.dtype}")
+    if not boolean and tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be a floating-point tensor (float16 to float64), got {tensor.dtype}")
     fits = tensor.shape == shape or (
         tensor.dim() == len(shape)
@@ -38,22 +45,6 @@ def check_tensor(
         raise ValueError(f"{name} must have shape {_show(shape)}, got {_show(tuple(tensor.shape))}")
     if like is not None and tensor.device != like[1].device:
         raise ValueError(f"{name} must be on {like[1].device} like {like[0]}, got {tensor.device}")
-
-
-def check_mask(name: str, mask: Tensor, shape: tuple[int, ...], like: tuple[str, Tensor]) -> None:
-    """Raise unless `mask` is a boolean tensor of the expected shape on the device of `like`.
-
-    Raises:
-        TypeError: not a tensor, or not boolean.
-        ValueError: another shape or device.
-    """
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{name} must be a boolean tensor of shape {_show(shape)}, got {got}")
-    if mask.shape != shape:
-        raise ValueError(f"{name} must have shape {_show(shape)}, got {_show(tuple(mask.shape))}")
-    if mask.device != like[1].device:
-        raise ValueError(f"{name} must be on {like[1].device} like {like[0]}, got {mask.device}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from simsid.errors import ConfigError
 from simsid.fields import check_fields, from_dict, replaced, require
@@ -70,6 +70,10 @@ class Config:
     """Probability that a feature position keeps the in-painting block's output in training; SQUID: 0.95."""
     distillation: bool = True
     """Train a teacher generator and pull the student's features towards its own."""
+    adversarial: bool = True
+    """Train the generator against the discriminator too; else the discriminator only watches."""
+    variational: bool = False
+    """Draw the deepest features from a normal distribution, as a variational autoencoder; without in-painting only."""
     stop_gradient: bool = True
     """Keep the teacher's gradient out of the encoder."""
     signal: str = "discriminator_per_image"
@@ -91,6 +95,8 @@ class Config:
         for name in ("rho", "pixel_inpainting", "hard_threshold"):
             require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
         require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1", self.dropout)
+        if self.variational:
+            require(self.inpainting == "none", "inpainting", "'none' in a variational autoencoder", self.inpainting)
         step = self.patches * 2**self.levels
         require(
             self.image_size % step == 0,
@@ -98,7 +104,7 @@ class Config:
             f"a multiple of patches * 2**levels = {step}, so that every patch can be halved {self.levels} times",
             self.image_size,
         )
-        if self.inpainting != "none":
+        if self.inpainting != "none" or self.variational:
             require(
                 self.deepest_channels % 4 == 0,
                 "width",
@@ -181,6 +187,7 @@ class Config:
             decoder_memories=0,
             skip_levels=0,
             distillation=False,
+            adversarial=False,
             signal="residual",
         )
         return base.replace(**changes)
@@ -188,8 +195,13 @@ class Config:
     @classmethod
     def autoencoder(cls, **changes: object) -> "Config":
         """The plain autoencoder with the same encoder and decoder: no memory, no in-painting, no skips, no teacher."""
-        base = cls(inpainting="none", decoder_memories=0, skip_levels=0, distillation=False, signal="residual")
-        return base.replace(**changes)
+        plain: dict[str, Any] = {"decoder_memories": 0, "skip_levels": 0, "distillation": False, "adversarial": False}
+        return cls(inpainting="none", signal="residual", **plain).replace(**changes)
+
+    @classmethod
+    def vae(cls, **changes: object) -> "Config":
+        """The variational autoencoder (arXiv 1312.6114): the plain one with deepest features drawn at random."""
+        return cls.autoencoder(variational=True).replace(**changes)
 
     @classmethod
     def ablation(cls, name: str, **changes: object) -> "Config":
@@ -225,6 +237,7 @@ PRESETS: dict[str, Callable[..., Config]] = {
     "digit_anatomy": Config.digit_anatomy,
     "memae": Config.memae,
     "autoencoder": Config.autoencoder,
+    "vae": Config.vae,
 }
 
 
@@ -235,6 +248,7 @@ PresetName = Literal[
     "digit_anatomy",
     "memae",
     "autoencoder",
+    "vae",
     "features",
     "feature_knn",
     "location_knn",
@@ -242,6 +256,7 @@ PresetName = Literal[
     "patchcore",
     "pixel_knn",
     "pixel_pca",
+    "pixel_isolation_forest",
 ]
 """Names of `simsid.models.presets.PRESETS`, which a test compares; here, since that module needs PyTorch."""
 
@@ -268,10 +283,15 @@ class TrainingConfig:
     """Weight of the distance between the student's and the teacher's features."""
     adversarial_weight: float = 0.005
     """Weight of the adversarial loss, by which the generator is trained to look real to the discriminator."""
+    divergence_weight: float = 0.1
+    """Weight of a variational autoencoder's divergence from the standard normal distribution, in nats a pixel."""
     discriminator_weight: float = 0.005
     """Weight of the discriminator's loss."""
     generator_weight_decay: float = 1e-5
-    """Coupled weight decay of encoder, student and teacher."""
+    """Weight decay of encoder, student and teacher."""
+    decay: Literal["coupled", "except_items", "decoupled"] = "coupled"
+    """How those weights decay: by a term of the gradient, which Adam scales to full steps where there is no other
+    gradient (the papers); likewise, but never the memory items; or apart from the gradient, as AdamW does."""
     translate: float = 0.05
     """Augmentation: largest translation, as a fraction of the side."""
     scale: float = 0.05
@@ -284,10 +304,10 @@ class TrainingConfig:
     """Compile the networks with `torch.compile`, which takes minutes before the first iteration."""
     sync_batchnorm: bool = False
     """With several processes, normalize with the global batch's statistics; otherwise with each shard's own."""
-    criterion: Literal["auto", "auc", "reconstruction", "last"] = "auto"
-    """What chooses the epoch that is kept: validation AUC of the model's signal (the papers; needs labeled
-    anomalies), reconstruction error of held-out normal images (needs none), or the last. `"auto"`: AUC where validation
-    has both."""
+    criterion: Literal["auto", "auc", "reconstruction", "memory_distance", "synthetic", "last"] = "auto"
+    """What chooses the epoch that is kept: validation AUC of the model's signal (the papers; needs labeled anomalies);
+    of held-out normal images alone, reconstruction error, memory distance, or AUC of the signal against copies with a
+    pasted patch; or the last. `"auto"`: AUC where validation has anomalies, else `"reconstruction"`."""
     patience: int = 0
     """Stop after this many epochs without a better criterion; 0 never."""
     seed: int = 0
@@ -315,39 +335,3 @@ class TrainingConfig:
     def from_dict(cls, values: dict[str, object]) -> "TrainingConfig":
         """Rebuild a configuration from `to_dict`; absent fields keep their defaults, unknown ones are an error."""
         return from_dict(cls, values)
-
-
-@dataclass(frozen=True)
-class PixelKNNConfig:
-    """The choices of `simsid.models.PixelKNN`."""
-
-    image_size: int = 128
-    """Height and width of the square image, pixels."""
-    neighbors: int = 5
-    """Nearest training images whose distance is averaged, k; with fewer images, all of them."""
-    aspect: Literal["stretch", "pad", "crop"] = "stretch"
-    """How an image that is not square becomes square."""
-    intensity: Literal["auto", "range", "minmax"] = "auto"
-    """How stored pixel values become -1..1; see `simsid.data.Preprocessing`."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be used, naming the field."""
-        check_fields(self, {"image_size": 1, "neighbors": 1})
-
-
-@dataclass(frozen=True)
-class PixelPCAConfig:
-    """The choices of `simsid.models.PixelPCA`."""
-
-    image_size: int = 128
-    """Height and width of the square image, pixels."""
-    components: int = 64
-    """Principal components; at most one fewer than training images are used."""
-    aspect: Literal["stretch", "pad", "crop"] = "stretch"
-    """How an image that is not square becomes square."""
-    intensity: Literal["auto", "range", "minmax"] = "auto"
-    """How stored pixel values become -1..1; see `simsid.data.Preprocessing`."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be used, naming the field."""
-        check_fields(self, {"image_size": 1, "components": 1})

@@ -17,6 +17,8 @@ LARGEST = {
     "decoder_items": 1_000_000,
     "topk": 1_000_000,
     "heads": 1024,
+    "trees": 10_000,
+    "sample": 1_000_000,
     "epochs": 1_000_000,
     "batch_size": 1_000_000,
     "generator_every": 1_000_000,

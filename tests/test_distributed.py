@@ -52,7 +52,7 @@ def two_ranks(folder, *scenes):
 def folder(tmp_path_factory):
     """The folder of two ranks that step, train, are interrupted and resumed."""
     folder = tmp_path_factory.mktemp("ranks")
-    scenes = ["steps", "fit", "finished", "interrupt", "small", "differ", "nonfinite", "collectives"]
+    scenes = ["steps", "fit", "finished", "interrupt", "small", "differ", "nonfinite", "collectives", "features"]
     statuses, done = two_ranks(folder, *scenes)
     assert statuses == [[0, 0]], done.stderr[-3000:]
     return folder
@@ -115,6 +115,26 @@ def test_ranks_that_resume_a_finished_run_have_its_model(folder):
         values, about = checkpoint.read(folder / f"rank-{rank}", "finished")
         assert not [key for key, value in checkpoint.tensors(best).items() if not torch.equal(values[key], value)]
         assert about["calibration"] == best.calibration.to_dict() and about["epochs"] == trained["epochs"]
+
+
+def test_two_ranks_fit_the_feature_models_of_one_process(folder):
+    """Each encodes half of the images, in other batches, so that the last digits may differ."""
+    for name, model in zip(("memory", "padim"), two_processes.features(ProcessGroup())):
+        (first, about), (second, other) = (checkpoint.read(folder / f"rank-{rank}", name) for rank in (0, 1))
+        assert not [key for key in first if not torch.equal(first[key], second[key])], "the ranks agree bit for bit"
+        assert about["calibration"] == other["calibration"]
+        want, calibration = model.state()[0], model.calibration.to_dict()
+        assert first.keys() == want.keys()
+        for key, value in want.items():
+            torch.testing.assert_close(first[key].float(), value.float(), rtol=1e-2, atol=1e-3, msg=key)
+        np.testing.assert_allclose(
+            about["calibration"]["holdout"][model.signal], calibration["holdout"][model.signal], atol=1e-3
+        )
+    encoded = [checkpoint.read(folder / f"rank-{rank}", "memory")[1]["encoded"] for rank in (0, 1)]
+    assert max(encoded) < 0.7 * sum(encoded)
+    for rank in (0, 1):
+        message = checkpoint.read(folder / f"rank-{rank}", "features")[1]["message"]
+        assert message == "all ranks must fit to the same images in the same order, got different ones"
 
 
 def test_fewer_validation_images_than_ranks(folder):

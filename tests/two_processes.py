@@ -15,12 +15,15 @@ import sys
 import time
 
 import tiny
+import tiny_features
 import torch
 
 from simsid import Trainer, TrainingConfig, checkpoint
 from simsid.commands import main as cli
 from simsid.distributed import ProcessGroup
-from simsid.errors import NonFiniteError, RunError
+from simsid.errors import NonFiniteError, ProcessGroupError, RunError
+from simsid.models.feature_baselines import PaDiM
+from simsid.models.feature_encoder import FeatureEncoder
 from simsid.training import step as step_module
 from simsid.training.step import TrainingStep
 
@@ -94,6 +97,33 @@ def scene_differ(group, folder):
     write_error(group, folder, "images", RunError, lambda: fit(group, run, images=tiny.images(12, group.rank)))
     write_error(group, folder, "count", RunError, lambda: fit(group, run, images=tiny.images(12 + 4 * group.rank)))
     write_error(group, folder, "settings", RunError, lambda: fit(group, run, seed=group.rank))
+
+
+def features(group, **changes):
+    """Fit a feature memory and a baseline with room for fewer images than there are, as every rank does."""
+    stream = iter(tiny_features.normal(40).split(7))
+    model = tiny_features.memory(most_images=24, synthetic=True, **changes)
+    padim = PaDiM(encoder=tiny_features.TinyEncoder(), **{**tiny_features.SIZES, "inputs": "gray"})
+    val = tiny_features.normal(9, 5)
+    return model.fit(stream, val, group=group), padim.fit(tiny_features.normal(20), val, group=group)
+
+
+def scene_features(group, folder):
+    """Each rank encodes every second image; all have the model of one process. Different images are refused."""
+    encoded = []
+    hook = FeatureEncoder.forward
+
+    def forward(self, images):
+        encoded.append(len(images))
+        return hook(self, images)
+
+    FeatureEncoder.forward = forward
+    for name, model in zip(("memory", "padim"), features(group)):
+        tensors, _ = model.state()
+        write(group, folder, name, tensors, {"calibration": model.calibration.to_dict(), "encoded": sum(encoded)})
+    FeatureEncoder.forward = hook
+    differ = tiny_features.normal(12, group.rank)
+    write_error(group, folder, "features", ProcessGroupError, lambda: tiny_features.memory().fit(differ, group=group))
 
 
 def scene_nonfinite(group, folder):

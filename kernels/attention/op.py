@@ -8,7 +8,7 @@ from torch import Tensor
 from simsid.kernels.attention.plan import Window, refuse
 from simsid.kernels.attention.reference import NEIGHBORS, neighbor_attention_reference
 from simsid.kernels.backend import choose_backend
-from simsid.kernels.checks import check_integer, check_mask, check_tensor
+from simsid.kernels.checks import check_integer, check_tensor
 from simsid.kernels.ranges import named_range
 
 
@@ -78,7 +78,7 @@ def neighbor_attention(
         raise ValueError(f"heads must divide the {features} features, got {heads}")
     window = _check_window(kernel_size, dilation, include_center)
     if key_mask is not None:
-        check_mask("key_mask", key_mask, (batch, locations), like=("the query", query))
+        check_tensor("key_mask", key_mask, (batch, locations), like=("the query", query), boolean=True)
     if choose_backend(backend, query.device, refuse(query.dtype, locations, window)).backend == "triton":
         from simsid.kernels.attention.fused import neighbor_attention_fused
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from simsid.distributed import ProcessGroup
     from simsid.evaluation import Evaluation
     from simsid.models import AnomalyModel
+    from simsid.report import MemoryViews
 
 Data = Positional[Annotated[pathlib.Path, arg(metavar="DATA")]]
 ModelFolder = Positional[Annotated[str, arg(metavar="MODEL")]]
@@ -149,6 +150,7 @@ def write_evaluation_report(
     title: str,
     notes: Sequence[str] = (),
     configuration: dict[str, Any] | None = None,
+    memory: "MemoryViews | None" = None,
 ) -> None:
     """Write report.html of labelled images, with examples at even steps through the scores of each kind."""
     from simsid import report
@@ -168,6 +170,7 @@ def write_evaluation_report(
         notes=list(notes),
         warnings=for_processing_notes(sum(record.for_processing for record in images.records)),
         descriptions=selection.descriptions(model),
+        memory=memory,
     )
     selection.write_film_pages(path, model, rows, examples)
 

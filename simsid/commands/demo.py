@@ -11,7 +11,7 @@ from typing import Any
 from tyro.conf import OmitArgPrefixes
 
 from simsid.commands.common import Machine, Output, saved, write_evaluation_report
-from simsid.config import Config, TrainingConfig
+from simsid.config import Config
 from simsid.errors import UsageError
 
 SAMPLE_NOTES = (
@@ -51,11 +51,13 @@ class Demo:
         from simsid.data import DigitAnatomy
         from simsid.evaluation import evaluate, format_table
         from simsid.models.presets import seeded_model
+        from simsid.study.plan import short_training
         from simsid.training import Trainer
         from simsid.training.run_folder import RunFolder
 
         device = self.machine.prepare()
-        config, training = Config.digit_anatomy(), demo_training(self.epochs, self.seed)
+        config = Config.digit_anatomy()
+        training = short_training(self.epochs, criterion="last", seed=self.seed)
         if self.images < 2:
             raise UsageError(f"images must be at least 2, got {self.images}")
         _check_replaceable(self.output)
@@ -64,7 +66,7 @@ class Demo:
             _clear_run(folder.path)
             print(score_samples(self.output / "radiographs"), flush=True)
             request = {"command": "demo", "model": config.to_dict(), "training": training.to_dict()}
-            folder.write_request({**request, "images": self.images, "seed": self.seed})
+            folder.write_request({**request, "images": self.images, "seed": self.seed, "mnist": self.mnist is not None})
             train, val, test = (data.load(split, config.image_size) for split in ("train", "val", "test"))
             print(
                 f"DigitAnatomy: {len(train)} normal images to train on; {len(val)} to validate, {len(test)} to test",
@@ -101,22 +103,6 @@ def score_samples(output: pathlib.Path) -> str:
         name = pathlib.Path(score.path).name
         lines.append(f"{name:<35} {score.finding:<10} {score.score:.3f}  {'yes' if score.flagged else 'no'}")
     return "\n".join([*lines, f"report with maps: {report}"])
-
-
-def demo_training(epochs: int, seed: int) -> TrainingConfig:
-    """Return the demo's training: ten times the papers' learning rate, since a few epochs must suffice.
-
-    Without weight decay: Adam scales the decay of a memory item that is never looked up to the size of a full step, and
-    at such a learning rate the in-painting memory's items end at zero.
-    """
-    return TrainingConfig(
-        epochs=epochs,
-        learning_rate=1e-3,
-        final_learning_rate=1e-4,
-        generator_weight_decay=0.0,
-        criterion="last",
-        seed=seed,
-    )
 
 
 def _check_replaceable(path: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import sys
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tyro.conf import OmitArgPrefixes
 
@@ -25,6 +26,11 @@ from simsid.commands.common import (
 )
 from simsid.errors import UsageError, printable
 
+if TYPE_CHECKING:
+    from simsid.data import ImageSet
+    from simsid.evaluation import Evaluation
+    from simsid.models import AnomalyModel
+
 
 @dataclass(frozen=True)
 class Evaluate:
@@ -42,6 +48,8 @@ class Evaluate:
     """Signal that comes first and flags; without it the model's own. Every signal is in the table."""
     false_positive_rate: float = 0.05
     """Share of held-out normal images that the threshold may flag."""
+    shift: bool = False
+    """Also measure the images changed as by other equipment (gamma, contrast, blur, position, JPEG): a second table."""
     exclude: Exclude = ()
     """Files to leave out, as patterns of their path below the folder, such as masks/*."""
     machine: OmitArgPrefixes[Machine] = field(default_factory=Machine)
@@ -68,12 +76,19 @@ class Evaluate:
         images = load_set(records, model.preprocessing, self.machine.workers)
         evaluation = evaluate(model, images, false_positive_rate=self.false_positive_rate, signal=self.signal)
         figures = [dataclasses.asdict(figures) for figures in evaluation.rows()]
-        document = {"data": str(self.data.resolve()), "split": split, "in_sample": evaluation.in_sample}
+        document: dict[str, object] = {
+            "data": str(self.data.resolve()),
+            "split": split,
+            "in_sample": evaluation.in_sample,
+        }
         checkpoint.write_json(output / "metrics.json", {**document, "rows": figures})
         with checkpoint.csv_writer(output / "scores.csv", columns(model.signal_names)) as write:
             for score in scores_of(model, images, evaluation, records):
                 write(row(score, model.signal_names))
         print(format_table(evaluation), flush=True)
+        if self.shift:
+            document["shift"] = _measured_shifts(model, images, evaluation)
+            checkpoint.write_json(output / "metrics.json", {**document, "rows": figures})
         for note in for_processing_notes(sum(record.for_processing for record in images.records)):
             print(f"simsid: note: {note}", file=sys.stderr)
         if images.failures:
@@ -83,6 +98,15 @@ class Evaluate:
             write_evaluation_report(model, images, evaluation, output / "report.html", title)
         print(f"report: {printable(str(output / 'report.html'))}")
         return 1 if images.failures else 0
+
+
+def _measured_shifts(model: "AnomalyModel", images: "ImageSet", evaluation: "Evaluation") -> list[dict[str, object]]:
+    """Print the table of the first signal under simulated shifts; return the figures of every signal."""
+    from simsid.robustness import evaluate_shifts, format_shifts
+
+    rows = evaluate_shifts(model, images, evaluation, progress=sys.stderr.isatty())
+    print(format_shifts(rows, evaluation.default), flush=True)
+    return [dataclasses.asdict(row) for row in rows]
 
 
 def _refuse_missing(records: list) -> None:

@@ -1,18 +1,23 @@
 """`simsid train` for models that are fitted in one pass over the images: baselines, feature memories."""
 
+import contextlib
 import dataclasses
 import pathlib
 import shlex
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from simsid.commands.common import Exclude, Machine, MaybeOutput
-from simsid.commands.train import load_both, report_loaded, report_validation, run_folder, split
+from simsid.commands.train import load_both, report_loaded, report_validation, split
 from simsid.config import PresetName
 from simsid.errors import UsageError
+
+if TYPE_CHECKING:
+    from simsid.data import Record
+    from simsid.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -33,33 +38,64 @@ class Fit:
 
     def run(self) -> int:
         """Fit, save, and report on the validation images where they are labelled."""
-        from simsid.models.presets import seeded_model
+        from simsid.distributed import ProcessGroup
 
-        if self.data is None:
+        group = ProcessGroup.from_environment()
+        device = self.machine.prepare(group)  # type: ignore[attr-defined]  # a field that `fit_command` adds
+        with group.joined(device):
+            return self._fit(device, group)
+
+    def _fit(self, device: str, group: "ProcessGroup") -> int:
+        from simsid.models.presets import seeded_model
+        from simsid.training.run_folder import fit_in_folder, open_run
+
+        data = self.data
+        if data is None:
             raise UsageError("train needs a folder or CSV of images")
         machine, config = self.machine, self.model  # type: ignore[attr-defined]  # fields that `fit_command` adds
-        device = machine.prepare()
-        path = self.output or pathlib.Path("runs") / f"{self.data.resolve().stem}-{self.preset}"
-        train_records, val_records = split(self.data, self)
-        document: dict[str, object] = {
+        path = self.output or pathlib.Path("runs") / f"{data.resolve().stem}-{self.preset}"
+        train_records, val_records = group.broadcast(lambda: split(data, self))
+        train_records, left_out = _sampled(train_records, config)
+        model = seeded_model(self.preset, config, getattr(config, "seed", 0), device)
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(open_run(path, self._document(data, config))) if group.main else None
+            workers = machine.workers or group.cpu_threads()
+            train, val = load_both(train_records, val_records, model, workers, group)
+            if group.main:
+                report_loaded(path, train, val)
+            if group.main and left_out:
+                print(f"a uniform sample: {left_out} further images are not read (--most-images)", flush=True)
+            fit_in_folder(model, folder, train, val, progress=group.main, group=group)
+            if group.main:
+                print(f"use it with: simsid score {shlex.quote(str(path))} FOLDER -o DIR", flush=True)
+                title = f"simsid: {data.resolve().name}, validation"
+                report_validation(model, val, path, title, [], {})
+        return 0
+
+    def _document(self, data: pathlib.Path, config: Any) -> dict[str, object]:
+        """Return what run.json keeps of the request."""
+        return {
             "command": "fit",
             "preset": self.preset,
             "model": dataclasses.asdict(config),
-            "data": str(self.data.resolve()),
+            "data": str(data.resolve()),
             "val_share": self.val_share,
             "exclude": list(self.exclude),
         }
-        model = seeded_model(self.preset, config, getattr(config, "seed", 0), device)
-        with run_folder(path, document) as folder:
-            train, val = load_both(train_records, val_records, model, machine.workers)
-            folder.write_manifest(train, val)
-            report_loaded(path, train, val)
-            model.fit(train, val, progress=True)
-            model.save(path)
-            print(f"use it with: simsid score {shlex.quote(str(path))} FOLDER -o DIR", flush=True)
-            title = f"simsid: {self.data.resolve().name}, validation"
-            report_validation(model, val, path, title, [], {})
-        return 0
+
+
+def _sampled(records: "list[Record]", config: Any) -> "tuple[list[Record], int]":
+    """Return the images that a model takes at most, a uniform sample in their order, and the number of the others.
+
+    Otherwise a hundred thousand images would be decoded and held in memory, of which a feature memory fits a few.
+    """
+    import random
+
+    most = getattr(config, "most_images", len(records))
+    if len(records) <= most:
+        return records, 0
+    chosen = sorted(random.Random(config.seed).sample(range(len(records)), most))
+    return [records[i] for i in chosen], len(records) - most
 
 
 @cache

@@ -20,8 +20,10 @@ from simsid.commands.evaluate import Evaluate
 from simsid.commands.explain import Explain
 from simsid.commands.export import Export
 from simsid.commands.models import Models
+from simsid.commands.report import Report
 from simsid.commands.scan import Scan
 from simsid.commands.score import Score
+from simsid.commands.study import Study
 from simsid.commands.train import Train
 from simsid.config import PRESETS, Config
 from simsid.errors import ConfigError, IncompleteError, SimsidError, UsageError, printable
@@ -37,9 +39,11 @@ COMMANDS: dict[str, type] = {
     "evaluate": Evaluate,
     "score": Score,
     "explain": Explain,
+    "report": Report,
     "adapt": Adapt,
     "calibrate": Calibrate,
     "scan": Scan,
+    "study": Study,
     "convert": Convert,
     "export": Export,
     "models": Models,
@@ -86,7 +90,7 @@ def _run(arguments: list[str]) -> int | str | None:
         if "" in arguments:
             raise UsageError("an argument is empty, perhaps a variable of the shell that is not set")
         command = _parse(arguments)
-        if several and not isinstance(command, (Train, Score)):
+        if several and arguments[0] not in ("train", "score"):
             raise UsageError(f"{arguments[0]} runs as a single process; start it without torchrun")
         return command.run()
     except SystemExit as stop:

@@ -5,7 +5,6 @@ import dataclasses
 import pathlib
 import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,14 +12,13 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from simsid.commands.common import Exclude, Machine, MaybeOutput, load_set, saved, write_evaluation_report
 from simsid.config import Config, ConfigName, PresetName, TrainingConfig
-from simsid.errors import CheckpointError, RunError, UsageError
+from simsid.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from simsid.data import ImageSet, Record
     from simsid.distributed import ProcessGroup
     from simsid.models import AnomalyModel
     from simsid.training import History
-    from simsid.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -62,15 +60,19 @@ class Train:
             return self._train(request, device, workers, group)
 
     def _train(self, request: "Train", device: str, workers: int, group: "ProcessGroup") -> int:
+        import torch
+
         from simsid.models.presets import seeded_model
         from simsid.training import Trainer
+        from simsid.training.run_folder import open_run
 
         source = request.source()
         train_records, val_records = group.broadcast(lambda: split(source, request))
         path = self.resume or request.output or pathlib.Path("runs") / f"{source.resolve().stem}-{request.name}"
         model: Any = seeded_model(request.name, request.model, request.training.seed, device)
         with contextlib.ExitStack() as stack:
-            folder = stack.enter_context(self._folder(request, path)) if group.main else None
+            document = None if self.resume else request.document(torch.get_num_threads())
+            folder = stack.enter_context(open_run(path, document)) if group.main else None
             trainer = Trainer(model, request.training, run=folder or path, progress=True, group=group)
             train, val = load_both(train_records, val_records, model, workers, group)
             if folder is not None:
@@ -82,14 +84,6 @@ class Train:
             if group.main:
                 self._conclude(request, path, model, val, history)
             return 130 if history.interrupted else 0
-
-    @contextlib.contextmanager
-    def _folder(self, request: "Train", path: pathlib.Path) -> "Iterator[RunFolder]":
-        """Lock the run folder, with the request in it."""
-        import torch
-
-        with run_folder(path, None if self.resume else request.document(torch.get_num_threads())) as folder:
-            yield folder
 
     def _conclude(
         self, request: "Train", path: pathlib.Path, model: "AnomalyModel", val: "ImageSet | None", history: "History"
@@ -178,22 +172,6 @@ def load_both(
     """Load the images to train on, and those to validate on where there are any."""
     train = load_set(train_records, model.preprocessing, workers, group)
     return train, load_set(val_records, model.preprocessing, workers, group) if val_records else None
-
-
-@contextlib.contextmanager
-def run_folder(path: pathlib.Path, document: dict[str, object] | None) -> "Iterator[RunFolder]":
-    """Lock a run folder; write the request of a new run, and refuse a folder that holds one already."""
-    from simsid.training.run_folder import RunFolder
-
-    with RunFolder(path) as folder:
-        if document is not None:
-            if folder.taken:
-                raise RunError(
-                    f"{path} already holds a run or a model; resume a run with --resume {shlex.quote(str(path))}, or "
-                    "choose another -o"
-                )
-            folder.write_request(document)
-        yield folder
 
 
 def report_loaded(path: pathlib.Path, train: "ImageSet", val: "ImageSet | None") -> None:

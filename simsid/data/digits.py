@@ -50,6 +50,7 @@ class DigitAnatomy(Dataset):
     Args:
         seed: the same seed gives the same images.
         train: number of normal training images.
+        train_anomalous: number of anomalous training images, for studies of contaminated training.
         val: number of normal validation images, and of anomalous ones.
         test_normal, test_anomalous: numbers of test images; the four kinds of anomalies are equally frequent.
         mnist: a folder with the four idx files of MNIST, gzipped or not; its test digits make `test`.
@@ -68,9 +69,10 @@ class DigitAnatomy(Dataset):
         test_anomalous: int = 400,
         mnist: Path | None = None,
         *,
+        train_anomalous: int = 0,
         preprocessing: Preprocessing | None = None,
     ) -> None:
-        counts = {"train": (train, 0), "val": (val, val), "test": (test_normal, test_anomalous)}
+        counts = {"train": (train, train_anomalous), "val": (val, val), "test": (test_normal, test_anomalous)}
         seed = require_whole_number("seed", seed, least=0)
         for name, (normal, anomalous) in counts.items():
             require_whole_number(f"the number of {name} images", normal)
@@ -95,11 +97,11 @@ class DigitAnatomy(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Return one image as float32 `[1, H, W]` in -1..1, and its label as int64."""
-        return self._images([self.records[index]], self.preprocessing)[0]
+        return self.load_records([self.records[index]], self.preprocessing)[0]
 
     def batches(self, size: int = 256) -> Iterator[Tensor]:
         """Yield all images as float32 `[b, 1, H, W]` in -1..1, `size` at a time."""
-        return self._images(self.records, self.preprocessing).batches(size)
+        return self.load_records(self.records, self.preprocessing).batches(size)
 
     def load(self, split: str | None = None, image_size: ImageSize | None = None, **options: Any) -> ImageSet:
         """Return the images of one split, or all.
@@ -115,9 +117,10 @@ class DigitAnatomy(Dataset):
         if unknown:
             raise InputTypeError(f"load() got an unexpected option {sorted(unknown)[0]!r}")
         size = self.preprocessing.image_size if image_size is None else image_size
-        return self._images(self.select(split), replace(self.preprocessing, image_size=size, **shaping))
+        return self.load_records(self.select(split), replace(self.preprocessing, image_size=size, **shaping))
 
-    def _images(self, records: Sequence[Record], preprocessing: Preprocessing) -> ImageSet:
+    def load_records(self, records: Sequence[Record], preprocessing: Preprocessing) -> ImageSet:
+        """Return the images of some of `records`, in their order."""
         images = (self._pixels[self._index[record.path]] for record in records)
         pixels = np.stack([preprocessing.quantize(_as_decoded(image)) for image in images])
         return ImageSet(torch.from_numpy(pixels)[:, None], tuple(records), sha256=("",) * len(records))

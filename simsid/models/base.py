@@ -15,9 +15,11 @@ from typing_extensions import Self
 from simsid import checkpoint
 from simsid.arguments import require_device, require_path, require_whole_number
 from simsid.data import Preprocessing, as_batches
+from simsid.distributed import ProcessGroup
 from simsid.errors import CalibrationError, CheckpointError, InputError
 from simsid.models.calibration import Calibration
-from simsid.models.signals import SIGNALS, check_signals, upsampled
+from simsid.models.memory_contents import MemoryContents
+from simsid.models.signals import MAPS, SIGNALS, check_signals, upsampled
 
 BATCH = 16
 """Images of a forward pass. Fewer are padded to it: libraries sum in another order for another batch size, which would
@@ -90,7 +92,7 @@ class Scorer(abc.ABC):
 
     @property
     def map_names(self) -> tuple[str, ...]:
-        """The signals that have a map."""
+        """The maps that `maps` draws, names of `simsid.models.signals.MAPS`: those of the signals that have one."""
         return tuple(name for name in self.signal_names if SIGNALS[name].map is not None)
 
     def choose_map(self, name: str | None = None) -> str:
@@ -139,19 +141,25 @@ class Scorer(abc.ABC):
         joined = {name: torch.cat(values) if values else torch.zeros(0) for name, values in columns.items()}
         return lambda: {name: values.double().cpu().numpy() for name, values in joined.items()}
 
-    @torch.no_grad()
     def maps(self, images: object, name: str, *, batch_size: int = BATCH) -> Tensor:
         """Return where in each image signal `name` comes from: float32 `[B, H, W]` on the CPU, higher is anomalous.
 
         Raises:
-            InputError: a signal without a map (`map_names` lists those that have one).
+            InputError: a name that is not among `map_names`, which also lists the maps of memories that are no signal.
         """
-        check_signals(name, self.map_names)
-        frozen, found = self._inference_copy(), []
+        return self.several_maps(images, (name,), batch_size=batch_size)[name]
+
+    @torch.no_grad()
+    def several_maps(self, images: object, names: Iterable[str], *, batch_size: int = BATCH) -> dict[str, Tensor]:
+        """Return the maps of several signals from one pass over the images, as `maps` returns each."""
+        found: dict[str, list[Tensor]] = {name: [] for name in check_signals(names, self.map_names)}
+        frozen = self._inference_copy()
         for batch, count in frozen._padded_batches(images, batch_size):
-            values = SIGNALS[name].map(frozen.outputs(batch))  # type: ignore[misc]  # checked by map_names
-            found.append(upsampled(values[:count], (batch.shape[2], batch.shape[3])).cpu())
-        return torch.cat(found)
+            outputs = frozen.outputs(batch)
+            for name, parts in found.items():
+                values = MAPS[name].compute(outputs)
+                parts.append(upsampled(values[:count], (batch.shape[2], batch.shape[3])).cpu())
+        return {name: torch.cat(parts) for name, parts in found.items()}
 
     def calibrated(self) -> Calibration:
         """Return the calibration, or raise `CalibrationError` with the remedy."""
@@ -209,8 +217,14 @@ class AnomalyModel(Scorer):
     """What `model.json` calls this class of models."""
 
     @abc.abstractmethod
-    def fit(self, train: object, val: object = None, *, progress: bool = False) -> Self:
-        """Learn from normal images, then calibrate; the normal images of `val` are held out for thresholds."""
+    def fit(
+        self, train: object, val: object = None, *, progress: bool = False, group: ProcessGroup | None = None
+    ) -> Self:
+        """Learn from normal images, then calibrate; the normal images of `val` are held out for thresholds.
+
+        Every rank of `group` receives the same images and ends with the same model; where the class can, they divide
+        the work.
+        """
 
     @abc.abstractmethod
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -245,6 +259,21 @@ class AnomalyModel(Scorer):
         raise InputError(
             f"a model of kind {self.kind!r} cannot be adapted; recalibrate it with: simsid calibrate --local"
         )
+
+    def memories(self, images: object) -> tuple[MemoryContents, ...]:  # noqa: ARG002
+        """Return what the model's memories hold and what normal images use of it; nothing for a model without.
+
+        Args:
+            images: normal images; see `Scorer`.
+        """
+        return ()
+
+    def nearest_images(self, images: object) -> Tensor | None:  # noqa: ARG002
+        """Return which stored images are nearest to each of `images`, `[B, k]` int64, nearest first.
+
+        An image's number is its position among the training images. None: the model stores no images, or not all.
+        """
+        return None
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the model and its calibration to `folder`, atomically: tensors as safetensors, the rest as JSON."""

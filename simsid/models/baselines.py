@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -10,22 +11,24 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from simsid.config import PixelKNNConfig, PixelPCAConfig, from_dict, replaced
 from simsid.data import Preprocessing, as_image_set
+from simsid.distributed import ProcessGroup
 from simsid.errors import CalibrationError, CheckpointError, ConfigError, InputError
+from simsid.fields import from_dict, replaced
 from simsid.models.base import AnomalyModel
 from simsid.models.calibration import Calibration
+from simsid.models.pixel_config import PixelConfig, PixelIsolationForestConfig, PixelKNNConfig, PixelPCAConfig
 
 
 class PixelBaseline(AnomalyModel):
     """A model whose whole knowledge is a few tensors computed of the pixels of normal images.
 
     Args:
-        config: a `PixelKNNConfig` or `PixelPCAConfig`, according to the class; None is the defaults.
+        config: of the class's `config_type`; None is the defaults.
         **overrides: single fields of the configuration.
     """
 
-    config_type: ClassVar[type]
+    config_type: ClassVar[type[PixelConfig]]
     fewest: ClassVar[int] = 1
     """Normal images that `fit` needs."""
 
@@ -53,7 +56,14 @@ class PixelBaseline(AnomalyModel):
         """The baseline's only signal."""
         return (self.kind,)
 
-    def fit(self, train: object, val: object = None, *, progress: bool = False) -> Self:  # noqa: ARG002
+    def fit(
+        self,
+        train: object,
+        val: object = None,
+        *,
+        progress: bool = False,  # noqa: ARG002
+        group: ProcessGroup | None = None,  # noqa: ARG002  # seconds of work, which every rank repeats
+    ) -> Self:
         """Learn from normal images, then calibrate by cross-fitting; normal images of `val` set the threshold.
 
         An image is at distance 0 from itself, so the calibration's statistics come from `val` where it has normal
@@ -138,7 +148,7 @@ class PixelKNN(PixelBaseline):
     """
 
     kind: ClassVar[str] = "pixel_knn"
-    config_type: ClassVar[type] = PixelKNNConfig
+    config_type: ClassVar[type[PixelConfig]] = PixelKNNConfig
 
     def outputs(self, images: Tensor) -> dict[str, Any]:
         """Return `pixel_knn_distance` `[B]`, float64."""
@@ -170,7 +180,7 @@ class PixelPCA(PixelBaseline):
     """
 
     kind: ClassVar[str] = "pixel_pca"
-    config_type: ClassVar[type] = PixelPCAConfig
+    config_type: ClassVar[type[PixelConfig]] = PixelPCAConfig
     fewest: ClassVar[int] = 2
 
     def outputs(self, images: Tensor) -> dict[str, Any]:
@@ -211,3 +221,86 @@ class PixelPCA(PixelBaseline):
         fits = shapes.keys() == {"mean", "components"} and shapes["mean"] == (pixels,)
         if not fits or len(shapes["components"]) != 2 or shapes["components"][1] != pixels:
             raise CheckpointError(f"{source}: the tensors must be mean [{pixels}] and components [k, {pixels}]")
+
+
+class PixelIsolationForest(PixelBaseline):
+    """How few random splits of single pixels separate an image from normal images.
+
+        score[i] = 2 ** -(mean over trees of (depth of the leaf + c(images in the leaf)) / c(images of a tree))
+
+    `c(n)` is the mean depth of an unsuccessful search among n images. What is kept is the nodes of all trees in one
+    list, not scikit-learn's object, which only pickle could save; the scores are those of scikit-learn.
+
+    Source: Liu, Ting, Zhou, Isolation Forest, ICDM 2008, equations 1 and 2.
+    """
+
+    kind: ClassVar[str] = "pixel_isolation_forest"
+    config_type: ClassVar[type[PixelConfig]] = PixelIsolationForestConfig
+    fewest: ClassVar[int] = 2
+
+    def outputs(self, images: Tensor) -> dict[str, Any]:
+        """Return `pixel_isolation_forest` `[B]`, float64."""
+        nodes, pixels = self._learned(), images.flatten(1)
+        node = nodes["roots"].expand(len(images), -1)
+        # A leaf is its own child.
+        for _ in range(math.ceil(math.log2(self.config.sample))):
+            goes_left = pixels.gather(1, nodes["pixel"][node]) <= nodes["threshold"][node]
+            node = torch.where(goes_left, nodes["left"][node], nodes["right"][node])
+        return {"images": images, "pixel_isolation_forest": torch.exp2(-nodes["depth"][node].mean(1))}
+
+    def _learn(self, batches: Iterator[Tensor]) -> None:
+        from sklearn.ensemble import IsolationForest
+
+        pixels = self._pixels(batches)
+        sample = min(self.config.sample, len(pixels))
+        forest = IsolationForest(n_estimators=self.config.trees, max_samples=sample, random_state=self.config.seed)
+        trees = [_tree_nodes(tree.tree_) for tree in forest.fit(pixels).estimators_]
+        sizes = [len(tree["pixel"]) for tree in trees]
+        roots = np.cumsum([0, *sizes[:-1]])
+        for tree, root in zip(trees, roots):
+            tree["left"], tree["right"] = tree["left"] + root, tree["right"] + root
+            tree["depth"] = tree["depth"] / _mean_depth(np.array([sample]))
+        self.tensors = {"roots": torch.from_numpy(roots)}
+        self.tensors |= {name: torch.from_numpy(np.concatenate([tree[name] for tree in trees])) for name in trees[0]}
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Nothing to build: scoring walks through `tensors` as they are."""
+
+    def _check_tensors(self, tensors: dict[str, Tensor], source: str) -> None:
+        count = len(tensors["pixel"]) if "pixel" in tensors else 0
+        limits = {"roots": count, "pixel": self.config.image_size**2, "left": count, "right": count}
+        fits = tensors.keys() == {*limits, "threshold", "depth"}
+        for name, tensor in tensors.items():
+            fits = fits and tensor.dim() == 1 and (name == "roots" or len(tensor) == count) and len(tensor) > 0
+            if name in limits:
+                # An index out of range would read past the list.
+                fits = fits and tensor.dtype == torch.int64 and int(tensor.min()) >= 0
+                fits = fits and int(tensor.max()) < limits[name]
+        if not fits:
+            raise CheckpointError(f"{source}: the tensors must be the nodes of trees over {limits['pixel']} pixels")
+
+
+def _tree_nodes(tree: Any) -> dict[str, np.ndarray]:
+    """Return the nodes of scikit-learn's tree as arrays `[nodes]`: split, children, and depth with what a leaf adds."""
+    own = np.arange(tree.node_count)
+    leaf = tree.children_left < 0
+    left, right = np.where(leaf, own, tree.children_left), np.where(leaf, own, tree.children_right)
+    depth = np.zeros(tree.node_count)
+    # Children come after their parent.
+    for node in own[~leaf]:
+        depth[[left[node], right[node]]] = depth[node] + 1
+    return {
+        "pixel": np.where(leaf, 0, tree.feature),
+        "threshold": tree.threshold,
+        "left": left,
+        "right": right,
+        "depth": depth + np.where(leaf, _mean_depth(tree.n_node_samples), 0.0),
+    }
+
+
+def _mean_depth(count: np.ndarray) -> np.ndarray:
+    """Return c(n), the mean depth of an unsuccessful search in a binary search tree of `count` images, `[m]`."""
+    n = np.maximum(count, 3).astype(np.float64)
+    deep = 2 * (np.log(n - 1) + np.euler_gamma) - 2 * (n - 1) / n
+    return np.where(count > 2, deep, np.where(count == 2, 1.0, 0.0))

@@ -4,11 +4,13 @@ import abc
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from simsid import checkpoint
+from simsid.distributed import ProcessGroup
 from simsid.errors import CheckpointError, InputError
 from simsid.models.feature_config import FeatureConfig
 from simsid.models.feature_model import FeatureModel, checked_sizes
@@ -78,7 +80,9 @@ class FeatureBaseline(FeatureModel):
         return {"images": images, **self._judged(self.parts, *self.describe(images))}
 
     @torch.no_grad()
-    def fit(self, train: object, val: object = None, *, progress: bool = False) -> Self:
+    def fit(
+        self, train: object, val: object = None, *, progress: bool = False, group: ProcessGroup | None = None
+    ) -> Self:
         """Fit the detector to normal images and calibrate.
 
         The calibration judges each training image by a detector of the half of the images that it is not in.
@@ -87,20 +91,27 @@ class FeatureBaseline(FeatureModel):
             train: normal images, see `AnomalyModel` and `FeatureMemory.fit`.
             val: images held out for thresholds; those labeled abnormal are left out.
             progress: whether to show a bar.
+            group: ranks that divide the encoding; each has the same images and ends with the same model.
 
         Raises:
             InputError: fewer than 8 images, or images of another size.
         """
-        sample = self.training_sample(train, progress=progress)
+        group = group or ProcessGroup()
+        sample = self.training_sample(train, progress=progress, group=group)
+        parts, values = group.broadcast(lambda: self._cross_fitted(sample.to(self.device)))
+        self.parts = parts.to(self.device)
+        self.calibrate_fitted({self.kind: values}, val, group)
+        return self
+
+    def _cross_fitted(self, sample: FeatureSample) -> tuple[Detector, np.ndarray]:
+        """Return the detector, and the images' values by detectors of the half of the images that each is not in."""
         fold = torch.arange(sample.count, device=sample.grid.device) % 2
         values = torch.zeros(sample.count, dtype=torch.float64)
         for own in (0, 1):
             detector = self._fitted_detector(sample.select((fold != own).nonzero()[:, 0]))
             part = sample.select((fold == own).nonzero()[:, 0])
             values[(fold == own).cpu()] = self._judged(detector, part.clean, part.grid.float())[self.kind].cpu()
-        self.parts = self._fitted_detector(sample)
-        self.calibrate_fitted({self.kind: values.numpy()}, val)
-        return self
+        return self._fitted_detector(sample), values.numpy()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Return the detector's tensors, and configuration, shapes and what identifies the encoder."""

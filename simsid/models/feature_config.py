@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from simsid import fields
 from simsid.data import Preprocessing
 from simsid.errors import ConfigError
+from simsid.fields import require
 from simsid.models.feature_encoder import INPUTS
 from simsid.models.feature_pooled import WEIGHTS
 
@@ -84,14 +85,14 @@ class FeatureConfig:
             if entry.type in (int, float):
                 number = isinstance(value, int) or (entry.type is float and isinstance(value, float))
                 kind = "a number" if entry.type is float else "a whole number"
-                _require(number and not isinstance(value, bool), entry.name, kind, value)
+                require(number and not isinstance(value, bool), entry.name, kind, value)
                 low, high = RANGES[entry.name]
-                _require(low <= value <= high and math.isfinite(value), entry.name, f"in {low} to {high}", value)
+                require(low <= value <= high and math.isfinite(value), entry.name, f"in {low} to {high}", value)
             elif entry.type is bool:
-                _require(isinstance(value, bool), entry.name, "true or false", value)
-        _require(self.penalty > 0, "penalty", "greater than 0", self.penalty)
-        _require(self.inputs in INPUTS, "inputs", f"one of {', '.join(map(repr, INPUTS))}", self.inputs)
-        _require(self.signal in self.signal_names, "signal", f"one of {', '.join(self.signal_names)}", self.signal)
+                require(isinstance(value, bool), entry.name, "true or false", value)
+        require(self.penalty > 0, "penalty", "greater than 0", self.penalty)
+        require(self.inputs in INPUTS, "inputs", f"one of {', '.join(map(repr, INPUTS))}", self.inputs)
+        require(self.signal in self.signal_names, "signal", f"one of {', '.join(self.signal_names)}", self.signal)
         Preprocessing(self.image_size, self.aspect, self.intensity)
 
     @property
@@ -105,10 +106,7 @@ class FeatureConfig:
         Raises:
             ConfigError: a field that does not exist, or a value outside its range.
         """
-        known = [entry.name for entry in dataclasses.fields(self)]
-        for name in changes:
-            _require(name in known, "the configuration's fields", ", ".join(known), name)
-        return dataclasses.replace(self, **changes)
+        return fields.replaced(self, changes)
 
     def to_dict(self) -> dict[str, object]:
         """Return plain values for JSON."""
@@ -117,26 +115,19 @@ class FeatureConfig:
     @classmethod
     def from_dict(cls, values: object) -> "FeatureConfig":
         """Rebuild a configuration from `to_dict`; absent fields keep their defaults."""
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"a configuration must be a dictionary of fields, got {values!r}")
-        return cls().replace(**values)
-
-
-def _require(holds: bool, name: str, expected: str, value: object) -> None:
-    if not holds:
-        raise ConfigError(f"{name} must be {expected}, got {value!r}")
+        return fields.from_dict(cls, values)
 
 
 def _names(layers: object) -> tuple[str, ...]:
     fits = isinstance(layers, (tuple, list)) and all(isinstance(name, str) for name in layers)
-    _require(fits, "layers", "a tuple of module names", layers)
+    require(fits, "layers", "a tuple of module names", layers)
     return tuple(layers)  # type: ignore[arg-type]
 
 
 def _weight(weight: object) -> str | tuple[tuple[float, ...], ...]:
     """Return a weight's name or its rows as plain numbers, which compare and go into JSON."""
     if isinstance(weight, str):
-        _require(weight in WEIGHTS, "weight", f"one of {', '.join(map(repr, WEIGHTS))} or an array [h, w]", weight)
+        require(weight in WEIGHTS, "weight", f"one of {', '.join(map(repr, WEIGHTS))} or an array [h, w]", weight)
         return weight
     try:
         array = np.asarray(weight, np.float64)
@@ -144,5 +135,5 @@ def _weight(weight: object) -> str | tuple[tuple[float, ...], ...]:
         raise ConfigError(f"weight must be a name or an array [h, w] of numbers, got {weight!r}") from None
     fits = array.ndim == 2 and 0 < array.size <= 1 << 20 and bool(np.isfinite(array).all())
     fits = fits and bool((array >= 0).all()) and bool(array.sum() > 0)
-    _require(fits, "weight", "an array [h, w] of numbers of at least 0, not all 0", f"shape {array.shape}")
+    require(fits, "weight", "an array [h, w] of numbers of at least 0, not all 0", f"shape {array.shape}")
     return tuple(tuple(row) for row in array.tolist())

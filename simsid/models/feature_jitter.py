@@ -29,7 +29,7 @@ def jitter(images: Tensor, draws: Tensor) -> Tensor:
     """
     draws = draws.to(images.device, images.dtype)
     signed = draws * 2 - 1
-    y = _moved((images + 1) / 2, signed[:, :5])
+    y = moved((images + 1) / 2, signed[:, :5])
     low, high = torch.quantile(y.flatten(1), torch.tensor([0.01, 0.99]).to(y), dim=1)[:, :, None, None, None]
     y = torch.minimum(torch.maximum(y, low), high)
     gamma, contrast, brightness = (value[:, None, None, None] for value in signed[:, 5:8].unbind(1))
@@ -39,8 +39,8 @@ def jitter(images: Tensor, draws: Tensor) -> Tensor:
     return _resharpened(y, draws[:, 8] * 1.6 - 0.6).clamp(0, 1) * 2 - 1
 
 
-def _moved(y: Tensor, signed: Tensor) -> Tensor:
-    """Zoom, stretch, rotate and shift about the center."""
+def moved(y: Tensor, signed: Tensor) -> Tensor:
+    """Zoom, stretch, rotate and shift `[B, 1, H, W]` about the center by `[B, 5]`, 1 for the full range of `jitter`."""
     zoom, vertical, turn, down, right = signed.unbind(1)
     across = (zoom * ZOOM).exp()
     along = across * (vertical * VERTICAL).exp()
@@ -68,10 +68,13 @@ def _resharpened(y: Tensor, sharpness: Tensor) -> Tensor:
     return torch.where(s > 0.15, blurred, torch.where(s < -0.05, y - s * (y - blurred), y))
 
 
-def gaussian_blur(y: Tensor, sigma: Tensor) -> Tensor:
-    """Blur every image `[B, 1, H, W]` by its own sigma `[B]`, in pixels of at most 1.3; the border is reflected."""
-    offsets = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=y.device, dtype=y.dtype)
+def gaussian_blur(y: Tensor, sigma: Tensor, radius: int = BLUR_RADIUS) -> Tensor:
+    """Blur every image `[B, 1, H, W]` by its own sigma `[B]`, in pixels; the border is reflected.
+
+    The kernel ends at `radius` pixels, which the default makes enough for a sigma of 1.3.
+    """
+    offsets = torch.arange(-radius, radius + 1, device=y.device, dtype=y.dtype)
     kernel = torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, 1)
-    padded = F.pad(y, [BLUR_RADIUS] * 4, mode="reflect").transpose(0, 1)
+    padded = F.pad(y, [radius] * 4, mode="reflect").transpose(0, 1)
     rows = F.conv2d(padded, kernel[:, None, :, None], groups=len(y))
     return F.conv2d(rows, kernel[:, None, None, :], groups=len(y)).transpose(0, 1)

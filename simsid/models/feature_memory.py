@@ -1,6 +1,6 @@
 """The feature memory: a frozen pretrained encoder with memories of what normal images look like to it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,12 +9,16 @@ from torch import Tensor
 
 from simsid import checkpoint
 from simsid.data import ImageSet
+from simsid.distributed import ProcessGroup
 from simsid.errors import InputError
 from simsid.models.base import BATCH, Adaptation
 from simsid.models.calibration import Calibration
 from simsid.models.feature_config import FeatureConfig
+from simsid.models.feature_contents import feature_memories
 from simsid.models.feature_model import FEWEST, FeatureModel, checked_sizes
 from simsid.models.feature_parts import FeatureParts
+from simsid.models.feature_sample import FeatureSample
+from simsid.models.memory_contents import MemoryContents
 
 ABNORMAL = 3.5  # robust deviations above the median from which `adapt` names an image
 
@@ -75,7 +79,14 @@ class FeatureMemory(FeatureModel):
         return {"images": images, **self._fitted()(*self.describe(images))}
 
     @torch.no_grad()
-    def fit(self, train: object, val: object = None, *, progress: bool = False) -> "FeatureMemory":
+    def fit(
+        self,
+        train: object,
+        val: object = None,
+        *,
+        progress: bool = False,
+        group: ProcessGroup | None = None,
+    ) -> "FeatureMemory":
         """Fit the memories to normal images and calibrate.
 
         The calibration's mean and deviation come from the training images, each judged without itself: by the other
@@ -87,17 +98,23 @@ class FeatureMemory(FeatureModel):
                 a uniform sample, are encoded and kept as features. No pixels are kept.
             val: images held out for thresholds, kept in memory; those labeled abnormal are left out.
             progress: whether to show a bar.
+            group: ranks that divide the encoding; each has the same images and ends with the same model.
 
         Raises:
             InputError: fewer than 8 images, or images of another size.
         """
+        group = group or ProcessGroup()
         copies = ("jittered", "painted") if self.config.synthetic else ("jittered",)
-        sample = self.training_sample(train, copies, progress=progress)
-        self.parts = FeatureParts(self.config, [x.shape[1] for x in sample.clean]).to(self.device)
-        signals = _arrays(self.parts.fit(sample, self.config), self.signal_names)
-        self.original = None
-        self.calibrate_fitted(signals, val)
+        sample = self.training_sample(train, copies, progress=progress, group=group)
+        # By one rank: another number of threads, or another GPU, would give the others another model.
+        parts, signals = group.broadcast(lambda: self._fitted_parts(sample))
+        self.parts, self.original = parts.to(self.device), None
+        self.calibrate_fitted(signals, val, group)
         return self
+
+    def _fitted_parts(self, sample: FeatureSample) -> tuple[FeatureParts, dict[str, np.ndarray]]:
+        parts = FeatureParts(self.config, [x.shape[1] for x in sample.clean]).to(self.device)
+        return parts, _arrays(parts.fit(sample.to(self.device), self.config), self.signal_names)
 
     @torch.no_grad()
     def adapt(self, images: object, *, progress: bool = False) -> Adaptation:
@@ -164,11 +181,28 @@ class FeatureMemory(FeatureModel):
         held = None if holdout is None else self._judged_without_itself(holdout)
         self.calibration = Calibration.fit(self._judged_without_itself(images), held)
 
+    @torch.no_grad()
+    def memories(self, images: object) -> tuple[MemoryContents, ...]:
+        """Return the in-painting's items and the pooled memory's images, and what `images` use of them."""
+        return feature_memories(self._fitted(), self._described(images))
+
+    @torch.no_grad()
+    def nearest_images(self, images: object) -> Tensor:
+        """Return the numbers of the images in the pooled memory that are nearest to each image, itself left out."""
+        parts = self._fitted()
+        return torch.cat([parts.pooled.nearest(layers).cpu() for layers, _ in self._described(images)])
+
+    def _described(self, images: object) -> Iterator[tuple[list[Tensor], Tensor]]:
+        for batch, count in self._padded_batches(images, BATCH):
+            pooled, grid = self.describe(batch)
+            yield [x[:count] for x in pooled], grid[:count]
+
     def _judged_without_itself(self, images: object) -> dict[str, np.ndarray]:
         """Return the signals of images, each judged without its own rows of the memory where it is in there."""
         parts = self._fitted()
         columns: dict[str, list[Tensor]] = {name: [] for name in self.signal_names}
         for batch, count in self._padded_batches(images, BATCH):
+            # All of a padded batch: a product of fewer rows sums in another order.
             pooled, grid = self.describe(batch)
             judged = parts(pooled, grid, parts.pooled.own_rows(pooled))
             for name, values in columns.items():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from simsid.data import Preprocessing, as_image_set
+from simsid.distributed import ProcessGroup
 from simsid.errors import CheckpointError, ConfigError, InputError
 from simsid.models.base import BATCH, AnomalyModel
 from simsid.models.calibration import Calibration
@@ -80,33 +81,51 @@ class FeatureModel(AnomalyModel):
         maps = self.encoder(images)
         return pool(maps, self.config.weight), to_grid(maps, self.config.grid)
 
-    def sample(self, source: object, copies: Collection[str] = (), *, progress: bool = False) -> FeatureSample:
+    def sample(
+        self,
+        source: object,
+        copies: Collection[str] = (),
+        *,
+        progress: bool = False,
+        group: ProcessGroup | None = None,
+    ) -> FeatureSample:
         """Encode at most `config.most_images` of a source's images and `copies` of them, see `gather`."""
+        shown = progress and (group is None or group.main)
 
         def batches() -> Iterator[Tensor]:
             from tqdm import tqdm
 
-            with tqdm(desc="encoding", unit="image", disable=not progress, dynamic_ncols=True) as bar:
+            with tqdm(desc="encoding", unit="image", disable=not shown, dynamic_ncols=True) as bar:
                 for batch, count in self._padded_batches(source, BATCH):
                     yield batch[:count]
                     bar.update(count)
 
-        return gather(batches(), self.describe, self.config, copies)
+        return gather(batches(), self.describe, self.config, copies, group)
 
-    def training_sample(self, train: object, copies: Collection[str] = (), *, progress: bool = False) -> FeatureSample:
+    def training_sample(
+        self,
+        train: object,
+        copies: Collection[str] = (),
+        *,
+        progress: bool = False,
+        group: ProcessGroup | None = None,
+    ) -> FeatureSample:
         """Return the sample of training images; fewer than 8 are an `InputError`."""
-        sample = self.sample(train, copies, progress=progress)
+        sample = self.sample(train, copies, progress=progress, group=group)
         if sample.count < FEWEST:
             raise InputError(f"train must have at least {FEWEST} normal images, got {sample.count}")
         return sample
 
-    def calibrate_fitted(self, signals: dict[str, np.ndarray], val: object) -> None:
+    def calibrate_fitted(self, signals: dict[str, np.ndarray], val: object, group: ProcessGroup | None = None) -> None:
         """Calibrate on the training images' signals; the normal images of `val`, or the same, set thresholds."""
+        group = group or ProcessGroup()
         held = signals
         if val is not None:
             val_set = as_image_set(val, name="val", preprocessing=self.preprocessing)
             normal = np.flatnonzero(val_set.labels != 1)
-            held = self.signals(val_set.select(normal)) if len(normal) else held
+            if len(normal):
+                own = self.signals(val_set.select(normal[group.rank :: group.size]))
+                held = group.interleave(own, len(normal))
         self.calibration = Calibration.fit(signals, held)
 
     def document(self) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """Features of normal images, gathered from a stream of any length in bounded memory."""
 
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -7,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simsid.distributed import ProcessGroup
+from simsid.errors import ProcessGroupError
 from simsid.models import feature_jitter, feature_synthetic
 from simsid.models.feature_config import FeatureConfig
 from simsid.models.feature_pooled import lung_mask
@@ -43,29 +46,48 @@ class FeatureSample:
         """Number of images, n."""
         return len(self.clean[0])
 
+    def to(self, device: torch.device | str) -> "FeatureSample":
+        """Return the sample on a device."""
+
+        def moved(layers: list[Tensor] | None) -> list[Tensor] | None:
+            return None if layers is None else [x.to(device) for x in layers]
+
+        clean = [x.to(device) for x in self.clean]
+        return FeatureSample(clean, moved(self.jittered), moved(self.painted), self.grid.to(device), self.seen)
+
     def select(self, chosen: Tensor) -> "FeatureSample":
         """Return the images of the indices `chosen`, without their copies."""
         return FeatureSample([x[chosen] for x in self.clean], None, None, self.grid[chosen], self.seen)
 
 
 def gather(
-    batches: Iterable[Tensor], describe: Describe, config: FeatureConfig, copies: Collection[str] = ("jittered",)
+    batches: Iterable[Tensor],
+    describe: Describe,
+    config: FeatureConfig,
+    copies: Collection[str] = ("jittered",),
+    group: ProcessGroup | None = None,
 ) -> FeatureSample:
     """Encode a uniform sample of at most `config.most_images` images, and copies of each.
 
     Which images are kept is decided as they come (reservoir sampling): a stream of N images, M kept, is encoded
-    M (1 + ln(N / M)) times and read once. The same images in the same order give the same sample.
+    M (1 + ln(N / M)) times and read once. The same images in the same order give the same sample, whatever the number
+    of ranks: each encodes every `size`-th kept image.
 
     Args:
-        batches: images `[b, 1, H, W]` in -1..1 on the device of the encoder.
+        batches: images `[b, 1, H, W]` in -1..1 on the device of the encoder; the same on every rank.
         describe: computes the features of a batch.
         config: limits, seed and lung weight.
         copies: `"jittered"` and `"painted"`, those that are wanted.
+        group: ranks that divide the encoding; all receive the whole sample.
+
+    Raises:
+        ProcessGroupError: the ranks have different images.
     """
+    group = group or ProcessGroup()
     choose = np.random.default_rng(config.seed)
     copier = _Copier(config, copies)
-    slots: list[Entry] = []
-    seen = 0
+    slots: dict[int, Entry] = {}
+    seen = encoded = checksum = 0
     for batch in batches:
         targets, rows = [], []
         for i in range(len(batch)):
@@ -74,20 +96,36 @@ def gather(
             if slot < config.most_images:
                 targets.append(slot)
                 rows.append(i)
-        if not rows:
+        if group.size > 1:
+            checksum = zlib.crc32(batch.cpu().numpy().tobytes(), checksum)
+        draws = copier.draw(len(rows))
+        # Of two images of a batch for one slot the later one stays.
+        last = sorted(dict(zip(targets, range(len(rows)))).values())
+        own = [i for i in last if (encoded + i) % group.size == group.rank]
+        encoded += len(rows)
+        for target in targets:
+            slots.pop(target, None)
+        if not own:
             continue
-        images = batch[rows]
-        described = {kind: describe(copy) for kind, copy in copier.copies(images)}
-        for i, target in enumerate(targets):
+        images = batch[[rows[i] for i in own]]
+        described = {kind: describe(copy) for kind, copy in copier.copies(images, draws, own)}
+        for i, j in enumerate(own):
             # Clones: a view would keep its whole batch in memory.
-            entry = {
+            slots[targets[j]] = {
                 kind: ([x[i].clone() for x in pooled], grid[i].half()) for kind, (pooled, grid) in described.items()
             }
-            if target < len(slots):
-                slots[target] = entry
-            else:
-                slots.append(entry)
-    return _stacked(slots, seen)
+    return _stacked(_exchanged(slots, (seen, checksum), group), seen)
+
+
+def _exchanged(slots: dict[int, Entry], images: tuple[int, int], group: ProcessGroup) -> list[Entry]:
+    """Return the entries of all ranks in the order of their slots, after a check that the ranks saw the same images."""
+    if group.size == 1:
+        return [slots[i] for i in sorted(slots)]
+    if len(set(group.all_gather_object(images))) > 1:
+        raise ProcessGroupError("all ranks must fit to the same images in the same order, got different ones")
+    own = {i: {k: ([x.cpu() for x in pooled], grid.cpu()) for k, (pooled, grid) in e.items()} for i, e in slots.items()}
+    merged = {i: entry for part in group.all_gather_object(own) for i, entry in part.items()}
+    return [merged[i] for i in sorted(merged)]
 
 
 class _Copier:
@@ -99,20 +137,22 @@ class _Copier:
         size = (config.image_size, config.image_size)
         self.mask = lung_mask(*size) if config.weight == "lungs" else torch.ones(size, dtype=torch.bool)
 
-    def copies(self, images: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield each kind and its images."""
+    def draw(self, images: int) -> dict[str, Tensor]:
+        """Return the random numbers of the next images, by kind of copy."""
+        numbers = {"jittered": feature_jitter.DRAWS, "painted": feature_jitter.DRAWS + feature_synthetic.DRAWS}
+        return {kind: torch.rand(images, numbers[kind], generator=self.generators[kind]) for kind in self.kinds}
+
+    def copies(self, images: Tensor, draws: dict[str, Tensor], rows: list[int]) -> Iterator[tuple[str, Tensor]]:
+        """Yield each kind and its images, made from `rows` of the random numbers."""
         yield "clean", images
         split = feature_jitter.DRAWS
         if "jittered" in self.kinds:
-            yield "jittered", feature_jitter.jitter(images, self._draws("jittered", len(images), split))
+            yield "jittered", feature_jitter.jitter(images, draws["jittered"][rows])
         if "painted" in self.kinds:
             # Of another jittered copy: against the very same one the classifier would learn the difference alone.
-            draws = self._draws("painted", len(images), split + feature_synthetic.DRAWS)
-            moved = feature_jitter.jitter(images, draws[:, :split])
-            yield "painted", feature_synthetic.paint(moved, draws[:, split:], self.mask)
-
-    def _draws(self, kind: str, images: int, numbers: int) -> Tensor:
-        return torch.rand(images, numbers, generator=self.generators[kind])
+            own = draws["painted"][rows]
+            moved = feature_jitter.jitter(images, own[:, :split])
+            yield "painted", feature_synthetic.paint(moved, own[:, split:], self.mask)
 
 
 def _stacked(slots: list[Entry], seen: int) -> FeatureSample:

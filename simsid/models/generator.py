@@ -10,7 +10,7 @@ from simsid.config import Config
 from simsid.kernels.ranges import stage
 from simsid.models import patches
 from simsid.models.inpainting import InpaintingBlock
-from simsid.models.layers import ConvBlock
+from simsid.models.layers import ConvBlock, VariationalBottleneck
 from simsid.models.memory import DecoderMemory
 
 
@@ -25,12 +25,16 @@ class Generated(NamedTuple):
     """A reconstruction `[B, 1, H, W]` and the feature map after each up block (and its memory).
 
     `query`, `retrieved`: the in-painting block's queries and their look-up, `[B, L, D]`, or None without the block.
+    `divergence`: of a variational autoencoder, in nats a pixel, else None.
+    `decoder_queries`: the feature map that each decoder memory was given; its look-up is in `features`.
     """
 
     images: Tensor
     features: list[Tensor]
     query: Tensor | None
     retrieved: Tensor | None
+    divergence: Tensor | None
+    decoder_queries: list[Tensor]
 
 
 class Encoder(nn.Module):
@@ -68,6 +72,7 @@ class Generator(nn.Module):
         channels = config.channels
         inpaints = student and config.inpainting != "none"
         self.inpainting = InpaintingBlock(config, backend) if inpaints else None
+        self.bottleneck = VariationalBottleneck(channels[-1]) if student and config.variational else None
         self.up, self.memories = nn.ModuleList(), nn.ModuleList()
         for i in range(config.levels):
             skip = config.levels - 1 - i
@@ -82,11 +87,14 @@ class Generator(nn.Module):
 
     def forward(self, deepest: Tensor, skips: list[Tensor]) -> Generated:
         """Decode `[B * L, C, h, w]` and the encoder's skips."""
-        x, query, retrieved = deepest, None, None
+        x, query, retrieved, divergence = deepest, None, None, None
         if self.inpainting is not None:
             with stage("in-painting"):
                 x, query, retrieved = self.inpainting(x)
-        features = []
+        if self.bottleneck is not None:
+            x, divergence = self.bottleneck(x)
+        features: list[Tensor] = []
+        queries: list[Tensor] = []
         for i, block in enumerate(self.up):
             skip = skips[len(skips) - 1 - i]
             if i == self.merge_at:
@@ -99,9 +107,13 @@ class Generator(nn.Module):
                 x = torch.cat([skip, x], dim=1)
             x = block(x)
             if i < len(self.memories):
+                queries.append(x)
                 with stage(f"decoder memory {i}"):
                     x = self.memories[i](x)
             features.append(x)
         if self.merge_at == len(self.up):
             x = patches.merge(x, self.patches)
-        return Generated(torch.tanh(self.output(x)), features, query, retrieved)
+        images = torch.tanh(self.output(x))
+        if divergence is not None:
+            divergence = divergence / images.numel()
+        return Generated(images, features, query, retrieved, divergence, queries)

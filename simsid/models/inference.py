@@ -20,7 +20,7 @@ from simsid.models import patches
 from simsid.models.base import BATCH, Scorer
 from simsid.models.discriminator import Discriminator
 from simsid.models.generator import Encoder, Generator
-from simsid.models.signals import SIGNALS, available_signals
+from simsid.models.signals import SIGNALS, available_signals, decoder_memory_map
 
 
 class ConfiguredNetwork(nn.Module, Scorer):
@@ -50,6 +50,12 @@ class ConfiguredNetwork(nn.Module, Scorer):
     def signal_names(self) -> tuple[str, ...]:
         """The signals of this model; without an in-painting block there is no memory distance."""
         return network_signals(self.config)
+
+    @property
+    def map_names(self) -> tuple[str, ...]:
+        """The signals that have a map, and the maps of the decoder's memories."""
+        levels = range(1, self.config.decoder_memories + 1)
+        return (*super().map_names, *(decoder_memory_map(level) for level in levels))
 
     @property
     def _input_dtype(self) -> torch.dtype:
@@ -102,7 +108,7 @@ class FrozenModel(ConfiguredNetwork):
         self._lock = threading.Lock() if self._capture else nullcontext()
 
     def forward(self, images: Tensor) -> dict[str, Any]:
-        """Return the outputs of `[B, 1, H, W]`: `images`, `reconstruction`, `query`, `retrieved`, `discriminator`."""
+        """Return the outputs of `[B, 1, H, W]` by name, which `simsid.models.signals` reads."""
         images = images.contiguous(memory_format=torch.channels_last)
         encoded = self.encoder(patches.split(images, self.config.patches))
         with stage("student"):
@@ -110,6 +116,8 @@ class FrozenModel(ConfiguredNetwork):
         outputs = {"images": images, "reconstruction": student.images, "discriminator": self.discriminator}
         if student.query is not None:
             outputs |= {"query": student.query, "retrieved": student.retrieved}
+        for i, memory in enumerate(self.student.memories):
+            outputs[decoder_memory_map(i + 1)] = (memory, student.decoder_queries[i], student.features[i])
         return outputs
 
     def outputs(self, images: Tensor) -> dict[str, Any]:

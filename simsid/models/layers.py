@@ -1,5 +1,6 @@
-"""The building block of encoder and decoders."""
+"""The building blocks of encoder and decoders."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,3 +34,25 @@ class ConvBlock(nn.Module):
         c1 = F.relu(self.entry(x), inplace=True)
         c2 = F.relu(self.inner(c1), inplace=True)
         return F.relu(self.outer(c2).add_(c1), inplace=True)
+
+
+class VariationalBottleneck(nn.Module):
+    """Draws a quarter of the channels from a normal distribution that the input decides; in inference, their mean.
+
+        z = mean(x) + exp(log_variance(x) / 2) * noise,   y = ReLU(BN(conv1x1(z)))
+
+    Source: Kingma, Welling, Auto-encoding variational Bayes (arXiv 1312.6114), section 3 and appendix B.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.moments = nn.Conv2d(channels, channels // 4 * 2, 1)
+        self.exit = nn.Sequential(nn.Conv2d(channels // 4, channels, 1), nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features of `[B, C, h, w]` again, and the summed divergence from the standard normal, in nats."""
+        moments = self.moments(x)
+        mean, log_variance = moments.to(torch.promote_types(moments.dtype, torch.float32)).chunk(2, dim=1)
+        z = mean + (log_variance / 2).exp() * torch.randn_like(mean) if self.training else mean
+        divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum() / 2
+        return F.relu(self.exit(z), inplace=True), divergence

@@ -9,13 +9,18 @@ from simsid import checkpoint
 from simsid.arguments import require_path
 from simsid.errors import CheckpointError
 from simsid.models.base import AnomalyModel
-from simsid.models.baselines import PixelKNN, PixelPCA
+from simsid.models.baselines import PixelIsolationForest, PixelKNN, PixelPCA
 from simsid.models.feature_baselines import FeatureKNN, LocationKNN, PaDiM, PatchCore
 from simsid.models.feature_memory import FeatureMemory
 from simsid.models.model import Model
 
 KINDS: dict[str, type[AnomalyModel]] = {
-    kind.kind: kind for kind in (Model, FeatureMemory, PixelKNN, PixelPCA, FeatureKNN, LocationKNN, PaDiM, PatchCore)
+    kind.kind: kind
+    for kind in (
+        *(Model, FeatureMemory),
+        *(PixelKNN, PixelPCA, PixelIsolationForest),
+        *(FeatureKNN, LocationKNN, PaDiM, PatchCore),
+    )
 }
 """Every class of models that can be saved, by its kind."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from simsid import checkpoint
 from simsid.config import Config, TrainingConfig
+from simsid.distributed import ProcessGroup
 from simsid.errors import ConfigError, InputError, InputTypeError
 from simsid.kernels.ranges import stage
 from simsid.models import patches
@@ -20,6 +21,8 @@ from simsid.models.generator import Encoder, Generator
 from simsid.models.inference import ConfiguredNetwork, FrozenModel, check_signal
 from simsid.models.losses import distillation_loss
 from simsid.models.memory import SpaceAwareMemory
+from simsid.models.memory_contents import MemoryContents
+from simsid.models.network_memories import network_memories
 
 if TYPE_CHECKING:
     from simsid.training import Trainer
@@ -32,7 +35,7 @@ class Reconstruction(NamedTuple):
 
     `student` `[B, 1, H, W]` in -1..1; `teacher` likewise and `distillation` (a scalar), or None where the teacher was
     not computed; `query` and `retrieved` `[B, L, D]`: the in-painting block's queries and what its memory returned, or
-    None in a model without the block.
+    None in a model without the block; `divergence` (a scalar, nats a pixel) of a variational autoencoder, else None.
     """
 
     student: Tensor
@@ -40,6 +43,7 @@ class Reconstruction(NamedTuple):
     distillation: Tensor | None = None
     query: Tensor | None = None
     retrieved: Tensor | None = None
+    divergence: Tensor | None = None
 
 
 class Model(ConfiguredNetwork, AnomalyModel):
@@ -103,7 +107,7 @@ class Model(ConfiguredNetwork, AnomalyModel):
         with stage("student"):
             student = self.student(encoded.deepest, encoded.skips)
         if self.teacher is None or not (self.training if teacher is None else teacher):
-            return Reconstruction(student.images, query=student.query, retrieved=student.retrieved)
+            return Reconstruction(student.images, None, None, student.query, student.retrieved, student.divergence)
         deepest, skips = encoded
         if self.config.stop_gradient:
             deepest, skips = deepest.detach(), [skip.detach() for skip in skips]
@@ -111,7 +115,9 @@ class Model(ConfiguredNetwork, AnomalyModel):
             taught = self.teacher(deepest, skips)
         with stage("distillation"):
             distillation = distillation_loss(student.features, taught.features)
-        return Reconstruction(student.images, taught.images, distillation, student.query, student.retrieved)
+        return Reconstruction(
+            student.images, taught.images, distillation, student.query, student.retrieved, student.divergence
+        )
 
     def fit(
         self,
@@ -119,6 +125,7 @@ class Model(ConfiguredNetwork, AnomalyModel):
         val: object = None,
         *,
         progress: bool = False,
+        group: ProcessGroup | None = None,
         config: TrainingConfig | None = None,
         run: str | os.PathLike | None = None,
     ) -> "Model":
@@ -127,7 +134,7 @@ class Model(ConfiguredNetwork, AnomalyModel):
         import simsid
 
         trainer = cast("type[Trainer]", simsid.Trainer)
-        trainer(self, config, run=run, progress=progress).fit(train, val)
+        trainer(self, config, run=run, progress=progress, group=group).fit(train, val)
         return self
 
     def to_device(self, device: torch.device | str) -> "Model":
@@ -149,6 +156,10 @@ class Model(ConfiguredNetwork, AnomalyModel):
     def reconstruct(self, images: Tensor) -> Tensor:
         """Return the student's reconstruction of `[B, 1, H, W]` in inference mode, on the images' device."""
         return self._inference_copy().reconstruct(images)
+
+    def memories(self, images: object) -> tuple[MemoryContents, ...]:
+        """Return the contents of the in-painting block's memory and of the decoder's, and what `images` use of them."""
+        return network_memories(self.freeze(), images)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Return weights and buffers, and configuration and memory layout."""

@@ -10,11 +10,12 @@ from simsid import config as configs
 from simsid.config import ABLATIONS, Config
 from simsid.errors import ConfigError
 from simsid.models.base import AnomalyModel
-from simsid.models.baselines import PixelKNN, PixelPCA
+from simsid.models.baselines import PixelIsolationForest, PixelKNN, PixelPCA
 from simsid.models.feature_baselines import FeatureKNN, LocationKNN, PaDiM, PatchCore
 from simsid.models.feature_config import FeatureConfig
 from simsid.models.feature_memory import FeatureMemory
 from simsid.models.model import Model
+from simsid.models.pixel_config import PixelIsolationForestConfig, PixelKNNConfig, PixelPCAConfig
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ PRESETS: dict[str, Preset] = {
     "location_knn": Preset(LocationKNN, FeatureConfig),
     "padim": Preset(PaDiM, FeatureConfig),
     "patchcore": Preset(PatchCore, FeatureConfig),
-    "pixel_knn": Preset(PixelKNN, configs.PixelKNNConfig),
-    "pixel_pca": Preset(PixelPCA, configs.PixelPCAConfig),
+    "pixel_knn": Preset(PixelKNN, PixelKNNConfig),
+    "pixel_pca": Preset(PixelPCA, PixelPCAConfig),
+    "pixel_isolation_forest": Preset(PixelIsolationForest, PixelIsolationForestConfig),
 }
 
 

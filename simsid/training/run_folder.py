@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from simsid import __version__, checkpoint
 from simsid.data import ImageSet
+from simsid.distributed import ProcessGroup
 from simsid.errors import RunError
+from simsid.models.base import AnomalyModel
 
 WRITTEN = ("run.json", "manifest.csv", "metrics.jsonl", "last.json", "last-*", "model.json", "model-*")
 """The files of a run folder; an unfinished one has a dot before its name and a random ending after it."""
@@ -127,6 +130,55 @@ class RunFolder:
             raise RunError(
                 f"{path} cannot be written: {error.strerror or error}; correct this, then {remedy} ({self.path})"
             ) from error
+
+
+@contextmanager
+def open_run(path: pathlib.Path, document: Mapping[str, object] | None) -> Iterator[RunFolder]:
+    """Lock a run folder; write the request of a new run.
+
+    Args:
+        path: the folder.
+        document: the request; None opens the folder of a run that is resumed.
+
+    Raises:
+        RunError: the folder is in use, or a new run is asked for and it holds one already.
+    """
+    with RunFolder(path) as folder:
+        if document is not None:
+            if folder.taken:
+                raise RunError(
+                    f"{path} already holds a run or a model; resume a run with --resume {shlex.quote(str(path))}, or "
+                    "choose another -o"
+                )
+            folder.write_request(document)
+        yield folder
+
+
+def fit_in_folder(
+    model: AnomalyModel,
+    folder: RunFolder | None,
+    train: ImageSet,
+    val: ImageSet | None,
+    *,
+    progress: bool = False,
+    group: ProcessGroup | None = None,
+) -> None:
+    """Fit a model in one pass over the images, and leave it in a run folder with a list of the images.
+
+    Args:
+        model: what is fitted.
+        folder: where it is left; None on the ranks of `group` that write nothing.
+        train: normal images.
+        val: images of which the normal ones set the thresholds.
+        progress: show a progress bar.
+        group: the ranks that fit together; None: this process alone.
+    """
+    if folder is not None:
+        folder.write_manifest(train, val)
+    model.fit(train, val, progress=progress, group=group)
+    if folder is not None:
+        with folder.writing("model.json"):
+            model.save(folder.path)
 
 
 def versions() -> dict[str, str]:

@@ -19,8 +19,8 @@ from simsid.models.model import Model, Reconstruction
 from simsid.training.guard import NonFiniteGuard
 from simsid.training.parallel import DiscriminatorPair, data_parallel, synchronize_batch_norms
 
-LOSSES = ("real", "fake", "student", "adversarial", "teacher", "distillation")
-"""Every loss by name: the discriminator's two, which every iteration has, then the generator's."""
+LOSSES = ("real", "fake", "student", "adversarial", "teacher", "distillation", "divergence")
+"""Every loss by name: the discriminator's two, which every iteration has, then the generator's; no model has all."""
 
 ITERATION_STREAM = 2
 """Keeps what an iteration draws apart from the order of the images, which uses the stream 1 of the same seed."""
@@ -90,12 +90,12 @@ class TrainingStep:
     def set_learning_rate(self, rate: float) -> None:
         """Set the learning rate of both optimizers."""
         for optimizer in self.optimizers.values():
-            group = optimizer.param_groups[0]
-            if isinstance(group["lr"], Tensor):
-                # In place: a captured iteration reads it from this address.
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+            for group in optimizer.param_groups:
+                if isinstance(group["lr"], Tensor):
+                    # In place: a captured iteration reads it from this address.
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
 
     def means(self) -> dict[str, float]:
         """Return each loss, unweighted, averaged over the iterations since the last `reset`; waits for the device."""
@@ -138,10 +138,14 @@ class TrainingStep:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def _trained(self, with_generator: bool) -> tuple[str, ...]:
-        """Return the losses of an iteration, which are the first few of `LOSSES`."""
+        """Return the losses of an iteration."""
         if not with_generator:
             return LOSSES[:2]
-        return LOSSES if self.model.teacher is not None else LOSSES[:4]
+        config = self.model.config
+        absent = {"adversarial"} if not config.adversarial else set()
+        absent |= set() if config.variational else {"divergence"}
+        absent |= set() if config.distillation else {"teacher", "distillation"}
+        return tuple(name for name in LOSSES if name not in absent)
 
     def _iterate(self, images: Tensor, with_generator: bool) -> None:
         config, model = self.config, self.model
@@ -163,8 +167,9 @@ class TrainingStep:
             # Without this the generator's backward pass would also compute gradients of the discriminator's weights.
             model.discriminator.requires_grad_(False)
             try:
-                with autocast, stage("discriminator"):
-                    terms["adversarial"] = adversarial_loss(self._logits(outputs.student), real=True)
+                if model.config.adversarial:
+                    with autocast, stage("discriminator"):
+                        terms["adversarial"] = adversarial_loss(self._logits(outputs.student), real=True)
                 weighted = [getattr(config, f"{name}_weight") * term for name, term in terms.items()]
                 self._update("generator", torch.stack(weighted).sum(), terms)
             finally:
@@ -172,9 +177,9 @@ class TrainingStep:
             losses |= terms
             if model.queue is not None and outputs.query is not None:
                 model.queue.push(self.group.gather(outputs.query.detach()), unless=self.guard.flag.bool())
-        names = self._trained(with_generator)
-        values = torch.stack([losses[name].detach() for name in names]).double()
-        self._sums[: len(names)] += self.group.mean(values)
+        zero = total.new_zeros(())
+        values = torch.stack([losses.get(name, zero).detach() for name in LOSSES]).double()
+        self._sums += self.group.mean(values)
 
     def _update(self, side: str, total: Tensor, losses: dict[str, Tensor]) -> None:
         """Apply one optimizer step, unless a loss or a gradient, of this or any earlier update, is not finite."""
@@ -183,7 +188,8 @@ class TrainingStep:
         with stage(f"{side} backward"):
             total.backward()
         with stage(f"{side} optimizer"):
-            self.guard.inspect({**losses, f"weighted {side}": total}, optimizer.param_groups[0]["params"])
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            self.guard.inspect({**losses, f"weighted {side}": total}, parameters)
             optimizer.found_inf = self.guard.flag
             optimizer.step()
 
@@ -252,6 +258,8 @@ def _reconstruction_terms(images: Tensor, outputs: Reconstruction) -> dict[str, 
         if outputs.teacher is not None and outputs.distillation is not None:
             terms["teacher"] = reconstruction_loss(images, outputs.teacher)
             terms["distillation"] = outputs.distillation
+        if outputs.divergence is not None:
+            terms["divergence"] = outputs.divergence
         return terms
 
 
@@ -259,15 +267,20 @@ def _optimizers(model: Model, config: TrainingConfig) -> dict[str, torch.optim.A
     """Return the optimizers of the two sides; the generator's side is encoder, student and teacher."""
     on_cuda = model.device.type == "cuda"
 
-    def adam(parameters: Iterable[Tensor], **options: Any) -> torch.optim.Adam:
+    def adam(parameters: Iterable[Any], **options: Any) -> torch.optim.Adam:
         # A learning rate in a tensor can change between replays of a CUDA graph.
         rate = torch.tensor(config.learning_rate, device=model.device) if on_cuda else config.learning_rate
         return torch.optim.Adam(parameters, lr=rate, betas=(0.5, 0.999), fused=True, capturable=on_cuda, **options)
 
     discriminator = list(model.discriminator.parameters())
     known = set(discriminator)
-    generator = [parameter for parameter in model.parameters() if parameter not in known]
+    generator: list[Any] = [parameter for parameter in model.parameters() if parameter not in known]
+    if config.decay == "except_items":
+        items = {parameter for name, parameter in model.named_parameters() if name.endswith("memory.items")}
+        generator = [{"params": [parameter for parameter in generator if parameter not in items]}]
+        generator += [{"params": list(items), "weight_decay": 0.0}] if items else []
+    options = {"weight_decay": config.generator_weight_decay, "decoupled_weight_decay": config.decay == "decoupled"}
     return {
-        "generator": adam(generator, eps=1e-7, weight_decay=config.generator_weight_decay),
+        "generator": adam(generator, eps=1e-7, **options),
         "discriminator": adam(discriminator, eps=1e-8),
     }

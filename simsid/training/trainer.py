@@ -30,7 +30,14 @@ from simsid.training.parallel import synchronize_batch_norms
 from simsid.training.run_folder import RunFolder
 from simsid.training.state import History, Progress
 from simsid.training.step import TrainingStep
-from simsid.training.validation import calibrate, choose_batch_size, to_image_set, validate, validate_images
+from simsid.training.validation import (
+    calibrate,
+    choose_batch_size,
+    paste_patches,
+    to_image_set,
+    validate,
+    validate_images,
+)
 
 ORDER_STREAM = 1
 """Keeps the order of the images apart from what an iteration draws, which uses the stream 2 of the same seed."""
@@ -51,6 +58,8 @@ class _Training:
     request: state.Request
     step: TrainingStep
     progress: Progress
+    pasted: ImageSet | None = None
+    """Synthetic anomalies, where the criterion needs them."""
     board: Any = None
     """TensorBoard's writer, or None."""
 
@@ -132,7 +141,7 @@ class Trainer:
         is_empty = val is None or (isinstance(val, Sized) and len(val) == 0)
         val_images = None if is_empty else to_image_set(val, "val", self.model.config)
         validate_images(images, val_images, self.model.config.image_size)
-        criterion = choose_criterion(self.config, val_images)
+        criterion = choose_criterion(self.config, val_images, self.model.signal_names)
         batch_size = choose_batch_size(self.config.batch_size, self.group, len(images))
         if resume and self.run is None:
             raise RunError("resume=True needs the run folder to resume")
@@ -146,6 +155,8 @@ class Trainer:
             # A new step: its optimizers start without moments.
             step = TrainingStep(self.model, self.config, self.group)
             training = _Training(images, val_images, criterion, batch_size, folder, request, step, Progress())
+            if criterion == "synthetic" and val_images is not None:
+                training.pasted = paste_patches(val_images.select(val_images.labels != 1))
             self._best = None
             # Until it is measured again: a calibration of other weights must not be saved with an epoch.
             self.model.calibration = None
@@ -240,7 +251,7 @@ class Trainer:
             "step": progress.step,
             "learning_rate": learning_rate(self.config, progress.epoch),
             **losses,
-            **validate(self.model, self.group, training.val),
+            **validate(self.model, self.group, training.val, training.pasted),
             "seconds": round(time.monotonic() - began, 3),
         }
         better = choose_best(progress.history, epoch, training.criterion, self.model.signal)

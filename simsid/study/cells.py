@@ -1,0 +1,152 @@
+"""One cell of a study with one seed: trained or fitted in its run folder, evaluated, and read again when finished."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from simsid import checkpoint
+from simsid.errors import CheckpointError, RunError
+from simsid.evaluation import evaluate
+from simsid.models.base import AnomalyModel
+from simsid.models.loading import load
+from simsid.models.presets import seeded_model
+from simsid.study.images import StudyImages
+from simsid.study.plan import Plan, configuration, is_network
+from simsid.study.studies import Cell
+from simsid.training import Trainer
+from simsid.training.run_folder import RunFolder, fit_in_folder, open_run
+
+RESULT = "result.json"
+TIMED_IMAGES = 64
+"""Images whose scoring is timed."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of a cell with one seed."""
+
+    signal: str
+    """The model's own signal."""
+    auc: dict[str, float]
+    """Area under the ROC curve of every signal."""
+    low: dict[str, float]
+    """Lower end of its 95 % interval (DeLong)."""
+    high: dict[str, float]
+    """Upper end."""
+    best_accuracy: float
+    """Of the model's own signal at the threshold of highest accuracy on the evaluated images, as in the papers."""
+    best_f1: float
+    """F1 at that threshold."""
+    epoch_seconds: float | None
+    """Median time of an epoch with its validation; None where nothing is trained."""
+    image_seconds: float
+    """Time of scoring one image by the model's own signal."""
+    seconds: float
+    """Time of this cell as it was last started, with the evaluation; a resumed cell counts from its resumption."""
+
+
+def run_cell(
+    cell: Cell, seed: int, plan: Plan, images: StudyImages, folder: pathlib.Path, *, criterion: str, device: str
+) -> Result | None:
+    """Return the result of a cell; train and evaluate where the folder does not have it yet, resuming a stopped run.
+
+    Returns:
+        The result, or None where Ctrl-C stopped the training, whose state is written.
+
+    Raises:
+        RunError: the folder holds a run with other settings or images.
+    """
+    config = configuration(cell, images.digits, plan.width if is_network(cell) else None, seed)
+    training = plan.training(cell, seed, criterion) if is_network(cell) else None
+    request = {
+        "command": "study",
+        "preset": cell.preset,
+        "model": dataclasses.asdict(config),
+        "training": training.to_dict() if training else None,
+        "data": images.name,
+        "train": images.train_count,
+        "normal_share": cell.normal_share,
+        "seed": seed,
+    }
+    request = json.loads(json.dumps(request))
+    path = folder / re.sub(r"[^A-Za-z0-9]+", "_", cell.label).strip("_") / f"seed-{seed}"
+    resume = _check_request(path, request)
+    if (path / RESULT).exists():
+        return read_result(path / RESULT)
+    began = time.monotonic()
+    model: Any = seeded_model(cell.preset, config, seed, device)
+    train = images.train(model.preprocessing, cell.normal_share, seed)
+    val = images.val(model.preprocessing, labeled=criterion == "auc")
+    epoch_seconds: float | None = None
+    with open_run(path, None if resume else request) as run:
+        if training is not None:
+            epoch_seconds = _train(model, training, run, (train, val), resume)
+            if epoch_seconds is None:
+                return None
+        elif (path / "model.json").exists():
+            model = load(path, device=device)
+        else:
+            fit_in_folder(model, run, train, val)
+        result = _measure(model, images, epoch_seconds, began)
+        with run.writing(RESULT):
+            checkpoint.write_json(path / RESULT, dataclasses.asdict(result))
+    return result
+
+
+def read_result(path: pathlib.Path) -> Result:
+    """Read a finished cell.
+
+    Raises:
+        CheckpointError: the file is not a result.
+    """
+    try:
+        return Result(**checkpoint.read_json(path))  # type: ignore[arg-type]
+    except TypeError as error:
+        raise CheckpointError(f"{path} is not a result of a study: {error}") from None
+
+
+def _train(model: Any, training: Any, run: RunFolder, parts: tuple[Any, Any], resume: bool) -> float | None:
+    """Train and return the median time of an epoch, or None where Ctrl-C stopped it."""
+    if not (run.path / "manifest.csv").exists():
+        run.write_manifest(*parts)
+    history = Trainer(model, training, run=run).fit(*parts, resume=resume)
+    if history.interrupted:
+        return None
+    return statistics.median(epoch["seconds"] for epoch in history.epochs)
+
+
+def _check_request(path: pathlib.Path, request: dict[str, Any]) -> bool:
+    """Return whether the folder holds a run of this request; another one is refused."""
+    if not (path / "run.json").exists():
+        return False
+    found = checkpoint.read_json(path / "run.json")
+    for name, value in request.items():
+        if found.get(name) != value:
+            raise RunError(f"{path} holds a run with another {name}; choose another folder with -o")
+    return True
+
+
+def _measure(model: AnomalyModel, images: StudyImages, epoch_seconds: float | None, began: float) -> Result:
+    evaluated = images.evaluated(model.preprocessing)
+    totals = {row.signal: row for row in evaluate(model, evaluated).rows() if row.finding is None}
+    own = totals[model.signal]
+    timed = evaluated.select(slice(0, TIMED_IMAGES))
+    before = time.perf_counter()
+    model.signals(timed, [model.signal])
+    image_seconds = (time.perf_counter() - before) / len(timed)
+    return Result(
+        signal=model.signal,
+        auc={name: row.auc for name, row in totals.items()},
+        low={name: row.low for name, row in totals.items()},
+        high={name: row.high for name, row in totals.items()},
+        best_accuracy=own.best_accuracy,
+        best_f1=own.best_f1,
+        epoch_seconds=epoch_seconds,
+        image_seconds=image_seconds,
+        seconds=time.monotonic() - began,
+    )
