@@ -148,7 +148,7 @@ class FeatureMemory(FeatureModel):
             calibration = self.calibration.to_dict() if self.calibration else None
             self.original = {"images": parts.pooled.images, "units": parts.units(), "calibration": calibration}
         signals = _arrays(parts.add(sample, new), self.signal_names)
-        self.calibration = Calibration.fit(signals, signals)
+        self.calibration = Calibration.fit(signals, signals, self.scoring_precision)
         names = images.paths if isinstance(images, ImageSet) and len(images) == sample.count else None
         abnormal = tuple(
             (names[new[i]] if names else str(int(new[i])), value) for i, value in _outliers(signals["combined"])
@@ -177,9 +177,10 @@ class FeatureMemory(FeatureModel):
             images: normal images; see `AnomalyModel`.
             holdout: normal images that the model was not fitted to, for thresholds.
         """
+        precision = self._best_precision()
         # Images held out may be in the memory too, as those that the model was adapted to are.
         held = None if holdout is None else self._judged_without_itself(holdout)
-        self.calibration = Calibration.fit(self._judged_without_itself(images), held)
+        self.calibration = Calibration.fit(self._judged_without_itself(images), held, precision)
 
     @torch.no_grad()
     def memories(self, images: object) -> tuple[MemoryContents, ...]:

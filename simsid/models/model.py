@@ -73,6 +73,7 @@ class Model(ConfiguredNetwork, AnomalyModel):
     """
 
     kind: ClassVar[str] = "simsid"
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
 
     def __init__(
         self,
@@ -149,9 +150,9 @@ class Model(ConfiguredNetwork, AnomalyModel):
         """Move the weights to a device, in place."""
         return self.to(device)
 
-    def freeze(self) -> FrozenModel:
+    def freeze(self, precision: str | None = None) -> FrozenModel:
         """Return an inference copy: no teacher, folded, channels-last, on CUDA captured; for repeated scoring."""
-        return FrozenModel(self)
+        return FrozenModel(self, precision=precision)
 
     def outputs(self, images: Tensor) -> dict[str, Any]:
         """Compute what the signals need of one batch `[B, 1, H, W]` on the model's device."""
