@@ -39,7 +39,8 @@ class Study:
     """What is compared, and in which table or figure of the papers."""
     cells: tuple[Cell, ...]
     reference: str | None = "simsid"
-    """Preset of the cell that the others are tested against; None: every preset has such a cell of its own."""
+    """What the others are tested against: a cell's label, or the preset whose cell has no changes; None: every preset
+    has such a cell of its own."""
     axis: str = ""
     """Label of the figure's horizontal axis; empty where the cells have no order."""
     measures: Literal["auc", "seconds"] = "auc"

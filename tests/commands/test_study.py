@@ -56,11 +56,11 @@ def test_a_study_trains_evaluates_prints_and_writes(simsid, small, tmp_path, nam
 def test_a_study_of_a_folder_shows_the_papers_figure_beside_ours(simsid, zhanglab, tmp_path):
     done = simsid(
         "study", "methods", "--data", zhanglab, "--only", "pixel_knn", "simsid", "--width", "4", "--epochs", "1",
-        "--threads", "1", "--images", "4", "--seeds", "2", "-o", "out",
+        "--threads", "1", "--images", "4", "-o", "out",
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert re.search(r"^simsid +0\.911 +discriminator_per_image +[01]\.\d{3} ± ", done.out, re.M)
-    assert "chest_xray: 4 training images; evaluated on 3 normal and 3 abnormal test images; 2 seeds." in done.out
+    assert re.search(r"^simsid +0\.911 +discriminator_per_image +[01]\.\d{3} ", done.out, re.M)
+    assert "chest_xray: 4 training images; evaluated on 3 normal and 3 abnormal test images; 1 seed." in done.out
     assert "paper: on ZhangLab's official test set" in done.out
 
 
