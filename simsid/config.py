@@ -71,7 +71,7 @@ class Config:
     distillation: bool = True
     """Train a teacher generator and pull the student's features towards its own."""
     adversarial: bool = True
-    """Train the generator against the discriminator too; else the discriminator only watches."""
+    """Train the generator against the discriminator too; else the discriminator is trained, and moves nothing."""
     variational: bool = False
     """Draw the deepest features from a normal distribution, as a variational autoencoder; without in-painting only."""
     stop_gradient: bool = True
@@ -288,23 +288,27 @@ class TrainingConfig:
     discriminator_weight: float = 0.005
     """Weight of the discriminator's loss."""
     generator_weight_decay: float = 1e-5
-    """Coupled weight decay of encoder, student and teacher."""
+    """Weight decay of encoder, student and teacher."""
+    decay: Literal["coupled", "except_items", "decoupled"] = "coupled"
+    """How those weights decay: by a term of the gradient, which Adam scales to full steps where there is no other
+    gradient (the papers); likewise, but never the memory items; or apart from the gradient, as AdamW does."""
     translate: float = 0.05
     """Augmentation: largest translation, as a fraction of the side."""
     scale: float = 0.05
     """Augmentation: largest relative change of scale."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the convolutions; `"bfloat16"` is autocast."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of convolutions and products. `"bfloat16"` is autocast; `"auto"` is bfloat16 on a CPU with instructions
+    for it, else float32. On a CPU the model is calibrated, and then scores, in the same."""
     cuda_graph: bool = True
     """On one GPU, capture the iterations as CUDA graphs and replay them; otherwise launch every kernel by itself."""
     compile: bool = False
     """Compile the networks with `torch.compile`, which takes minutes before the first iteration."""
     sync_batchnorm: bool = False
     """With several processes, normalize with the global batch's statistics; otherwise with each shard's own."""
-    criterion: Literal["auto", "auc", "reconstruction", "last"] = "auto"
-    """What chooses the epoch that is kept: validation AUC of the model's signal (the papers; needs labeled
-    anomalies), reconstruction error of held-out normal images (needs none), or the last. `"auto"`: AUC where validation
-    has both."""
+    criterion: Literal["auto", "auc", "reconstruction", "memory_distance", "synthetic", "last"] = "auto"
+    """What chooses the epoch that is kept: validation AUC of the model's signal (the papers; needs labeled anomalies);
+    of held-out normal images alone, reconstruction error, memory distance, or AUC of the signal against copies with a
+    pasted patch; or the last. `"auto"`: AUC where validation has anomalies, else `"reconstruction"`."""
     patience: int = 0
     """Stop after this many epochs without a better criterion; 0 never."""
     seed: int = 0

@@ -167,6 +167,10 @@ def test_nothing_read_is_executed(name):
     assert "joblib" not in loaders or "from joblib import cpu_count\n" in MODULES[name].read_text("utf-8")
 
 
+DRAWING = ("simsid.report.figures", "simsid.report.embedding", "simsid.study.figure", "simsid.detector")
+"""Modules that may import matplotlib and scikit-learn: they are imported when they are needed."""
+
+
 def test_importing_simsid_is_light():
     """`import simsid` alone loads neither PyTorch nor any of the heavy libraries."""
     top = [node for node in TREES["simsid"].body if isinstance(node, (ast.Import, ast.ImportFrom))]
@@ -180,7 +184,7 @@ def test_importing_simsid_is_light():
     }
     for name in ("matplotlib", "sklearn", "triton"):
         for module, tree in TREES.items():
-            if module.startswith("simsid.kernels") or module in ("simsid.report.figures", "simsid.detector"):
+            if module.startswith("simsid.kernels") or module in DRAWING:
                 continue
             heads = [ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
             assert not [head for head in heads if head.split()[1].split(".")[0] == name], module
@@ -194,5 +198,9 @@ def test_imports_stay_light():
         "import simsid.models.model, simsid.models.released\n"
         "found = {'triton', 'matplotlib', 'sklearn', 'pydicom', 'tyro', 'tensorboard'} & set(sys.modules)\n"
         "assert not found, found\n"
+        "simsid.load('zhanglab')\n"
+        "import torch\n"
+        "with torch.device('meta'): simsid.Model(width=4)\n"  # as loading a network does
+        "assert not {'torch._dynamo', 'sympy'} & set(sys.modules), 'loading takes seconds with these'\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

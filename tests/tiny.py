@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from simsid import Config, Model, checkpoint
+from simsid import Config, Model, checkpoint, data
+from simsid.training.run_folder import RunFolder
 
 SIZES = {"image_size": 48, "patches": 2, "levels": 2, "width": 4, "items": 6, "decoder_items": 6, "heads": 2, "topk": 2}
 OPTIONS = [text for name, value in SIZES.items() for text in (f"--{name.replace('_', '-')}", str(value))]
@@ -31,7 +32,12 @@ def model(seed=0, **changes):
 
 def images(count, seed=0):
     """Random images `[count, 1, 48, 48]` in -1..1."""
-    return torch.rand(count, 1, 48, 48, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return noise(count, 48, seed)
+
+
+def noise(count, side, seed=0):
+    """Random images `[count, 1, side, side]` in -1..1."""
+    return torch.rand(count, 1, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def calibrated(folder, seed=0, held=19, **changes):
@@ -78,6 +84,18 @@ def zhanglab(folder, train=6, val=2, test=3):
             film(folder / split / "NORMAL" / f"IM-{i:04d}-0001.png", i)
         for i in range(100 * number, 100 * number + abnormal):
             film(folder / split / "PNEUMONIA" / f"person{i}_bacteria_1.png", i + 1000)
+    return folder
+
+
+def run(folder, **changes):
+    """Leave a run folder as `simsid train` does, of an untrained network; its images lie in `<folder>-images`."""
+    folder = pathlib.Path(folder)
+    made = calibrated(folder, **changes)
+    dataset = data.ZhangLab(zhanglab(folder.with_name(f"{folder.name}-images")))
+    train, val = (data.load_images(part, **made.preprocessing.to_dict()) for part in data.partition(dataset, 0.2))
+    with RunFolder(folder) as opened:
+        opened.write_request({"command": "train"})
+        opened.write_manifest(train, val)
     return folder
 
 

@@ -66,7 +66,7 @@ class Demo:
             _clear_run(folder.path)
             print(score_samples(self.output / "radiographs"), flush=True)
             request = {"command": "demo", "model": config.to_dict(), "training": training.to_dict()}
-            folder.write_request({**request, "images": self.images, "seed": self.seed})
+            folder.write_request({**request, "images": self.images, "seed": self.seed, "mnist": self.mnist is not None})
             train, val, test = (data.load(split, config.image_size) for split in ("train", "val", "test"))
             print(
                 f"DigitAnatomy: {len(train)} normal images to train on; {len(val)} to validate, {len(test)} to test",

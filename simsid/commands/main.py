@@ -20,6 +20,7 @@ from simsid.commands.evaluate import Evaluate
 from simsid.commands.explain import Explain
 from simsid.commands.export import Export
 from simsid.commands.models import Models
+from simsid.commands.report import Report
 from simsid.commands.scan import Scan
 from simsid.commands.score import Score
 from simsid.commands.study import Study
@@ -38,6 +39,7 @@ COMMANDS: dict[str, type] = {
     "evaluate": Evaluate,
     "score": Score,
     "explain": Explain,
+    "report": Report,
     "adapt": Adapt,
     "calibrate": Calibrate,
     "scan": Scan,
@@ -57,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _Notes()
             status = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -72,8 +74,17 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status)
 
 
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"simsid: note: {printable(str(message))}", file=sys.stderr)
+class _Notes:
+    """Shows each warning once: evaluation and report may both meet it."""
+
+    def __init__(self) -> None:
+        self._shown: set[str] = set()
+
+    def __call__(self, message: Warning | str, *_: object, **__: object) -> None:
+        text = printable(str(message))
+        if text not in self._shown:
+            self._shown.add(text)
+            print(f"simsid: note: {text}", file=sys.stderr)
 
 
 def _run(arguments: list[str]) -> int | str | None:

@@ -8,10 +8,12 @@ from simsid.models.feature_config import FeatureConfig
 from simsid.models.feature_memory import Adaptation, FeatureMemory
 from simsid.models.inference import FrozenModel, freeze
 from simsid.models.loading import load, shipped_models
+from simsid.models.memory_contents import MemoryContents
 from simsid.models.model import Model, Reconstruction
-from simsid.models.signals import SIGNALS, Signal
+from simsid.models.signals import MAPS, SIGNALS, Map, Signal
 
 __all__ = [
+    "MAPS",
     "SIGNALS",
     "Adaptation",
     "AnomalyModel",
@@ -21,6 +23,8 @@ __all__ = [
     "FeatureMemory",
     "FrozenModel",
     "LocationKNN",
+    "Map",
+    "MemoryContents",
     "Model",
     "PaDiM",
     "PatchCore",

@@ -18,7 +18,9 @@ from simsid.data import Preprocessing, as_batches
 from simsid.distributed import ProcessGroup
 from simsid.errors import CalibrationError, CheckpointError, InputError
 from simsid.models.calibration import Calibration
-from simsid.models.signals import SIGNALS, check_signals, upsampled
+from simsid.models.memory_contents import MemoryContents
+from simsid.models.signals import MAPS, SIGNALS, check_signals, upsampled
+from simsid.precision import check_precision, choose_precision
 
 BATCH = 16
 """Images of a forward pass. Fewer are padded to it: libraries sum in another order for another batch size, which would
@@ -52,6 +54,16 @@ class Scorer(abc.ABC):
 
     calibration: Calibration | None = None
 
+    precision: str = "auto"
+    """The arithmetic asked for, one of `simsid.precision.PRECISIONS`; see `scoring_precision`."""
+
+    @property
+    def scoring_precision(self) -> str:
+        """The arithmetic of signals, `"float32"` or `"bfloat16"`: the one asked for; for `"auto"` the calibration's."""
+        if self.precision != "auto":
+            return self.precision
+        return self.calibration.precision if self.calibration is not None else "float32"
+
     @property
     @abc.abstractmethod
     def preprocessing(self) -> Preprocessing:
@@ -76,8 +88,12 @@ class Scorer(abc.ABC):
         """Where the model computes."""
         return torch.device("cpu")
 
-    def freeze(self) -> "Scorer":
-        """Return an inference copy that is faster where there is something to gain, else the model itself."""
+    def freeze(self, precision: str | None = None) -> "Scorer":  # noqa: ARG002
+        """Return an inference copy that is faster where there is something to gain, else the model itself.
+
+        Args:
+            precision: `"float32"` or `"bfloat16"`; None is `scoring_precision`.
+        """
         return self
 
     def pictures(self, images: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
@@ -91,7 +107,7 @@ class Scorer(abc.ABC):
 
     @property
     def map_names(self) -> tuple[str, ...]:
-        """The signals that have a map."""
+        """The maps that `maps` draws, names of `simsid.models.signals.MAPS`: those of the signals that have one."""
         return tuple(name for name in self.signal_names if SIGNALS[name].map is not None)
 
     def choose_map(self, name: str | None = None) -> str:
@@ -140,25 +156,36 @@ class Scorer(abc.ABC):
         joined = {name: torch.cat(values) if values else torch.zeros(0) for name, values in columns.items()}
         return lambda: {name: values.double().cpu().numpy() for name, values in joined.items()}
 
-    @torch.no_grad()
     def maps(self, images: object, name: str, *, batch_size: int = BATCH) -> Tensor:
         """Return where in each image signal `name` comes from: float32 `[B, H, W]` on the CPU, higher is anomalous.
 
         Raises:
-            InputError: a signal without a map (`map_names` lists those that have one).
+            InputError: a name that is not among `map_names`, which also lists the maps of memories that are no signal.
         """
-        check_signals(name, self.map_names)
-        frozen, found = self._inference_copy(), []
+        return self.several_maps(images, (name,), batch_size=batch_size)[name]
+
+    @torch.no_grad()
+    def several_maps(self, images: object, names: Iterable[str], *, batch_size: int = BATCH) -> dict[str, Tensor]:
+        """Return the maps of several signals from one pass over the images, as `maps` returns each."""
+        found: dict[str, list[Tensor]] = {name: [] for name in check_signals(names, self.map_names)}
+        frozen = self._inference_copy()
         for batch, count in frozen._padded_batches(images, batch_size):
-            values = SIGNALS[name].map(frozen.outputs(batch))  # type: ignore[misc]  # checked by map_names
-            found.append(upsampled(values[:count], (batch.shape[2], batch.shape[3])).cpu())
-        return torch.cat(found)
+            outputs = frozen.outputs(batch)
+            for name, parts in found.items():
+                values = MAPS[name].compute(outputs)
+                parts.append(upsampled(values[:count], (batch.shape[2], batch.shape[3])).cpu())
+        return {name: torch.cat(parts) for name, parts in found.items()}
 
     def calibrated(self) -> Calibration:
-        """Return the calibration, or raise `CalibrationError` with the remedy."""
+        """Return the calibration; raise `CalibrationError` with the remedy where it is missing or of another precision."""
         if self.calibration is None:
             raise CalibrationError(
                 "the model is not calibrated: call calibrate(images) with normal images, or finish its training"
+            )
+        if self.calibration.precision != self.scoring_precision:
+            raise CalibrationError(
+                f"the model is calibrated in {self.calibration.precision}, and scores in {self.scoring_precision} must "
+                "not be judged by that: use precision auto, or calibrate again in the other precision"
             )
         return self.calibration
 
@@ -209,6 +236,9 @@ class AnomalyModel(Scorer):
     kind: ClassVar[str]
     """What `model.json` calls this class of models."""
 
+    precisions: ClassVar[tuple[str, ...]] = ("float32",)
+    """The arithmetic that the class can compute signals in."""
+
     @abc.abstractmethod
     def fit(
         self, train: object, val: object = None, *, progress: bool = False, group: ProcessGroup | None = None
@@ -240,8 +270,16 @@ class AnomalyModel(Scorer):
             images: normal images that the model was trained on; see the class.
             holdout: normal images that it was not trained on, for thresholds at a chosen false positive rate.
         """
-        kept = None if holdout is None else self.signals(holdout)
-        self.calibration = Calibration.fit(self.signals(images), kept)
+        precision = self._best_precision()
+        frozen = self.freeze(precision)
+        kept = None if holdout is None else frozen.signals(holdout)
+        self.calibration = Calibration.fit(frozen.signals(images), kept, precision)
+
+    def _best_precision(self) -> str:
+        """Return the precision to calibrate in: the one asked for, or for `"auto"` the best on the model's device."""
+        if "bfloat16" not in self.precisions:
+            return "float32"
+        return choose_precision(self.precision, self.device, self._input_dtype)
 
     def adapt(self, images: object, *, progress: bool = False) -> Adaptation:  # noqa: ARG002
         """Add a site's own normal images to the model and recalibrate on them, where its class can.
@@ -253,6 +291,21 @@ class AnomalyModel(Scorer):
             f"a model of kind {self.kind!r} cannot be adapted; recalibrate it with: simsid calibrate --local"
         )
 
+    def memories(self, images: object) -> tuple[MemoryContents, ...]:  # noqa: ARG002
+        """Return what the model's memories hold and what normal images use of it; nothing for a model without.
+
+        Args:
+            images: normal images; see `Scorer`.
+        """
+        return ()
+
+    def nearest_images(self, images: object) -> Tensor | None:  # noqa: ARG002
+        """Return which stored images are nearest to each of `images`, `[B, k]` int64, nearest first.
+
+        An image's number is its position among the training images. None: the model stores no images, or not all.
+        """
+        return None
+
     def save(self, folder: str | os.PathLike) -> None:
         """Write the model and its calibration to `folder`, atomically: tensors as safetensors, the rest as JSON."""
         require_path("folder", folder)
@@ -261,17 +314,27 @@ class AnomalyModel(Scorer):
         checkpoint.write(folder, "model", tensors, {"kind": self.kind, "calibration": calibration, **document})
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, *, device: torch.device | str = "cpu", **options: object) -> Self:
+    def load(
+        cls,
+        folder: str | os.PathLike,
+        *,
+        device: torch.device | str = "cpu",
+        precision: str = "auto",
+        **options: object,
+    ) -> Self:
         """Read a model that `save` or a training run wrote, in inference mode; nothing in the files is executed.
 
         Args:
             folder: the model's folder.
             device: where it will compute.
+            precision: `"float32"`, `"bfloat16"`, or `"auto"`, that of the model's calibration.
             **options: keyword arguments of the class that are not saved.
 
         Raises:
             CheckpointError: the folder holds no model, a damaged one, or one of another kind.
+            InputError: a precision that the class does not compute in.
         """
+        check_precision(precision, cls.precisions)
         source = f"{require_path('folder', folder)}/model.json"
         device = require_device(device)
         tensors, document = checkpoint.read(folder, "model")
@@ -287,6 +350,7 @@ class AnomalyModel(Scorer):
             raise CheckpointError(f"{source} is not a model: it has no {error}") from None
         except InputError as error:
             raise CheckpointError(f"{source} is not a model: {error}") from None
+        model.precision = precision
         return model.to_device(device)
 
     def identity(self) -> str:

@@ -106,6 +106,15 @@ class FeatureInpainting(nn.Module):
         bias = (items.square().sum(2) * -0.5).expand(y.shape[0], -1, -1)
         return space_aware_memory(y, items, self.topk, noise=bias, temperature=y.shape[2] / 2)
 
+    def weights(self, y: Tensor) -> Tensor:
+        """Return the weight of every item in the look-ups of `[B, L, D]`, 0 for those not kept: `[B, L, N]`."""
+        items = self.items.to(y.dtype)
+        bias = (items.square().sum(2) * -0.5).expand(y.shape[0], -1, -1)
+        _, index, weight = space_aware_memory(
+            y, items, self.topk, noise=bias, temperature=y.shape[2] / 2, return_weights=True, backend="torch"
+        )
+        return weight.new_zeros(*y.shape[:2], items.shape[1]).scatter(-1, index, weight)
+
     @torch.no_grad()
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return the raw score `[B]` and its map `[B, grid, grid]` of `[B, L, C]` features."""

@@ -1,6 +1,6 @@
 """The feature memory: a frozen pretrained encoder with memories of what normal images look like to it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,9 +14,11 @@ from simsid.errors import InputError
 from simsid.models.base import BATCH, Adaptation
 from simsid.models.calibration import Calibration
 from simsid.models.feature_config import FeatureConfig
+from simsid.models.feature_contents import feature_memories
 from simsid.models.feature_model import FEWEST, FeatureModel, checked_sizes
 from simsid.models.feature_parts import FeatureParts
 from simsid.models.feature_sample import FeatureSample
+from simsid.models.memory_contents import MemoryContents
 
 ABNORMAL = 3.5  # robust deviations above the median from which `adapt` names an image
 
@@ -146,7 +148,7 @@ class FeatureMemory(FeatureModel):
             calibration = self.calibration.to_dict() if self.calibration else None
             self.original = {"images": parts.pooled.images, "units": parts.units(), "calibration": calibration}
         signals = _arrays(parts.add(sample, new), self.signal_names)
-        self.calibration = Calibration.fit(signals, signals)
+        self.calibration = Calibration.fit(signals, signals, self.scoring_precision)
         names = images.paths if isinstance(images, ImageSet) and len(images) == sample.count else None
         abnormal = tuple(
             (names[new[i]] if names else str(int(new[i])), value) for i, value in _outliers(signals["combined"])
@@ -175,15 +177,35 @@ class FeatureMemory(FeatureModel):
             images: normal images; see `AnomalyModel`.
             holdout: normal images that the model was not fitted to, for thresholds.
         """
+        precision = self._best_precision()
         # Images held out may be in the memory too, as those that the model was adapted to are.
         held = None if holdout is None else self._judged_without_itself(holdout)
-        self.calibration = Calibration.fit(self._judged_without_itself(images), held)
+        self.calibration = Calibration.fit(self._judged_without_itself(images), held, precision)
+
+    @torch.no_grad()
+    def memories(self, images: object) -> tuple[MemoryContents, ...]:
+        """Return the in-painting's items and the pooled memory's images, and what `images` use of them."""
+        return feature_memories(self._fitted(), self._described(images))
+
+    @torch.no_grad()
+    def nearest_images(self, images: object) -> Tensor | None:
+        """Return the numbers of the images in the pooled memory that are nearest to each image, itself left out."""
+        parts = self._fitted()
+        if parts.pooled.images >= self.config.most_images:
+            return None  # perhaps a sample of the training images, of which no numbers are kept
+        return torch.cat([parts.pooled.nearest(layers).cpu() for layers, _ in self._described(images)])
+
+    def _described(self, images: object) -> Iterator[tuple[list[Tensor], Tensor]]:
+        for batch, count in self._padded_batches(images, BATCH):
+            pooled, grid = self.describe(batch)
+            yield [x[:count] for x in pooled], grid[:count]
 
     def _judged_without_itself(self, images: object) -> dict[str, np.ndarray]:
         """Return the signals of images, each judged without its own rows of the memory where it is in there."""
         parts = self._fitted()
         columns: dict[str, list[Tensor]] = {name: [] for name in self.signal_names}
         for batch, count in self._padded_batches(images, BATCH):
+            # All of a padded batch: a product of fewer rows sums in another order.
             pooled, grid = self.describe(batch)
             judged = parts(pooled, grid, parts.pooled.own_rows(pooled))
             for name, values in columns.items():

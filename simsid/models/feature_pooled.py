@@ -75,7 +75,8 @@ class PooledMemory(nn.Module):
         for i, count in enumerate(self.channels):
             self.register_buffer(f"mean{i}", torch.zeros(count))
             self.register_buffer(f"std{i}", torch.ones(count))
-            self.register_buffer(f"transform{i}", torch.eye(count))
+            # torch.eye on the meta device, where a loaded model is built first, would import torch._dynamo for seconds.
+            self.register_buffer(f"transform{i}", torch.zeros(count, count))
             self.register_buffer(f"rows{i}", torch.zeros(2 * images, count, dtype=torch.float16))
         self.register_buffer("owner", torch.zeros(2 * images, dtype=torch.int64))
         self.register_buffer("normal_mean", torch.zeros(len(self.channels)))
@@ -138,6 +139,25 @@ class PooledMemory(nn.Module):
                 parts.append(d.topk(min(self.neighbors, d.shape[1]), dim=1, largest=False).values.mean(1))
             columns.append(torch.cat(parts) if parts else x.new_zeros(0))
         return torch.stack(columns, 1)
+
+    def joined_rows(self) -> Tensor:
+        """Return the rows of all layers side by side, each in units of normal images' distance: `[n, sum of C]`."""
+        return torch.cat([self._rows(i) / self.normal_mean[i] for i in range(len(self.channels))], 1)
+
+    def joined(self, pooled: Sequence[Tensor]) -> Tensor:
+        """Return pooled features of images as `joined_rows` has those of the memory: `[B, sum of C]`."""
+        return torch.cat([self._transformed(i, x) / self.normal_mean[i] for i, x in enumerate(pooled)], 1)
+
+    def nearest(self, pooled: Sequence[Tensor]) -> Tensor:
+        """Return the numbers of the k images nearest to each query, itself left out: `[B, min(k, images - 1)]`.
+
+        Distances are those of the layers side by side; of an image's two rows the nearer one counts.
+        """
+        distance = torch.cdist(self.joined(pooled), self.joined_rows())
+        distance = distance.masked_fill(self.own_rows(pooled)[:, None].eq(self.owner), torch.inf)
+        owner = self.owner.expand(len(distance), -1)
+        each = distance.new_full((len(distance), self.images), torch.inf).scatter_reduce(1, owner, distance, "amin")
+        return each.topk(min(self.neighbors, self.images - 1), dim=1, largest=False).indices
 
     def standardized(self, distances: Tensor) -> Tensor:
         """Return the score of `[B, layers]` distances: `[B]`, 0 for an average normal image."""

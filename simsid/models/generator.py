@@ -28,13 +28,15 @@ class Generated(NamedTuple):
 
     `query`, `retrieved`: the in-painting block's queries and their look-up, `[B, L, D]`, or None without the block.
     `divergence`: of a variational autoencoder, in nats a pixel, else None.
+    `decoder_queries`: the feature map that each decoder memory was given; its look-up is in `features`.
     """
 
     images: Tensor
     features: list[Tensor]
-    query: Tensor | None = None
-    retrieved: Tensor | None = None
-    divergence: Tensor | None = None
+    query: Tensor | None
+    retrieved: Tensor | None
+    divergence: Tensor | None
+    decoder_queries: list[Tensor]
 
 
 class Encoder(nn.Module):
@@ -143,7 +145,8 @@ class Generator(nn.Module):
                 x, query, retrieved = self.inpainting(x)
         if self.bottleneck is not None:
             x, divergence = self.bottleneck(x)
-        features = []
+        features: list[Tensor] = []
+        queries: list[Tensor] = []
         for i, block in enumerate(self.up):
             skip = skips[len(skips) - 1 - i]
             if i == self.merge_at:
@@ -156,6 +159,7 @@ class Generator(nn.Module):
                 x = torch.cat([skip, x], dim=1)
             x = block(x)
             if i < len(self.memories):
+                queries.append(x)
                 with stage(f"decoder memory {i}"):
                     x = self.memories[i](x)
             features.append(x)
@@ -164,4 +168,4 @@ class Generator(nn.Module):
         images = torch.tanh(self.output(x))
         if divergence is not None:
             divergence = divergence / images.numel()
-        return Generated(images, features, query, retrieved, divergence)
+        return Generated(images, features, query, retrieved, divergence, queries)

@@ -89,8 +89,10 @@ class InpaintingBlock(nn.Module):
                 nn.Dropout(config.dropout),
             )
         bits = L.bit_length()  # floor(log2 L) + 1
-        index = torch.arange(L)[:, None] >> torch.arange(bits - 1, -1, -1)
-        self.register_buffer("index_planes", (index & 1).float(), persistent=False)
+        # From Python's integers: an operator such as & on the meta device, where a loaded model is built first, imports
+        # torch._dynamo for seconds.
+        planes = [[location >> bit & 1 for bit in range(bits - 1, -1, -1)] for location in range(L)]
+        self.register_buffer("index_planes", torch.tensor(planes, dtype=torch.float32), persistent=False)
         self.exit = nn.Sequential(nn.Conv2d(C // 4 + bits, C, 1), nn.BatchNorm2d(C))
 
     def forward(self, x: Tensor) -> Inpainted:

@@ -15,7 +15,7 @@ class SpaceAwareMemory(nn.Module):
 
     Source: SimSID, section 3.2 (equations 1-3); the queue: SQUID, section 3.3. `items` is a parameter `[L, N, D]`
     (`[1, N, D]` when `config.space_aware` is off), or with `queue=True` a buffer of the latest real features that gets
-    no gradient and that `push` updates.
+    no gradient and that `push` updates. A queue that is not full yet shows its random first items.
     """
 
     items: Tensor
@@ -59,6 +59,16 @@ class SpaceAwareMemory(nn.Module):
         )
 
     @torch.no_grad()
+    def weights(self, query: Tensor) -> Tensor:
+        """Return the weight of every item in the look-ups of `[B, L, D]`, 0 for those not kept: `[B, L, N]`."""
+        if self.hard_threshold is not None:
+            return _hard_weights(query, self.items, self.hard_threshold, None, self.temperature)[0]
+        settings = {"threshold": self.threshold, "temperature": self.temperature, "backend": "torch"}
+        _, index, weight = space_aware_memory(query, self.items, self.topk, return_weights=True, **settings)
+        dense = weight.new_zeros(*query.shape[:2], self.items.shape[1])
+        return dense.scatter(-1, index, weight)
+
+    @torch.no_grad()
     def push(self, query: Tensor, unless: Tensor | None = None) -> None:
         """Append a step's queries `[B, L, D]` to the queue, in batch order; they overwrite the oldest items.
 
@@ -93,14 +103,22 @@ def hard_shrinkage_memory(
 
     Source: MemAE (arXiv 1904.02639), equations 6 and 7.
     """
+    w, M = _hard_weights(query, items, threshold, noise, temperature)
+    with torch.autocast(query.device.type, enabled=False):
+        return torch.einsum("bln,lnd->bld", w, M).to(query.dtype)
+
+
+def _hard_weights(
+    query: Tensor, items: Tensor, threshold: float, noise: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return the weights `[B, L, N]` of a hard shrinkage, and the items `[L, N, D]` in their precision."""
     with torch.autocast(query.device.type, enabled=False):
         z = query.to(torch.promote_types(query.dtype, torch.float32))
         M = items.to(z.dtype).expand(query.shape[1], -1, -1)
         s = torch.einsum("bld,lnd->bln", z, M)
         p = torch.softmax((s if noise is None else s + noise) / temperature, dim=-1)
         w = torch.relu(p - threshold) * p / ((p - threshold).abs() + 1e-12)
-        w = w / w.sum(-1, keepdim=True).clamp_min(1e-12)
-        return torch.einsum("bln,lnd->bld", w, M).to(query.dtype)
+        return w / w.sum(-1, keepdim=True).clamp_min(1e-12), M
 
 
 class DecoderMemory(nn.Module):
@@ -135,3 +153,19 @@ class DecoderMemory(nn.Module):
             found = patches.merge(found, self.patches)
         # Convert here, where the map is small: the next block would convert it after upsampling.
         return found.contiguous(memory_format=layout)
+
+    def distance(self, maps: Tensor, found: Tensor) -> Tensor:
+        """Return the Euclidean distance of each location's features from their look-up, float32 `[B, h, w]`.
+
+        Args:
+            maps: what `forward` took.
+            found: what it returned.
+        """
+        difference = maps.float() - found.float()
+        if self.merged:
+            difference = patches.split(difference, self.patches)
+        windows = patches.split(difference, 2) if self.subpatch else difference
+        distance = windows.flatten(1).norm(dim=1)[:, None, None, None]
+        if self.subpatch:
+            distance = patches.merge(distance, 2)
+        return patches.merge(distance, self.patches)[:, 0]

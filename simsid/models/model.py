@@ -22,6 +22,8 @@ from simsid.models.generator import CustomEncoder, Encoder, Generator
 from simsid.models.inference import ConfiguredNetwork, FrozenModel, check_signal
 from simsid.models.losses import distillation_loss
 from simsid.models.memory import SpaceAwareMemory
+from simsid.models.memory_contents import MemoryContents
+from simsid.models.network_memories import network_memories
 
 if TYPE_CHECKING:
     from simsid.training import Trainer
@@ -71,6 +73,7 @@ class Model(ConfiguredNetwork, AnomalyModel):
     """
 
     kind: ClassVar[str] = "simsid"
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
 
     def __init__(
         self,
@@ -147,9 +150,9 @@ class Model(ConfiguredNetwork, AnomalyModel):
         """Move the weights to a device, in place."""
         return self.to(device)
 
-    def freeze(self) -> FrozenModel:
+    def freeze(self, precision: str | None = None) -> FrozenModel:
         """Return an inference copy: no teacher, folded, channels-last, on CUDA captured; for repeated scoring."""
-        return FrozenModel(self)
+        return FrozenModel(self, precision=precision)
 
     def outputs(self, images: Tensor) -> dict[str, Any]:
         """Compute what the signals need of one batch `[B, 1, H, W]` on the model's device."""
@@ -162,6 +165,10 @@ class Model(ConfiguredNetwork, AnomalyModel):
     def reconstruct(self, images: Tensor) -> Tensor:
         """Return the student's reconstruction of `[B, 1, H, W]` in inference mode, on the images' device."""
         return self._inference_copy().reconstruct(images)
+
+    def memories(self, images: object) -> tuple[MemoryContents, ...]:
+        """Return the contents of the in-painting block's memory and of the decoder's, and what `images` use of them."""
+        return network_memories(self.freeze(), images)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Return weights and buffers, and configuration and memory layout."""

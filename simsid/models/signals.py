@@ -99,6 +99,7 @@ def _of_memory(measure: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Outputs
 
 
 _GRAY_UNIT = "squared difference of gray values in -1..1"
+_DISTANCE_UNIT = "Euclidean distance of features"
 _LOGIT_UNIT = "Grad-CAM, contribution to the negated logit"
 _RESIDUAL_MAP: dict[str, Any] = {
     "map": _of_reconstruction(residual_map),
@@ -110,7 +111,7 @@ def _of_locations(name: str, description: str) -> Signal:
     """Return the signal of a baseline on features, which has a distance for each location."""
     entries = (name, f"{name}_map")
     value, where = (lambda outputs: outputs[name]), (lambda outputs: outputs[f"{name}_map"])
-    return Signal(name, description, entries, value, where, unit="distance of features")
+    return Signal(name, description, entries, value, where, unit="distance of features", localizes=False)
 
 
 def _inpainting_map(outputs: Outputs) -> Tensor:
@@ -168,7 +169,8 @@ SIGNALS: dict[str, Signal] = {
             ("query", "retrieved"),
             _of_memory(memory_distance),
             map=_of_memory(memory_distance_map),
-            unit="Euclidean distance of features",
+            unit=_DISTANCE_UNIT,
+            localizes=False,
         ),
         Signal(
             "pixel_knn",
@@ -204,6 +206,7 @@ SIGNALS: dict[str, Signal] = {
             lambda outputs: outputs["inpainting"],
             map=_inpainting_map,
             unit=_INPAINTING_UNIT,
+            localizes=False,
         ),
         Signal(
             "synthetic",
@@ -218,6 +221,7 @@ SIGNALS: dict[str, Signal] = {
             lambda outputs: outputs["combined"],
             map=_inpainting_map,
             unit=_INPAINTING_UNIT,
+            localizes=False,
         ),
         Signal(
             "feature_knn",
@@ -230,6 +234,51 @@ SIGNALS: dict[str, Signal] = {
         _of_locations("patchcore", "largest distance of a location's features from a coreset of normal ones"),
     )
 }
+
+
+@dataclass(frozen=True)
+class Map:
+    """A map that `maps` draws: that of a signal, or one that belongs to no signal.
+
+    Args:
+        description: what is shown; of a signal, what the signal measures.
+        compute, unit, localizes: as `Signal.map`, `unit` and `localizes`.
+    """
+
+    description: str
+    compute: Callable[[Outputs], Tensor]
+    unit: str
+    localizes: bool
+
+
+def decoder_memory_map(level: int) -> str:
+    """Return the name of the map of the memory after the decoder's up block `level`, 1 for the deepest."""
+    return f"decoder_memory_{level}"
+
+
+def _of_decoder(level: int) -> Map:
+    """Return the map of one decoder memory; `outputs` hold the memory, its queries and what it returned."""
+
+    def compute(outputs: Outputs) -> Tensor:
+        memory, before, after = outputs[decoder_memory_map(level)]
+        return memory.distance(before, after)
+
+    what = f"distance of each patch's features after up block {level} of the decoder from what the memory returns"
+    return Map(what, compute, _DISTANCE_UNIT, localizes=False)
+
+
+DECODER_LEVELS = 12
+"""Up blocks that a decoder has at most: an image of 2^12 pixels a side can be halved so often."""
+
+MAPS: dict[str, Map] = {
+    **{
+        signal.name: Map(signal.description, signal.map, signal.unit, signal.localizes)
+        for signal in SIGNALS.values()
+        if signal.map is not None
+    },
+    **{decoder_memory_map(level): _of_decoder(level) for level in range(1, DECODER_LEVELS + 1)},
+}
+"""Every map: those of signals, by the signal's name, and those of the decoder's memories."""
 
 
 def available_signals(provided: Iterable[str]) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ class Example:
         heat_map: `[H, W]`, 0 and more, or None where the model has no map; all maps of a page share one color scale,
             so they must have one unit.
         heat_name: the signal that the map belongs to; `""` shows it as `heat map`.
+        maps: every map of the model by signal, `[H, W]` each, for the image's own page.
         details: name to value of how the file was read (size, bit depth, window, polarity, ...).
 
     Raises:
@@ -55,6 +56,7 @@ class Example:
     reconstruction: np.ndarray | None = None
     heat_map: np.ndarray | None = None
     heat_name: str = ""
+    maps: Mapping[str, np.ndarray] = field(default_factory=dict)
     details: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

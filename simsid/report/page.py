@@ -13,6 +13,7 @@ from simsid.errors import InputError
 from simsid.evaluation import Evaluation, Row
 from simsid.report.examples import Example, color_bar, encode, heat_limit, label_name, pictures
 from simsid.report.film import FilmRow
+from simsid.report.memory import MemoryViews, section
 from simsid.report.render import data_uri, render
 
 ROW_LIMIT = 5000  # rows of the table: about 1 MB of HTML with six signals
@@ -30,6 +31,7 @@ def write_report(
     warnings: Sequence[str] = (),
     rows: Sequence[FilmRow] = (),
     descriptions: Mapping[str, str] | None = None,
+    memory: MemoryViews | None = None,
 ) -> None:
     """Write one HTML page that works offline and prints: curves, histograms, tables, examples and the configuration.
 
@@ -47,6 +49,7 @@ def write_report(
         warnings: sentences that a reader must not miss, such as a distribution shift; they stand above everything.
         rows: the table of all files; beyond `ROW_LIMIT` the highest scores are kept and the page says so.
         descriptions: what each signal measures, by name.
+        memory: what the model's memories hold; None leaves that part out.
     """
     limit = heat_limit(examples)
     files, hidden = _highest(rows)
@@ -66,6 +69,7 @@ def write_report(
         folder=_folder(files),
         anchors={example.path: f"#example-{index}" for index, example in enumerate(examples, 1)},
         signals=list(dict.fromkeys(name for row in files for name in row.signals)),
+        memory=None if memory is None else section(memory),
         labels={label: label_name(label) for label in (0, 1, None)},
         configuration={**configuration, "versions": versions},
     )

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from simsid.data import ImageSet, Record
 from simsid.evaluation import Evaluation, scores_of
-from simsid.models.base import AnomalyModel
-from simsid.models.signals import SIGNALS
+from simsid.models.base import BATCH, AnomalyModel
+from simsid.models.signals import MAPS, SIGNALS
 from simsid.report.examples import Example, HeatMap, map_limit
 from simsid.report.film import FilmRow, page_name, remove_films, write_film
 from simsid.scoring import Score
@@ -21,18 +21,14 @@ def typical_indices(evaluation: Evaluation, each: int = 3) -> list[int]:
     """Return the indices of images to show: of every kind, normal first, those at even steps through its scores."""
     values = evaluation.signals[evaluation.default]
     groups = [np.flatnonzero(evaluation.labels == 0)]
-    groups += [
-        np.flatnonzero(
-            [finding == kind and label == 1 for finding, label in zip(evaluation.findings, evaluation.labels)]
-        )
-        for kind in evaluation.kinds
-    ]
+    groups += [np.flatnonzero((evaluation.labels == 1) & evaluation.subset(kind)) for kind in evaluation.kinds]
     chosen: list[int] = []
     for group in groups:
         ordered = group[np.argsort(values[group], kind="stable")]
         steps = np.unique(np.linspace(0, len(ordered) - 1, 2 * each + 1).round().astype(int)[1::2])
         chosen += ordered[steps].tolist()
-    return chosen
+    # An image with several findings may be chosen for each.
+    return list(dict.fromkeys(chosen))
 
 
 def examples_of_set(
@@ -99,27 +95,27 @@ def write_film_pages(
     remove_films(report)
     row_of = {row.path: row for row in rows if row.page is not None}
     shown = [example for example in examples if example.path in row_of]
-    images = _stacked([example.input for example in shown])
-    if images is None:
-        return
-    maps = {name: model.maps(images, name).numpy() for name in distinct_maps(model)}
     # One scale for all pages: on its own scale a normal image would glow like an abnormal one.
-    limits = {name: map_limit(HeatMap(name, values)) for name, values in maps.items()}
-    for i, example in enumerate(shown):
+    limits = {
+        name: map_limit(HeatMap(name, np.stack([example.maps[name] for example in shown])))
+        for name in distinct_maps(model)
+        if shown
+    }
+    for example in shown:
         row = row_of[example.path]
         write_film(
             pathlib.Path(report),
             row,
             example,
-            maps=[HeatMap(name, values[i], SIGNALS[name].unit, limits[name]) for name, values in maps.items()],
+            maps=[HeatMap(name, example.maps[name], MAPS[name].unit, limit) for name, limit in limits.items()],
             standardized=_standardized(model, row.signals),
             descriptions=descriptions(model),
         )
 
 
 def distinct_maps(model: AnomalyModel) -> list[str]:
-    """Return the signals with a map, one of those that share one."""
-    shared = {SIGNALS[name].map: name for name in reversed(model.map_names)}
+    """Return the model's maps, one of those that are equal."""
+    shared = {MAPS[name].compute: name for name in reversed(model.map_names)}
     return list(reversed(shared.values()))
 
 
@@ -140,13 +136,15 @@ def _standardized(model: AnomalyModel, signals: Mapping[str, float]) -> dict[str
 def _examples(
     model: AnomalyModel, images: Tensor | None, records: Sequence[Record], scores: Sequence[float], signal: str
 ) -> list[Example]:
-    """Return examples with the map of `signal`, or of the first signal whose map localizes where that one has none."""
+    """Return examples with all maps; the one over the input is that of `signal`, or of a signal whose map localizes."""
     if images is None:
         return []
-    localizing = [name for name in (signal, *model.map_names) if name in model.map_names and SIGNALS[name].localizes]
-    shown = next(iter(localizing), None)
+    own = [name for name in (signal, *model.map_names) if name in model.map_names]
+    shown = next((name for name in own if MAPS[name].localizes), own[0] if own else "")
+    # Padded to no more than there are: one image would cost as much as sixteen, and pictures show no last digits.
+    size = min(BATCH, len(images))
     rebuilt = model.pictures(images).get("reconstruction")
-    heat = model.maps(images, shown).numpy() if shown is not None else None
+    maps = {name: heat.numpy() for name, heat in model.several_maps(images, model.map_names, batch_size=size).items()}
     return [
         Example(
             path=record.path,
@@ -155,8 +153,9 @@ def _examples(
             score=scores[i],
             input=images[i, 0].numpy(),
             reconstruction=None if rebuilt is None else rebuilt[i].numpy(),
-            heat_map=None if heat is None else heat[i],
-            heat_name=shown or "",
+            heat_map=maps[shown][i] if shown else None,
+            heat_name=shown,
+            maps={name: heat[i] for name, heat in maps.items()},
             details=_details(record),
         )
         for i, record in enumerate(records)

@@ -18,7 +18,7 @@ from simsid.data.files import FileReader, open_file
 from simsid.data.preprocessing import to_float
 from simsid.errors import InputError, ReadError
 from simsid.models.base import BATCH, AnomalyModel
-from simsid.models.signals import SIGNALS
+from simsid.models.signals import MAPS
 from simsid.parallel import in_order, thread_count
 from simsid.scoring.overlay import overlay, upper_limit, with_color_bar
 
@@ -144,7 +144,7 @@ def _write(
     height, width = image.shape
     heat = preprocessing.at_own_size(result, (height, width))
     bright = upper_limit(result) if limit is None else limit
-    unit = SIGNALS[name].unit
+    unit = MAPS[name].unit
     picture = with_color_bar(overlay(image, heat, bright), bright, f"{name}: {unit}" if unit else name)
     base = file_name(record.path)
     _save_array(folder / f"{base}.npy", heat)

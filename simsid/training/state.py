@@ -40,7 +40,7 @@ class History:
     best_epoch: int | None = None
     """The epoch whose weights the model has, counted from 0."""
     best_value: float | None = None
-    """Its value of the criterion, higher is better: the AUC, or the negated reconstruction error."""
+    """Its value of the criterion, higher is better: the AUC, or the negated error or distance."""
     interrupted: bool = False
     """Whether Ctrl-C stopped the training early."""
 
@@ -142,7 +142,7 @@ def restore(state: SavedState, step: TrainingStep, source: str) -> Progress:
     checkpoint.load_state(step.model, own, source)
     names: dict[Tensor, str] = {parameter: name for name, parameter in step.model.named_parameters()}
     for side, optimizer in step.optimizers.items():
-        for parameter in optimizer.param_groups[0]["params"]:
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
             keys = {key: f"optimizer.{side}.{key}.{names[parameter]}" for key in ("step", "exp_avg", "exp_avg_sq")}
             # A parameter that no iteration has updated yet has no state.
             if all(name in tensors for name in keys.values()):

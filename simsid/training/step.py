@@ -1,5 +1,6 @@
 """One iteration of training: the discriminator's update and the generator's, on the model's device."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from simsid.errors import DeviceMemoryError
 from simsid.kernels.ranges import stage
 from simsid.models.losses import adversarial_loss, reconstruction_loss
 from simsid.models.model import Model, Reconstruction
+from simsid.precision import choose_precision
 from simsid.training.guard import NonFiniteGuard
 from simsid.training.parallel import DiscriminatorPair, data_parallel, synchronize_batch_norms
 
@@ -48,7 +50,7 @@ class TrainingStep:
     def __init__(self, model: Model, config: TrainingConfig | None = None, group: ProcessGroup | None = None) -> None:
         self.model = model
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.config = config = config or TrainingConfig()
+        self.config = config = with_chosen_precision(config or TrainingConfig(), model)
         self.group = group = group or ProcessGroup()
         self.device = model.device
         synchronize_batch_norms(model, config.sync_batchnorm and group.size > 1)
@@ -90,12 +92,12 @@ class TrainingStep:
     def set_learning_rate(self, rate: float) -> None:
         """Set the learning rate of both optimizers."""
         for optimizer in self.optimizers.values():
-            group = optimizer.param_groups[0]
-            if isinstance(group["lr"], Tensor):
-                # In place: a captured iteration reads it from this address.
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+            for group in optimizer.param_groups:
+                if isinstance(group["lr"], Tensor):
+                    # In place: a captured iteration reads it from this address.
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
 
     def means(self) -> dict[str, float]:
         """Return each loss, unweighted, averaged over the iterations since the last `reset`; waits for the device."""
@@ -188,7 +190,8 @@ class TrainingStep:
         with stage(f"{side} backward"):
             total.backward()
         with stage(f"{side} optimizer"):
-            self.guard.inspect({**losses, f"weighted {side}": total}, optimizer.param_groups[0]["params"])
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            self.guard.inspect({**losses, f"weighted {side}": total}, parameters)
             optimizer.found_inf = self.guard.flag
             optimizer.step()
 
@@ -239,6 +242,12 @@ class TrainingStep:
             optimizer.zero_grad(set_to_none=True)
 
 
+def with_chosen_precision(config: TrainingConfig, model: Model) -> TrainingConfig:
+    """Return the configuration with the precision that `"auto"` stands for on the model's device."""
+    dtype = next(model.parameters()).dtype
+    return dataclasses.replace(config, precision=choose_precision(config.precision, model.device, dtype))
+
+
 def seed_generators(seed: int, device: torch.device) -> None:
     """Seed the generators of the CPU and of `device`; `torch.manual_seed` would seed every other GPU's too."""
     torch.default_generator.manual_seed(seed)
@@ -266,15 +275,20 @@ def _optimizers(model: Model, config: TrainingConfig) -> dict[str, torch.optim.A
     """Return the optimizers of the two sides; the generator's side is encoder, student and teacher."""
     on_cuda = model.device.type == "cuda"
 
-    def adam(parameters: Iterable[Tensor], **options: Any) -> torch.optim.Adam:
+    def adam(parameters: Iterable[Any], **options: Any) -> torch.optim.Adam:
         # A learning rate in a tensor can change between replays of a CUDA graph.
         rate = torch.tensor(config.learning_rate, device=model.device) if on_cuda else config.learning_rate
         return torch.optim.Adam(parameters, lr=rate, betas=(0.5, 0.999), fused=True, capturable=on_cuda, **options)
 
     discriminator = list(model.discriminator.parameters())
     known = set(discriminator)
-    generator = [parameter for parameter in model.parameters() if parameter not in known]
+    generator: list[Any] = [parameter for parameter in model.parameters() if parameter not in known]
+    if config.decay == "except_items":
+        items = {parameter for name, parameter in model.named_parameters() if name.endswith("memory.items")}
+        generator = [{"params": [parameter for parameter in generator if parameter not in items]}]
+        generator += [{"params": list(items), "weight_decay": 0.0}] if items else []
+    options = {"weight_decay": config.generator_weight_decay, "decoupled_weight_decay": config.decay == "decoupled"}
     return {
-        "generator": adam(generator, eps=1e-7, weight_decay=config.generator_weight_decay),
+        "generator": adam(generator, eps=1e-7, **options),
         "discriminator": adam(discriminator, eps=1e-8),
     }

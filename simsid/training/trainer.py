@@ -29,8 +29,16 @@ from simsid.training.interrupt import GracefulInterrupt
 from simsid.training.parallel import synchronize_batch_norms
 from simsid.training.run_folder import RunFolder
 from simsid.training.state import History, Progress
-from simsid.training.step import TrainingStep
-from simsid.training.validation import calibrate, choose_batch_size, to_image_set, validate, validate_images
+from simsid.training.step import TrainingStep, with_chosen_precision
+from simsid.training.validation import (
+    calibrate,
+    choose_batch_size,
+    measure_items,
+    paste_patches,
+    to_image_set,
+    validate,
+    validate_images,
+)
 
 ORDER_STREAM = 1
 """Keeps the order of the images apart from what an iteration draws, which uses the stream 2 of the same seed."""
@@ -51,6 +59,8 @@ class _Training:
     request: state.Request
     step: TrainingStep
     progress: Progress
+    pasted: ImageSet | None = None
+    """Synthetic anomalies, where the criterion needs them."""
     board: Any = None
     """TensorBoard's writer, or None."""
 
@@ -88,13 +98,15 @@ class Trainer:
         progress: bool = False,
         group: ProcessGroup | None = None,
     ) -> None:
-        self.config = config = TrainingConfig() if config is None else config
+        config = TrainingConfig() if config is None else config
         self.group = ProcessGroup() if group is None else group
         require_instance("model", model, Model)
         require_instance("config", config, TrainingConfig)
         require_instance("group", self.group, ProcessGroup)
         require_instance("run", run, RunFolder, str, os.PathLike, type(None))
         self.model = model
+        # A run keeps its precision, wherever it is resumed.
+        self.config = with_chosen_precision(config, model)
         self.run = run
         self.progress = progress and self.group.main
         self._best: dict[str, Tensor] | None = None
@@ -132,7 +144,7 @@ class Trainer:
         is_empty = val is None or (isinstance(val, Sized) and len(val) == 0)
         val_images = None if is_empty else to_image_set(val, "val", self.model.config)
         validate_images(images, val_images, self.model.config.image_size)
-        criterion = choose_criterion(self.config, val_images)
+        criterion = choose_criterion(self.config, val_images, self.model.signal_names)
         batch_size = choose_batch_size(self.config.batch_size, self.group, len(images))
         if resume and self.run is None:
             raise RunError("resume=True needs the run folder to resume")
@@ -146,6 +158,8 @@ class Trainer:
             # A new step: its optimizers start without moments.
             step = TrainingStep(self.model, self.config, self.group)
             training = _Training(images, val_images, criterion, batch_size, folder, request, step, Progress())
+            if criterion == "synthetic" and val_images is not None:
+                training.pasted = paste_patches(val_images.select(val_images.labels != 1))
             self._best = None
             # Until it is measured again: a calibration of other weights must not be saved with an epoch.
             self.model.calibration = None
@@ -167,7 +181,7 @@ class Trainer:
             if self._epochs(training, interrupt):
                 self._load_best(folder)
                 progress.finished = True
-                calibrate(self.model, self.group, training.train, training.val)
+                calibrate(self.model, self.group, training.train, training.val, self._scoring_precision)
                 if folder is not None:
                     self._save_model(folder)
                 self._save(training)
@@ -240,7 +254,8 @@ class Trainer:
             "step": progress.step,
             "learning_rate": learning_rate(self.config, progress.epoch),
             **losses,
-            **validate(self.model, self.group, training.val),
+            **validate(self.model, self.group, training.val, training.pasted, self._scoring_precision),
+            **measure_items(self.model),
             "seconds": round(time.monotonic() - began, 3),
         }
         better = choose_best(progress.history, epoch, training.criterion, self.model.signal)
@@ -253,6 +268,13 @@ class Trainer:
             training.folder.append_metrics(epoch)
         self._save_if_due(training)
         return epoch, better
+
+    @property
+    def _scoring_precision(self) -> str:
+        """The precision to validate and calibrate in: on a CPU that of the training, on a GPU float32."""
+        if self.model.precision != "auto":
+            return self.model.precision
+        return self.config.precision if self.model.device.type == "cpu" else "float32"
 
     def _keep(self, folder: RunFolder | None) -> None:
         """Keep the model as the best so far."""

@@ -1,6 +1,9 @@
 """What a training measures on images: checks before it, validation after an epoch, calibration at the end."""
 
+import dataclasses
+
 import numpy as np
+import torch
 
 from simsid import metrics
 from simsid.config import Config
@@ -55,30 +58,81 @@ def measure_signals(model: Scorer, group: ProcessGroup, images: ImageSet) -> dic
     return group.interleave(model.signals(images.select(slice(group.rank, None, group.size))), len(images))
 
 
-def validate(model: Model, group: ProcessGroup, val: ImageSet | None) -> dict[str, float]:
-    """Return the reconstruction error of normal images, and each signal's AUC where there are anomalies too.
+def paste_patches(images: ImageSet, seed: int = 0) -> ImageSet:
+    """Return a copy of each image with a rectangle of it pasted at another place, labeled abnormal.
+
+    The rectangle has 15 to 40 % of each side. Source: CutPaste (arXiv 2104.04015), section 2.1, without its jitter.
+    """
+    random = np.random.default_rng(seed)
+    pixels = images.pixels.cpu().numpy().copy()
+    for image in pixels[:, 0]:
+        rows, columns = (max(int(side * random.uniform(0.15, 0.40)), 1) for side in image.shape)
+        top, left = (random.integers(0, n - size + 1, 2) for n, size in zip(image.shape, (rows, columns)))
+        source = image[top[0] : top[0] + rows, left[0] : left[0] + columns].copy()
+        image[top[1] : top[1] + rows, left[1] : left[1] + columns] = source
+    records = tuple(dataclasses.replace(record, label=1, finding="pasted") for record in images.records)
+    return ImageSet(torch.from_numpy(pixels).to(images.pixels.device), records)
+
+
+def validate(
+    model: Model,
+    group: ProcessGroup,
+    val: ImageSet | None,
+    pasted: ImageSet | None = None,
+    precision: str = "float32",
+) -> dict[str, float]:
+    """Return reconstruction error and memory distance of normal images, and AUCs where there are anomalies too.
 
     Every rank has running statistics of its own; those of rank 0 become the model's on all of them.
+
+    Args:
+        model: what is trained.
+        group: the ranks, each of which measures a shard.
+        val: images to validate on; None measures nothing.
+        pasted: synthetic anomalies; with them each signal's AUC between the normal images of `val` and these too.
+        precision: of the signals.
     """
     if val is None:
         return {}
     group.broadcast_tensors(model.buffers())
     # Leave out signals that are not finite: they have no AUC, and JSON has no NaN.
-    measured = measure_signals(model.freeze(), group, val)
-    signals = {name: values for name, values in measured.items() if np.isfinite(values).all()}
+    frozen = model.freeze(precision)
+    signals = _finite(measure_signals(frozen, group, val))
     abnormal = val.labels == 1
     result: dict[str, float] = {}
-    if "residual" in signals and not abnormal.all():
-        result["val_reconstruction"] = float(signals["residual"][~abnormal].mean())
+    for name, key in (("residual", "val_reconstruction"), ("memory_distance", "val_memory_distance")):
+        if name in signals and not abnormal.all():
+            result[key] = float(signals[name][~abnormal].mean())
     if abnormal.any() and not abnormal.all():
         for name, values in signals.items():
             result[f"val_auc_{name}"] = metrics.auc(abnormal.astype(int), values).value
+    if pasted is not None:
+        for name, values in _finite(measure_signals(frozen, group, pasted)).items():
+            if name in signals:
+                normal = signals[name][~abnormal]
+                labels = np.repeat([0, 1], [len(normal), len(values)])
+                result[f"val_synthetic_{name}"] = metrics.auc(labels, np.concatenate([normal, values])).value
     return result
 
 
-def calibrate(model: Model, group: ProcessGroup, train: ImageSet, val: ImageSet | None) -> None:
-    """Calibrate a model on its training images, with the normal images of `val` held out for thresholds."""
+def measure_items(model: Model) -> dict[str, float]:
+    """Return the mean Euclidean norm of the in-painting memory's items, which weight decay may let fade."""
+    block = model.student.inpainting
+    return {} if block is None else {"item_norm": float(block.memory.items.detach().norm(dim=-1).mean())}
+
+
+def _finite(signals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: values for name, values in signals.items() if np.isfinite(values).all()}
+
+
+def calibrate(
+    model: Model, group: ProcessGroup, train: ImageSet, val: ImageSet | None, precision: str = "float32"
+) -> None:
+    """Calibrate a model on its training images, with the normal images of `val` held out for thresholds.
+
+    `precision` is that of the signals, in which the model will then score.
+    """
     normal = np.flatnonzero(val.labels != 1) if val is not None else np.zeros(0, np.int64)
-    frozen = model.freeze()
+    frozen = model.freeze(precision)
     holdout = measure_signals(frozen, group, val.select(normal)) if val is not None and len(normal) else None
-    model.calibration = Calibration.fit(measure_signals(frozen, group, train), holdout)
+    model.calibration = Calibration.fit(measure_signals(frozen, group, train), holdout, precision)

@@ -6,7 +6,10 @@ import torch
 
 from simsid import Trainer, TrainingConfig
 from simsid.config import ABLATIONS, PRESETS
+from simsid.data import as_image_set
 from simsid.models.presets import preset, seeded_model
+from simsid.training import state
+from simsid.training.run_folder import RunFolder
 from simsid.training.step import TrainingStep
 
 SIZES = {**tiny.SIZES, "image_size": 48}
@@ -65,7 +68,7 @@ def test_divergence_weight_pulls_the_features_towards_the_standard_normal():
     ends = {}
     for weight in (0.0, 100.0):
         model = named("vae")
-        config = TrainingConfig(epochs=5, batch_size=4, learning_rate=3e-3, divergence_weight=weight)
+        config = TrainingConfig(epochs=3, batch_size=4, learning_rate=1e-2, divergence_weight=weight)
         Trainer(model, config).fit(images)
         ends[weight] = model(images).divergence.item()
     assert ends[100.0] < 0.8 * ends[0.0]
@@ -94,3 +97,43 @@ def test_pixel_inpainting_is_trained_to_rebuild_the_patches_that_it_does_not_see
     hook.remove()
     expected = (images - shown[0]).square().mean()
     assert expected > 0.2 and step.means()["student"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("decay", "items", "others"),
+    [("coupled", "full step", "full step"), ("except_items", "kept", "full step"), ("decoupled", "shrunk", "shrunk")],
+)
+def test_decay_of_weights_that_no_loss_moves(decay, items, others):
+    """Adam scales a term of the gradient to full steps, which is what erases seldom used memory items."""
+    rate, weight_decay = 1e-2, 0.1
+    losses = {f"{name}_weight": 0.0 for name in ("teacher", "student", "distillation", "adversarial")}
+    config = TrainingConfig(batch_size=4, decay=decay, generator_weight_decay=weight_decay, **losses)
+    model = named("simsid").train()
+    names = {"student.inpainting.memory.items": items, "student.output.weight": others}
+    before = {name: model.get_parameter(name).detach().clone() for name in names}
+    step = TrainingStep(model, config)
+    step.set_learning_rate(rate)
+    step(tiny.images(4), 0)
+    for name, expected in names.items():
+        change = {
+            "full step": before[name] - rate * before[name].sign(),
+            "kept": before[name],
+            "shrunk": before[name] * (1 - rate * weight_decay),
+        }[expected]
+        # Adam's epsilon shortens the step of the smallest weights.
+        tolerance = 1e-3 if expected == "full step" else 1e-7
+        torch.testing.assert_close(model.get_parameter(name).detach(), change, rtol=0, atol=tolerance)
+
+
+def test_state_of_optimizers_with_several_groups_is_restored(tmp_path):
+    config = TrainingConfig(batch_size=4, decay="except_items", learning_rate=1e-3)
+    steps = [TrainingStep(named("simsid").train(), config) for _ in range(2)]
+    steps[0](tiny.images(4), 0)
+    request = state.make_request(steps[0].model, config, as_image_set(tiny.images(4)), None)
+    with RunFolder(tmp_path / "run") as folder:
+        state.save(folder, steps[0], state.Progress(step=1), request)
+        state.restore(state.read(folder, request), steps[1], "last.json")
+    for step in steps:
+        step(tiny.images(4, 1), 2)
+    weights = [step.model.state_dict() for step in steps]
+    assert not [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]

@@ -23,12 +23,14 @@ def labeled(*labels):
         ("auto", (1, 1), "last"),
         ("auto", None, "last"),
         ("reconstruction", (0, 1), "reconstruction"),
+        ("memory_distance", (0, 1), "memory_distance"),
+        ("synthetic", (0,), "synthetic"),
         ("last", (0, 1), "last"),
     ],
 )
 def test_criterion_is_the_best_that_the_images_allow(criterion, labels, expected):
     val = None if labels is None else labeled(*labels)
-    assert choose_criterion(TrainingConfig(criterion=criterion), val) == expected
+    assert choose_criterion(TrainingConfig(criterion=criterion), val, ["memory_distance"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -38,12 +40,14 @@ def test_criterion_is_the_best_that_the_images_allow(criterion, labels, expected
         ("auc", (1,), "got 0 normal and 1 abnormal"),
         ("reconstruction", (1,), "needs normal validation images, got none"),
         ("reconstruction", None, "needs normal validation images, got none"),
+        ("synthetic", (1,), '"synthetic" needs normal validation images, got none'),
+        ("memory_distance", (0,), "needs a model with an in-painting block, got one without"),
     ],
 )
 def test_criterion_without_its_images_is_refused(criterion, labels, message):
     val = None if labels is None else labeled(*labels)
     with pytest.raises(InputError, match=message):
-        choose_criterion(TrainingConfig(criterion=criterion), val)
+        choose_criterion(TrainingConfig(criterion=criterion), val, ["residual"])
 
 
 def course(name, values, criterion, patience=0):
@@ -64,6 +68,8 @@ def test_best_epoch_is_the_first_with_the_best_value():
     history = course("val_reconstruction", [5.0, 3.0, 4.0], "reconstruction")
     assert (history.best_epoch, history.best_value) == (1, -3.0)
     assert course("val_reconstruction", [5.0, 3.0, 4.0], "last").best_epoch == 2
+    assert course("val_memory_distance", [5.0, 3.0, 4.0], "memory_distance").best_epoch == 1
+    assert course("val_synthetic_residual", [0.5, 0.7, 0.6], "synthetic").best_epoch == 1
 
 
 def test_epoch_without_a_value_is_kept_only_until_one_has_a_value():

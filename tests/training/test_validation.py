@@ -9,7 +9,7 @@ import torch
 from simsid import Trainer, TrainingConfig, checkpoint, data
 from simsid.distributed import ProcessGroup
 from simsid.errors import InputError, InputTypeError
-from simsid.training.validation import validate
+from simsid.training.validation import paste_patches, validate
 
 
 def fit(model, images, val=None):
@@ -21,7 +21,32 @@ def test_validation_leaves_out_nonfinite_signals():
     with torch.no_grad():
         model.discriminator.output.bias.fill_(math.nan)
     result = validate(model, ProcessGroup(), data.as_image_set(tiny.images(3)))
-    assert list(result) == ["val_reconstruction"] and math.isfinite(result["val_reconstruction"])
+    assert list(result) == ["val_reconstruction", "val_memory_distance"]
+    assert all(map(math.isfinite, result.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+def test_pasted_patch_is_a_rectangle_of_the_same_image_in_every_copy(dtype):
+    pixels = torch.arange(5 * 48 * 48).view(5, 1, 48, 48)
+    pixels = (pixels / pixels.max()) if dtype == torch.float32 else (pixels % 251).to(dtype)
+    images = data.ImageSet(pixels, tuple(data.Record(f"{i}", label=0) for i in range(5)))
+    pasted = paste_patches(images)
+    assert pasted.pixels.dtype == dtype and list(pasted.labels) == [1] * 5 and list(images.labels) == [0] * 5
+    for before, after in zip(images.pixels[:, 0].to(torch.float64), pasted.pixels[:, 0].to(torch.float64)):
+        rows, columns = (before != after).nonzero().unbind(1)
+        height, width = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
+        assert 5 <= height <= 20 and 5 <= width <= 20, "15 to 40 % of a side; a repeated value may hide an edge"
+        assert set(after.unique().tolist()) <= set(before.unique().tolist()), "nothing new is painted"
+    assert torch.equal(paste_patches(images).pixels.to(torch.float64), pasted.pixels.to(torch.float64))
+
+
+def test_synthetic_criterion_measures_every_signal_against_pasted_patches():
+    config = TrainingConfig(batch_size=4, epochs=2, criterion="synthetic")
+    history = Trainer(tiny.model(), config).fit(tiny.images(8), tiny.images(6, 1))
+    names = [name for name in history.epochs[0] if name.startswith("val_synthetic_")]
+    assert names == [f"val_synthetic_{name}" for name in tiny.model().signal_names]
+    assert not [name for name in history.epochs[0] if name.startswith("val_auc_")], "no anomaly was needed"
+    assert history.best_value == max(epoch["val_synthetic_discriminator_per_image"] for epoch in history.epochs)
 
 
 def test_validation_measures_every_signal():
