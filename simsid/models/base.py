@@ -17,7 +17,7 @@ from simsid.arguments import require_device, require_path, require_whole_number
 from simsid.data import Preprocessing, as_batches
 from simsid.distributed import ProcessGroup
 from simsid.errors import CalibrationError, CheckpointError, InputError
-from simsid.models.calibration import Calibration
+from simsid.models.calibration import Calibration, LocationUnits, location_statistics
 from simsid.models.memory_contents import MemoryContents
 from simsid.models.signals import MAPS, SIGNALS, check_signals, upsampled
 from simsid.precision import check_precision, choose_precision
@@ -104,6 +104,22 @@ class Scorer(abc.ABC):
         """Return signals of one batch on the model's device: name to `[B]`, float64, on that device."""
         outputs = self.outputs(images)
         return {name: SIGNALS[name].compute(outputs).to(torch.float64) for name in names}
+
+    @torch.inference_mode()
+    def location_values(self, images: object) -> dict[str, np.ndarray]:
+        """Return the values that a calibration standardizes at each location, name to `[n, L]`, for the signals that
+        have them."""
+        names = [name for name in self.signal_names if SIGNALS[name].locations is not None]
+        found: dict[str, list[Tensor]] = {}
+        for batch, count in self._padded_batches(images, BATCH) if names else ():
+            outputs = self.outputs(batch)
+            for name in names:
+                values = SIGNALS[name].locations(outputs)  # type: ignore[misc]  # chosen above
+                found.setdefault(name, []).append(values[:count].double().cpu())
+        return {name: torch.cat(values).numpy() for name, values in found.items()}
+
+    def set_location_units(self, units: LocationUnits) -> None:  # noqa: B027  # most classes have no such signal
+        """Standardize locations by these means and deviations."""
 
     @property
     def map_names(self) -> tuple[str, ...]:
@@ -272,8 +288,11 @@ class AnomalyModel(Scorer):
         """
         precision = self._best_precision()
         frozen = self.freeze(precision)
+        held = {} if holdout is None else frozen.location_values(holdout)
+        units = location_statistics(held, lambda: frozen.location_values(images))
+        frozen.set_location_units(units)
         kept = None if holdout is None else frozen.signals(holdout)
-        self.calibration = Calibration.fit(frozen.signals(images), kept, precision)
+        self.calibration = Calibration.fit(frozen.signals(images), kept, precision, units)
 
     def _best_precision(self) -> str:
         """Return the precision to calibrate in: the one asked for, or for `"auto"` the best on the model's device."""

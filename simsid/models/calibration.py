@@ -1,6 +1,7 @@
 """What normal images look like to a model: the statistics behind scores and thresholds."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +11,12 @@ from simsid import metrics
 from simsid.errors import InputError
 from simsid.models.signals import SIGNALS
 
+FEWEST_HELD = 30
+"""Held-out normal images from which deviations at every location are taken."""
+
+LocationUnits = dict[str, tuple[list[float], list[float]]]
+"""Mean and deviation at each location, by signal."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -17,7 +24,8 @@ class Calibration:
 
     Source: SimSID, section 3.6, mu and sigma of the anomaly score. `holdout` keeps the signals of normal images that
     the model was not trained on: a threshold for a chosen false positive rate needs nothing else. `precision`: the
-    arithmetic the signals were computed in; scores in another one must not be judged by them.
+    arithmetic the signals were computed in; scores in another one must not be judged by them. `locations`: mean and
+    deviation at each location of normal images, by signal that is standardized by them.
     """
 
     mean: dict[str, float]
@@ -25,6 +33,7 @@ class Calibration:
     count: int
     holdout: dict[str, list[float]] = field(default_factory=dict)
     precision: str = "float32"
+    locations: LocationUnits = field(default_factory=dict)
 
     @classmethod
     def fit(
@@ -32,8 +41,11 @@ class Calibration:
         signals: dict[str, np.ndarray],
         holdout: dict[str, np.ndarray] | None = None,
         precision: str = "float32",
+        locations: LocationUnits | None = None,
     ) -> "Calibration":
         """Measure the signals (`[n]` each, float64) of normal images, which were computed in `precision`.
+
+        `locations` is what the signals were standardized by, of `location_statistics`.
 
         Raises:
             InputError: no image, or a signal that is not finite.
@@ -50,6 +62,7 @@ class Calibration:
             count=counts.pop(),
             holdout={name: [float(value) for value in values] for name, values in (holdout or {}).items()},
             precision=precision,
+            locations=locations or {},
         )
 
     def standardize(self, name: str, values: np.ndarray) -> np.ndarray:
@@ -82,6 +95,7 @@ class Calibration:
             "count": self.count,
             "holdout": self.holdout,
             "precision": self.precision,
+            **({"locations": {name: list(units) for name, units in self.locations.items()}} if self.locations else {}),
         }
 
     @classmethod
@@ -92,7 +106,7 @@ class Calibration:
             InputError: values that are not a calibration's, naming the field.
         """
         needed = {"mean", "std", "count", "holdout"}
-        if not isinstance(values, dict) or values.keys() - {"precision"} != needed:
+        if not isinstance(values, dict) or values.keys() - {"precision", "locations"} != needed:
             raise InputError("calibration must hold mean, std, count and holdout")
         # Calibrations of older versions do not name it.
         precision = values.get("precision", "float32")
@@ -117,7 +131,35 @@ class Calibration:
                 raise InputError(f"calibration: {name} must hold finite numbers alone")
         if any(number < 0 for number in std.values()):
             raise InputError("calibration: std must not be negative")
-        return cls(mean, std, count, holdout, precision)
+        return cls(mean, std, count, holdout, precision, _checked_locations(values.get("locations", {})))
+
+
+def location_statistics(held: dict[str, np.ndarray], trained: Callable[[], dict[str, np.ndarray]]) -> LocationUnits:
+    """Return mean and deviation at each location of normal images' values, name to `[n, L]`.
+
+    Those of `held`, images that the model was not trained on, where there are at least 30: fewer would look more normal
+    by their own deviations than new images do. Else those of the training images, which `trained` returns.
+    """
+    enough = held and min(map(len, held.values())) >= FEWEST_HELD
+    return {
+        name: (values.mean(0).tolist(), np.maximum(values.std(0), 1e-12 + 1e-6 * np.abs(values).max()).tolist())
+        for name, values in (held if enough else trained()).items()
+    }
+
+
+def _checked_locations(values: object) -> LocationUnits:
+    checked: LocationUnits = {}
+    entries: dict[object, object] = values if isinstance(values, dict) else {"locations": values}
+    for name, units in entries.items():
+        if not isinstance(units, list) or len(units) != 2 or not all(isinstance(part, list) for part in units):
+            raise InputError("calibration: locations must hold means and deviations by standardized signal")
+        if not isinstance(name, str) or name not in SIGNALS or SIGNALS[name].locations is None:
+            raise InputError(f"calibration: locations must be of standardized signals, got {name!r}")
+        mean, std = units
+        if len(mean) != len(std) or not all(_is_finite(number) for number in (*mean, *std)) or min(std, default=0) <= 0:
+            raise InputError(f"calibration: locations of {name} must be finite means, and deviations greater than 0")
+        checked[name] = (mean, std)
+    return checked
 
 
 def _is_finite(number: object) -> bool:

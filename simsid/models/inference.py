@@ -18,6 +18,7 @@ from simsid.errors import ConfigError
 from simsid.kernels.ranges import stage
 from simsid.models import patches
 from simsid.models.base import BATCH, Scorer
+from simsid.models.calibration import LocationUnits
 from simsid.models.discriminator import Discriminator
 from simsid.models.generator import CustomEncoder, Encoder, Generator
 from simsid.models.signals import SIGNALS, available_signals, decoder_memory_map
@@ -119,6 +120,7 @@ class FrozenModel(ConfiguredNetwork):
         if not share:
             self.requires_grad_(False)
         self._graphs: dict[tuple[int, ...], cuda_graph.CapturedGraph] = {}
+        self.set_location_units(self.calibration.locations if self.calibration else {})
         self._capture = capture and self.device.type == "cuda"
         # Only where graphs are captured, since a lock can neither be copied nor pickled.
         self._lock = threading.Lock() if self._capture else nullcontext()
@@ -129,7 +131,12 @@ class FrozenModel(ConfiguredNetwork):
         encoded = self.encoder(patches.split(images, self.config.patches))
         with stage("student"):
             student = self.student(encoded.deepest, encoded.skips)
-        outputs = {"images": images, "reconstruction": student.images, "discriminator": self.discriminator}
+        outputs = {
+            "images": images,
+            "reconstruction": student.images,
+            "discriminator": self.discriminator,
+            "location_units": self._location_units,
+        }
         if student.query is not None:
             outputs |= {"query": student.query, "retrieved": student.retrieved}
         for i, memory in enumerate(self.student.memories):
@@ -142,6 +149,14 @@ class FrozenModel(ConfiguredNetwork):
         narrow = self.scoring_precision == "bfloat16"
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=narrow):
             return self(images)
+
+    def set_location_units(self, units: LocationUnits) -> None:
+        """Standardize locations by these means and deviations, those of a calibration."""
+        self._location_units = {
+            name: tuple(torch.tensor(values, dtype=torch.float64, device=self.device) for values in pair)
+            for name, pair in units.items()
+        }
+        self._graphs = {}  # which have the former units
 
     def pictures(self, images: Tensor) -> dict[str, Tensor]:
         """Return the reconstructions, `[B, H, W]`."""

@@ -17,6 +17,9 @@ from simsid.errors import InputError, InputTypeError
 Outputs = Mapping[str, Any]
 """What a model computed of a batch, by name; `images` `[B, 1, H, W]` is always there."""
 
+CELLS = 16
+"""Rows and columns of the cells whose errors `standardized_residual` compares with those of normal images."""
+
 POOL = 8
 """Side in pixels of the squares whose mean error `local_residual` and `focal_residual` compare."""
 
@@ -33,6 +36,8 @@ class Signal:
         map: outputs to `[B, h, w]`, where in the image the signal comes from; None where it has no map.
         unit: the unit of the map's values, for the color bar.
         localizes: whether the map's peak lies on planted anomalies; reports prefer such maps. Grad-CAM's does not.
+        locations: outputs to `[B, L]`, the values that the calibration standardizes at each location; None for a signal
+            without such values.
     """
 
     name: str
@@ -42,6 +47,7 @@ class Signal:
     map: Callable[[Outputs], Tensor] | None = None
     unit: str = ""
     localizes: bool = True
+    locations: Callable[[Outputs], Tensor] | None = None
 
 
 def residual(images: Tensor, reconstruction: Tensor) -> Tensor:
@@ -81,6 +87,16 @@ def memory_distance_map(query: Tensor, retrieved: Tensor) -> Tensor:
     return distance.unflatten(1, (side, side))
 
 
+def cell_residual(images: Tensor, reconstruction: Tensor) -> Tensor:
+    """Return the root mean square error of each of 16 x 16 cells: `[B, 1, H, W]` twice to `[B, 256]`, float64."""
+    return F.adaptive_avg_pool2d(_squared_error(images, reconstruction), CELLS).flatten(1).sqrt()
+
+
+def location_distance(query: Tensor, retrieved: Tensor) -> Tensor:
+    """Return the distance of each location's query from its look-up: `[B, L, D]` twice to `[B, L]`, float64."""
+    return (query.double() - retrieved.double()).norm(dim=-1)
+
+
 def _squared_error(images: Tensor, reconstruction: Tensor) -> Tensor:
     return (images.double() - reconstruction.double()).square()
 
@@ -112,6 +128,36 @@ def _of_locations(name: str, description: str) -> Signal:
     entries = (name, f"{name}_map")
     value, where = (lambda outputs: outputs[name]), (lambda outputs: outputs[f"{name}_map"])
     return Signal(name, description, entries, value, where, unit="distance of features", localizes=False)
+
+
+def _standardized(
+    name: str, description: str, needs: tuple[str, ...], locations: Callable[[Outputs], Tensor]
+) -> Signal:
+    """Return a signal that compares each location's value with those of normal images at the same location.
+
+        score = mean over locations of ((value - mu) / sigma)^2
+
+    mu and sigma, `[L]`, are the calibration's, which a network puts into its outputs; before a calibration 0 and 1.
+    """
+
+    def deviations(outputs: Outputs) -> Tensor:
+        mean, std = outputs.get("location_units", {}).get(name, (0.0, 1.0))
+        return ((locations(outputs) - mean) / std).square()
+
+    def where(outputs: Outputs) -> Tensor:
+        values = deviations(outputs)
+        side = round(values.shape[1] ** 0.5)
+        return values.unflatten(1, (side, side))
+
+    return Signal(
+        name,
+        description,
+        needs,
+        lambda outputs: deviations(outputs).mean(1),
+        map=where,
+        unit="squared deviations of normal images",
+        locations=locations,
+    )
 
 
 def _inpainting_map(outputs: Outputs) -> Tensor:
@@ -171,6 +217,18 @@ SIGNALS: dict[str, Signal] = {
             map=_of_memory(memory_distance_map),
             unit=_DISTANCE_UNIT,
             localizes=False,
+        ),
+        _standardized(
+            "standardized_residual",
+            "difference between input and reconstruction in 16 x 16 cells, in deviations of normal images at each cell",
+            ("reconstruction",),
+            _of_reconstruction(cell_residual),
+        ),
+        _standardized(
+            "standardized_memory_distance",
+            "distance of the in-painting block's query from its look-up, in deviations of normal images there",
+            ("query", "retrieved"),
+            _of_memory(location_distance),
         ),
         Signal(
             "pixel_knn",

@@ -11,7 +11,7 @@ from simsid.data import ImageSet, Preprocessing, as_image_set
 from simsid.distributed import ProcessGroup
 from simsid.errors import InputError
 from simsid.models.base import Scorer
-from simsid.models.calibration import Calibration
+from simsid.models.calibration import Calibration, location_statistics
 from simsid.models.model import Model
 
 
@@ -134,5 +134,16 @@ def calibrate(
     """
     normal = np.flatnonzero(val.labels != 1) if val is not None else np.zeros(0, np.int64)
     frozen = model.freeze(precision)
-    holdout = measure_signals(frozen, group, val.select(normal)) if val is not None and len(normal) else None
-    model.calibration = Calibration.fit(measure_signals(frozen, group, train), holdout, precision)
+    held = val.select(normal) if val is not None and len(normal) else None
+    units = location_statistics(
+        {} if held is None else _location_values(frozen, group, held), lambda: _location_values(frozen, group, train)
+    )
+    frozen.set_location_units(units)
+    holdout = None if held is None else measure_signals(frozen, group, held)
+    model.calibration = Calibration.fit(measure_signals(frozen, group, train), holdout, precision, units)
+
+
+def _location_values(model: Scorer, group: ProcessGroup, images: ImageSet) -> dict[str, np.ndarray]:
+    """Return the values at each location, name to `[n, L]`, on every rank, which each measures a shard of them."""
+    shards = group.all_gather_object(model.location_values(images.select(slice(group.rank, None, group.size))))
+    return {name: np.concatenate([shard[name] for shard in shards if name in shard]) for name in shards[0]}

@@ -5,8 +5,11 @@ import math
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
+from simsid import Model
+from simsid.errors import InputError
 from simsid.models.calibration import Calibration
 from simsid.models.signals import (
     SIGNALS,
@@ -163,7 +166,8 @@ def test_table_names_every_signal_once_and_describes_it():
 
 def test_available_signals_are_those_whose_needs_are_provided():
     assert available_signals(()) == ()
-    assert available_signals(("reconstruction",)) == ("residual", "local_residual", "focal_residual")
+    of_reconstruction = ("residual", "local_residual", "focal_residual", "standardized_residual")
+    assert available_signals(("reconstruction",)) == of_reconstruction
     assert "memory_distance" in available_signals(("query", "retrieved", "reconstruction"))
 
 
@@ -175,3 +179,60 @@ def test_threshold_comes_from_held_out_images():
     assert Calibration.fit({"residual": np.ones(3)}).threshold("residual", 0.05) is None
     with pytest.raises(ValueError, match="false_positive_rate must lie strictly between 0 and 1, got 1"):
         calibration.threshold("residual", 1)
+
+
+def test_standardized_signal_is_the_mean_squared_deviation_of_each_location():
+    model, held = tiny.model(), tiny.images(40, 1)
+    model.calibrate(tiny.images(8, 2), held)
+    values = model.freeze().location_values(held)
+    assert {name: x.shape for name, x in values.items()} == {
+        "standardized_residual": (40, 256),
+        "standardized_memory_distance": (40, 4),
+    }
+    fresh = tiny.images(5, 3)
+    found, raw = model.signals(fresh), model.freeze().location_values(fresh)
+    for name, normal in values.items():
+        want = (((raw[name] - normal.mean(0)) / normal.std(0)) ** 2).mean(1)
+        np.testing.assert_allclose(found[name], want, rtol=1e-6)
+        assert np.mean(model.calibration.holdout[name]) == pytest.approx(1, rel=1e-3)
+    error = (fresh.double() - model.reconstruct(fresh).double()).square()
+    cells = error.view(5, 16, 3, 16, 3).mean((2, 4)).sqrt().flatten(1)
+    np.testing.assert_allclose(raw["standardized_residual"], cells, rtol=1e-2)  # the copy may be in bfloat16
+    assert model.maps(fresh, "standardized_memory_distance").shape == (5, 48, 48)
+
+
+def test_few_held_out_images_leave_the_deviations_to_the_training_images(tmp_path):
+    model, train = tiny.model(), tiny.images(12, 2)
+    model.calibrate(train, tiny.images(9, 1))
+    units = model.calibration.locations["standardized_residual"]
+    np.testing.assert_allclose(units[0], model.freeze().location_values(train)["standardized_residual"].mean(0))
+    model.save(tmp_path)
+    loaded = Model.load(tmp_path)
+    assert loaded.calibration.locations == model.calibration.locations
+    images = tiny.images(3, 4)
+    assert np.array_equal(
+        loaded.signals(images)["standardized_residual"], model.signals(images)["standardized_residual"]
+    )
+
+
+def test_before_a_calibration_a_standardized_residual_is_the_residual():
+    found = tiny.model().signals(tiny.images(3))
+    np.testing.assert_allclose(found["standardized_residual"], found["residual"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("locations", "message"),
+    [
+        ({"residual": [[0.0], [1.0]]}, "of standardized signals, got 'residual'"),
+        ({"standardized_residual": [[0.0]]}, "by standardized signal"),
+        ({"standardized_residual": [[0.0], [0.0]]}, "deviations greater than 0"),
+        ({"standardized_residual": [[0.0, 1.0], [1.0]]}, "must be finite means"),
+        ({"standardized_residual": [[float("nan")], [1.0]]}, "must be finite means"),
+        ([], "by standardized signal"),
+    ],
+    ids=["no such signal", "no deviations", "zero", "lengths", "nan", "no mapping"],
+)
+def test_locations_of_a_calibration_that_do_not_fit_are_refused(locations, message):
+    values = {"mean": {}, "std": {}, "count": 1, "holdout": {}, "locations": locations}
+    with pytest.raises(InputError, match=message):
+        Calibration.from_dict(values)
