@@ -99,6 +99,7 @@ class Report:
     wide: int  # global loads, stores and asynchronous copies of 16 bytes
     narrow: int  # global accesses of 4 bytes and less
     barriers: int
+    fences: int  # between writes to shared memory and tensor cores that read it (`fence.proxy.async` of the PTX)
     instructions: int
 
 
@@ -179,6 +180,7 @@ def compile_ahead(variant: Variant, arch: int) -> Report:
         wide=count(r"(LDG|STG|LDGSTS).*\.128"),
         narrow=count(r"(LDG|STG|LDGSTS)(?!.*\.(64|128))"),
         barriers=count(r"BAR"),
+        fences=compiled.asm["ptx"].count("fence.proxy.async"),
         instructions=sum(instruction != "NOP" for instruction in code),
     )
 
@@ -212,12 +214,19 @@ def digest(variant: Variant, arch: int) -> str:
     import triton
 
     module = sys.modules[variant.kernel.fn.__module__]
+    helpers = {
+        sys.modules[value.fn.__module__]
+        for value in vars(module).values()
+        if isinstance(value, triton.runtime.JITFunction) and value.fn.__module__ != module.__name__
+    }
     parts = [triton.__version__, str(arch), repr(variant.key)]
-    for name, value in sorted(vars(module).items()):
-        if isinstance(value, triton.runtime.JITFunction) and (name.startswith("_") or value is variant.kernel):
-            parts.append(code_of(value.fn))
-        elif isinstance(value, triton.language.constexpr):
-            parts.append(f"{name} = {value.value}")
+    for source in (module, *sorted(helpers, key=lambda each: each.__name__)):
+        for name, value in sorted(vars(source).items()):
+            if isinstance(value, triton.runtime.JITFunction):
+                if value is variant.kernel or not name.endswith("_kernel"):
+                    parts.append(code_of(value.fn))
+            elif isinstance(value, triton.language.constexpr):
+                parts.append(f"{name} = {value.value}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -247,11 +256,15 @@ def load(path: str) -> dict[str, Report]:
 
 
 def problems(report: Report) -> list[str]:
-    """Name what no kernel may have: register spills above the limit, atomics, too much shared memory."""
+    """Name what no kernel may have: spills above the limit, atomics, too much shared memory, unfenced products."""
     version = ".".join(importlib.metadata.version("triton").split(".")[:2])
     stack, spills = SPILL_LIMIT.get(version, SPILL_LIMIT["3.9"])[report.arch]
     limits = {"stack": stack, "spills": spills, "atomics": 0, "shared": SHARED_LIMIT[report.arch]}
-    return [f"{name} {getattr(report, name)} > {most}" for name, most in limits.items() if getattr(report, name) > most]
+    found = [
+        f"{name} {getattr(report, name)} > {most}" for name, most in limits.items() if getattr(report, name) > most
+    ]
+    unfenced = (report.hgmma or report.utcmma) and not report.fences
+    return [*found, "no fence.proxy.async before its products"] if unfenced else found
 
 
 def table(reports: Iterable[Report]) -> str:

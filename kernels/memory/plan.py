@@ -47,6 +47,7 @@ class RowPlan:
     tiles: int
     block_k: int
     block_d: int
+    blocks: int  # of features, one after the other in a program
     num_warps: int
 
 
@@ -86,13 +87,15 @@ def plan_scores(batch: int, locations: int, items: int, features: int, warp_grou
 
 
 def plan_rows(items: int, features: int, kept: int) -> RowPlan:
-    """Plan the kernels whose program owns one row of N items; selection is repeated for each block of features."""
+    """Plan the kernels whose program owns one row of N items; each program of a row repeats the selection."""
     block_n = min(MAX_TILE_ITEMS, max(16, power_of_two(items)))
     block_k = power_of_two(kept)
     # 8192 gathered numbers are 64 registers a thread; wide blocks repeat the selection less often.
     block_d = min(max(16, power_of_two(features)), 1024, 8192 // block_k)
+    # A kept item costs about 35 instructions in every program, a block of features 240: as much for both.
+    blocks = min(ceil_div(features, block_d), max(1, kept // 8))
     num_warps = 4 if max(block_n, block_d) <= 1024 else 8  # at most 8 keys a thread up to there
-    return RowPlan(block_n, ceil_div(items, block_n), block_k, block_d, num_warps)
+    return RowPlan(block_n, ceil_div(items, block_n), block_k, block_d, blocks, num_warps)
 
 
 def plan_joint_gradient(batch: int) -> GradientPlan | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import OmitArgPrefixes
 
-from simsid.commands.common import Data, Exclude, Machine, ModelFolder, check_images, load_set
+from simsid.commands.common import Data, Exclude, Machine, ModelFolder, PrecisionName, check_images, load_set
 from simsid.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class Calibrate:
     """Without --local: fraction of the training images held out where DATA has too few normal validation images."""
     exclude: Exclude = ()
     """Files to leave out, as patterns of their path below the folder, such as masks/*."""
+    precision: PrecisionName = "auto"
+    """Arithmetic of the scores from now on; auto is bfloat16 on a CPU with instructions for it, else float32."""
     machine: OmitArgPrefixes[Machine] = field(default_factory=Machine)
 
     def run(self) -> int:
@@ -65,7 +67,7 @@ class Calibrate:
         # A training in progress would get back the weights that are loaded here.
         is_run = (folder / "run.json").exists()
         with RunFolder(folder) if is_run else contextlib.nullcontext():
-            model = load(folder, device=device)
+            model = load(folder, device=device, precision=self.precision)
             dataset = open_dataset(self.data, exclude=self.exclude)
             if self.local:
                 train_records, normal = [record for record in dataset.records if record.label != 1], []

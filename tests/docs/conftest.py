@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from simsid import data
+from simsid.study import images, plan
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "models"))
 from test_released import export
@@ -39,6 +40,8 @@ def world(world_folder, monkeypatch):
     monkeypatch.chdir(world_folder)
     small = functools.partial(data.DigitAnatomy, val=8, test_normal=10, test_anomalous=20)
     monkeypatch.setattr(data, "DigitAnatomy", small)
+    monkeypatch.setattr(plan, "_cost", lambda *_: (1.0, 1.0, 0.1))
+    monkeypatch.setattr(images, "DIGITS", {"train": 16, "val": 4, "test_normal": 5, "test_anomalous": 4})
     return world_folder
 
 
