@@ -270,8 +270,10 @@ def as_json(reports: dict[str, Report]) -> str:
 
 
 def load(path: str) -> dict[str, Report]:
-    """Read what `as_json` wrote."""
-    return {key: Report(**fields) for key, fields in json.loads(pathlib.Path(path).read_text())["reports"].items()}
+    """Read what `as_json` wrote, without reports of an older form, which lack a count."""
+    names = {field.name for field in dataclasses.fields(Report)}
+    stored = json.loads(pathlib.Path(path).read_text())["reports"]
+    return {key: Report(**fields) for key, fields in stored.items() if fields.keys() == names}
 
 
 def problems(report: Report) -> list[str]:
