@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train and print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", help="digits, or a folder of labeled radiographs")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings with the papers' decay; the other kinds have two")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of the papers' decay; the other kinds have two")
     parser.add_argument("--epochs", type=int, default=0, help="0: 12 on digits, 15 on radiographs")
     parser.add_argument("--images", type=int, default=300, help="normal images to train on")
     options = parser.parse_args(arguments)
