@@ -46,6 +46,7 @@ def train(parts: tuple[ImageSet, ImageSet, dict[str, Any]], seed: int, decay: st
         learning_rate=1e-3,
         final_learning_rate=1e-4,
         criterion="synthetic",  # measures every criterion
+        precision="float32",
         decay=decay,  # type: ignore[arg-type]
         generator_weight_decay=DECAYS[decay],
         seed=seed,
