@@ -22,7 +22,7 @@ REDUCED = {
     "feature_knn": ["--components", "6"],
 }
 """Options of a command, or of a preset of `train`, that take the place of those in the page or join them."""
-STUDIED = ["no_skip", "simsid 100 %", "pixel_knn"]
+STUDIED = ["no_skip", "simsid 100 %", "pixel_knn", "coupled"]
 """Rows of a study that take the place of its own; `--budget` alone would measure every one."""
 NETWORK = [*tiny.OPTIONS, "--epochs", "1", "--batch-size", "4"]
 
