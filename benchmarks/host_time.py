@@ -61,9 +61,13 @@ def calls() -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
         pads = {"pad_key": pad_key, "pad_value": pad_value}
         return neighbor_attention(query, key, value, (2, 2), 2, **pads, backend="triton")
 
+    def packed(query: Tensor, key_value: Tensor, pads: Tensor) -> Tensor:
+        return neighbor_attention(query, key_value, None, (2, 2), 2, pad_key=pads, backend="triton")
+
     return {
         "space_aware_memory": (lambda *x: space_aware_memory(*x, backend="triton"), (query, items)),
         "neighbor_attention": (attention, (query, key, value, pad_key, pad_value)),
+        "the same, packed": (packed, (query, torch.randn(2, 4, 32), torch.randn(32))),
         "residual_layer_norm": (
             lambda *x: residual_layer_norm(*x, backend="triton"),
             (query, residual, weight, bias),

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import weakref
 
 import numpy as np
 import pytest
@@ -100,8 +101,21 @@ def test_stream_longer_than_the_limit_is_read_once_and_kept_in_bounded_memory():
     encoded = []
     model = memory(most_images=16, items=3)
     model.encoder.network.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
-    sources = (normal(10, seed) for seed in range(40))
+    alive = []
+
+    def batches():
+        for seed in range(40):
+            batch = normal(10, seed)
+            alive.append(weakref.ref(batch))
+            yield batch
+
+    sources = batches()
+    model.encoder.network.register_forward_pre_hook(
+        lambda *_: held.append(sum(reference() is not None for reference in alive))
+    )
+    held = []
     model.fit(sources)
+    assert max(held) <= 3, "images are held only while they are encoded"
     assert model.parts.pooled.images == 16 and model.calibration.count == 16
     # 16 (1 + ln(400 / 16)) = 67 images expected, clean and jittered, where all would be 800 passes.
     assert 2 * 16 < sum(encoded) < 2 * 110
