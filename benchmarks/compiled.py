@@ -99,6 +99,7 @@ class Report:
     wide: int  # global loads, stores and asynchronous copies of 16 bytes
     narrow: int  # global accesses of 4 bytes and less
     barriers: int
+    fences: int  # between writes to shared memory and tensor cores that read it (`fence.proxy.async` of the PTX)
     instructions: int
 
 
@@ -198,6 +199,7 @@ def compile_ahead(variant: Variant, arch: int) -> Report:
         wide=count(r"(LDG|STG|LDGSTS).*\.128"),
         narrow=count(r"(LDG|STG|LDGSTS)(?!.*\.(64|128))"),
         barriers=count(r"BAR"),
+        fences=compiled.asm["ptx"].count("fence.proxy.async"),
         instructions=sum(instruction != "NOP" for instruction in code),
     )
 
@@ -268,16 +270,22 @@ def as_json(reports: dict[str, Report]) -> str:
 
 
 def load(path: str) -> dict[str, Report]:
-    """Read what `as_json` wrote."""
-    return {key: Report(**fields) for key, fields in json.loads(pathlib.Path(path).read_text())["reports"].items()}
+    """Read what `as_json` wrote, without reports of an older form, which lack a count."""
+    names = {field.name for field in dataclasses.fields(Report)}
+    stored = json.loads(pathlib.Path(path).read_text())["reports"]
+    return {key: Report(**fields) for key, fields in stored.items() if fields.keys() == names}
 
 
 def problems(report: Report) -> list[str]:
-    """Name what no kernel may have: register spills above the limit, atomics, too much shared memory."""
+    """Name what no kernel may have: spills above the limit, atomics, too much shared memory, unfenced products."""
     version = ".".join(importlib.metadata.version("triton").split(".")[:2])
     stack, spills = SPILL_LIMIT.get(version, SPILL_LIMIT["3.9"])[report.arch]
     limits = {"stack": stack, "spills": spills, "atomics": 0, "shared": SHARED_LIMIT[report.arch]}
-    return [f"{name} {getattr(report, name)} > {most}" for name, most in limits.items() if getattr(report, name) > most]
+    found = [
+        f"{name} {getattr(report, name)} > {most}" for name, most in limits.items() if getattr(report, name) > most
+    ]
+    unfenced = (report.hgmma or report.utcmma) and not report.fences
+    return [*found, "no fence.proxy.async before its products"] if unfenced else found
 
 
 def table(reports: Iterable[Report]) -> str:

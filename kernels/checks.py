@@ -37,8 +37,9 @@ def check_tensor(
         raise TypeError(f"{name} must be a boolean tensor, got {tensor.dtype}")
     if not boolean and tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be a floating-point tensor (float16 to float64), got {tensor.dtype}")
-    fits = tensor.dim() == len(shape) and all(
-        isinstance(expected, str) or expected == size for expected, size in zip(shape, tensor.shape)
+    fits = tensor.shape == shape or (
+        tensor.dim() == len(shape)
+        and all(isinstance(expected, str) or expected == size for expected, size in zip(shape, tensor.shape))
     )
     if not fits:
         raise ValueError(f"{name} must have shape {_show(shape)}, got {_show(tuple(tensor.shape))}")
@@ -59,6 +60,8 @@ def check_integer(name: str, value: Any, least: int) -> int:
         TypeError: not an integer; bool is refused because `True` is more likely a misplaced flag.
         ValueError: below `least`.
     """
+    if type(value) is int and value >= least:
+        return value
     message = f"{name} must be an integer of at least {least}, got {value!r}"
     if isinstance(value, bool):
         raise TypeError(message)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from simsid.kernels.backend import fenced_stages
 from simsid.kernels.launch import ceil_div, launch, on_device
 from simsid.kernels.memory.gradient_kernels import (
     memory_items_gradient_kernel,
@@ -79,7 +80,7 @@ def _scores(
         memory_scores_kernel,
         (ceil_div(B, plan.block_b) * ceil_div(N, plan.block_n) * L, plan.splits),
         plan.num_warps,
-        plan.num_stages,
+        fenced_stages(plan.num_stages, target.warp_groups, query, memory),
         query_ptr=query,
         memory_ptr=memory,
         mask_ptr=mask,
@@ -304,7 +305,7 @@ def memory_backward(
                 memory_query_gradient_kernel,
                 (ceil_div(B, plan.block_b) * ceil_div(D, plan.block_d), L),
                 plan.num_warps,
-                plan.num_stages,
+                fenced_stages(plan.num_stages, target.warp_groups, query, memory),
                 query_ptr=None if projection is None else query,
                 memory_ptr=memory,
                 **common,
@@ -319,7 +320,7 @@ def memory_backward(
                 memory_items_gradient_kernel,
                 (ceil_div(N, plan.block_n) * ceil_div(D, plan.block_d), L),
                 plan.num_warps,
-                plan.num_stages,
+                fenced_stages(plan.num_stages, target.warp_groups, query, memory),
                 memory_ptr=None if projection is None else memory,
                 **inputs,
                 **common,

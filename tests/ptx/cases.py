@@ -55,14 +55,21 @@ def _weights() -> None:
 
 
 def _attention(
-    grid: tuple[int, int], features: int, heads: int, dtype: str = "float32", pads: bool = True
+    grid: tuple[int, int],
+    features: int,
+    heads: int,
+    dtype: str = "float32",
+    pads: bool = True,
+    masked: bool = False,
+    **window: object,
 ) -> Callable[[], None]:
     def run() -> None:
         import test_attention_fused
         import torch
 
         tensors = test_attention_fused.inputs(2, grid, features, pads=pads, dtype=getattr(torch, dtype))
-        test_attention_fused.assert_fused_is_right(tensors, grid, heads)
+        mask = test_attention_fused.draw(2, grid[0] * grid[1]) > 0 if masked else None
+        test_attention_fused.assert_fused_is_right(tensors, grid, heads, mask, **window)
 
     return run
 
@@ -130,6 +137,8 @@ def _cases() -> list[Case]:
         add("memory weights", _weights, arch == 80)
         add("attention 4x4 pads", _attention((4, 4), 64, 2), arch == 90)
         add("attention 4x4 pads bf16", _attention((4, 4), 64, 2, "bfloat16"), arch == 80)
+        add("attention 4x4 center mask", _attention((4, 4), 64, 2, masked=True, include_center=True), arch == 80)
+        add("attention 5x4 dilation", _attention((5, 4), 64, 2, "float16", kernel_size=(5, 1), dilation=2), True)
         add("attention 3x5 bf16", _attention((3, 5), 35, 5, "bfloat16", pads=False), True)
         add("attention 4x4 D=512", _attention((4, 4), 512, 8), True)
         add("attention 2x2 D=2048 bf16", _attention((2, 2), 2048, 8, "bfloat16"), True)
