@@ -88,7 +88,9 @@ def _precision() -> Finding:
     found = bfloat16_instructions()
     why = f"the processor has {', '.join(found)}" if found else f"the processor has none of {', '.join(INSTRUCTIONS)}"
     text = f"{choose_precision('auto', 'cpu')} for training and calibration on this CPU: {why}"
-    return Finding("ok", "precision", f"{text}; a 3x3 convolution is {measured_speedup():.1f} times as fast in bfloat16")
+    return Finding(
+        "ok", "precision", f"{text}; a 3x3 convolution is {measured_speedup():.1f} times as fast in bfloat16"
+    )
 
 
 def _gpu() -> list[Finding]:
