@@ -71,7 +71,7 @@ class Config:
     distillation: bool = True
     """Train a teacher generator and pull the student's features towards its own."""
     adversarial: bool = True
-    """Train the generator against the discriminator too; else the discriminator only watches."""
+    """Train the generator against the discriminator too; else the discriminator is trained, and moves nothing."""
     variational: bool = False
     """Draw the deepest features from a normal distribution, as a variational autoencoder; without in-painting only."""
     stop_gradient: bool = True

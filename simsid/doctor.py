@@ -110,7 +110,7 @@ def _gpu() -> list[Finding]:
 
 def _kernels() -> list[Finding]:
     import simsid.kernels as kernels
-    from simsid.kernels.backend import choose_backend
+    from simsid.kernels.backend import LEAVES_OUT_FENCES, choose_backend
 
     choice = choose_backend("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     fused = choice.backend == "triton"
@@ -119,6 +119,9 @@ def _kernels() -> list[Finding]:
     version = _version("triton")
     text = version or "missing; only fused kernels on an NVIDIA GPU use it"
     linux = platform.system() == "Linux"
+    if LEAVES_OUT_FENCES:
+        text = f"{text}; it leaves out a fence, so 16-bit memory kernels run without pipelining on sm_90 and later"
+        return [*findings, Finding("note", "triton", text, "pip install --upgrade torch triton")]
     return [*findings, Finding("ok" if version else "note", "triton", text, "" if version or not linux else TRITON)]
 
 

@@ -1,8 +1,10 @@
 """`simsid calibrate`."""
 
 import contextlib
+import math
 import pathlib
 import shlex
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 FEWEST = 3
 """Normal images that a calibration on local images needs."""
+
+FALSE_POSITIVES = 20
+"""Expected number of flagged calibration images from which the rate is known to about half of itself."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,24 @@ class Calibrate:
             print(f"{len(failures)} files could not be read, such as {first}")
         if held:
             print(threshold_sentence(model, self.false_positive_rate))
+        note = few_images_note(held, self.false_positive_rate)
+        if self.local and note:
+            print(f"simsid: note: {note}", file=sys.stderr)
         return 0
+
+
+def few_images_note(count: int, false_positive_rate: float) -> str | None:
+    """Return a sentence where a threshold rests on so few images that its false positive rate is hardly known."""
+    from simsid.metrics import false_positive_interval
+
+    enough = math.ceil(FALSE_POSITIVES / false_positive_rate)
+    if count >= enough:
+        return None
+    low, high = false_positive_interval(enough, false_positive_rate)
+    return (
+        f"{count} normal images say little about a false positive rate of {false_positive_rate:.3g}; "
+        f"with {enough} it lies between {low:.3g} and {high:.3g}"
+    )
 
 
 def threshold_sentence(model: "AnomalyModel", false_positive_rate: float) -> str:

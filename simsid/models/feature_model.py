@@ -81,14 +81,14 @@ class FeatureModel(AnomalyModel):
         return self
 
     def describe(self, images: Tensor, precision: str | None = None) -> tuple[list[Tensor], Tensor]:
-        """Return pooled features `[B, C]` of each layer, and those of the grid's locations, `[B, L, sum of C]`.
+        """Return pooled features `[B, C]` of the deepest layers, and features of the locations, `[B, L, C]`.
 
         Args:
             images: `[B, 1, H, W]` in -1..1.
             precision: of the encoder; None is `scoring_precision`.
         """
         maps = self.encoder(images, precision or self.scoring_precision)
-        return pool(maps, self.config.weight), to_grid(maps, self.config.grid)
+        return pool(maps[-self.config.pooled_layers :], self.config.weight), to_grid(maps, self.config.grid)
 
     def sample(
         self,

@@ -19,7 +19,7 @@ from simsid.kernels.ranges import stage
 from simsid.models import patches
 from simsid.models.base import BATCH, Scorer
 from simsid.models.discriminator import Discriminator
-from simsid.models.generator import Encoder, Generator
+from simsid.models.generator import CustomEncoder, Encoder, Generator
 from simsid.models.signals import SIGNALS, available_signals, decoder_memory_map
 from simsid.precision import check_precision
 
@@ -28,7 +28,7 @@ class ConfiguredNetwork(nn.Module, Scorer):
     """What `Model` and its frozen copies have in common: networks, and what their configuration says of them."""
 
     config: Config
-    encoder: Encoder
+    encoder: Encoder | CustomEncoder
     student: Generator
     discriminator: Discriminator
 
@@ -145,14 +145,18 @@ class FrozenModel(ConfiguredNetwork):
 
     def pictures(self, images: Tensor) -> dict[str, Tensor]:
         """Return the reconstructions, `[B, H, W]`."""
-        return {"reconstruction": self.reconstruct(images)[:, 0]}
+        # One image is not padded to sixteen: a picture shows no last digits.
+        return {"reconstruction": self._reconstructed(images, min(BATCH, max(1, len(images))))[:, 0]}
 
-    @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """Return the student's reconstruction of `[B, 1, H, W]`, on the images' device."""
+        return self._reconstructed(images, BATCH)
+
+    @torch.no_grad()
+    def _reconstructed(self, images: Tensor, size: int) -> Tensor:
         found = [
             self.outputs(batch)["reconstruction"][:count].to(images.device, copy=True)
-            for batch, count in self._padded_batches(images, BATCH)
+            for batch, count in self._padded_batches(images, size)
         ]
         return torch.cat(found)
 

@@ -33,6 +33,7 @@ from simsid.training.step import TrainingStep, with_chosen_precision
 from simsid.training.validation import (
     calibrate,
     choose_batch_size,
+    measure_items,
     paste_patches,
     to_image_set,
     validate,
@@ -254,6 +255,7 @@ class Trainer:
             "learning_rate": learning_rate(self.config, progress.epoch),
             **losses,
             **validate(self.model, self.group, training.val, training.pasted, self._scoring_precision),
+            **measure_items(self.model),
             "seconds": round(time.monotonic() - began, 3),
         }
         better = choose_best(progress.history, epoch, training.criterion, self.model.signal)
@@ -285,7 +287,7 @@ class Trainer:
         """Load the best model, on every rank."""
         own = checkpoint.tensors(self.model)
         if folder is not None:
-            best = Model.load(folder.path)
+            best = Model.load(folder.path, **self.model.load_options())
             self._best, self.model.calibration = checkpoint.tensors(best), best.calibration
         if self._best is not None:
             with torch.no_grad():

@@ -115,6 +115,12 @@ def validate(
     return result
 
 
+def measure_items(model: Model) -> dict[str, float]:
+    """Return the mean Euclidean norm of the in-painting memory's items, which weight decay may let fade."""
+    block = model.student.inpainting
+    return {} if block is None else {"item_norm": float(block.memory.items.detach().norm(dim=-1).mean())}
+
+
 def _finite(signals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: values for name, values in signals.items() if np.isfinite(values).all()}
 
