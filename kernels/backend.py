@@ -1,11 +1,13 @@
 """The choice between the fused Triton kernels and the PyTorch reference, with its reason."""
 
+import importlib.metadata
 import importlib.util
 import logging
 import os
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from simsid.kernels.checks import check_choice
@@ -13,6 +15,9 @@ from simsid.kernels.checks import check_choice
 BACKENDS = ("auto", "triton", "torch")
 OLDEST_MAJOR = 8  # the kernels use asynchronous copies and bf16 tensor cores, which came with sm_80
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+# Triton 3.6 leaves out the fence between an asynchronous copy of 16-bit numbers and the warp-group product that reads
+# them (compute capability 9.0 and later), unless the loop around them is not pipelined.
+LEAVES_OUT_FENCES = TRITON_INSTALLED and importlib.metadata.version("triton").startswith("3.6.")
 
 _logger = logging.getLogger(__name__)
 
@@ -44,6 +49,12 @@ def why_not_triton(device: torch.device) -> str | None:
     if properties.major < OLDEST_MAJOR:
         return f"compute capability {properties.major}.{properties.minor} is older than {OLDEST_MAJOR}.0"
     return None
+
+
+def fenced_stages(num_stages: int, warp_groups: bool, *tensors: Tensor) -> int:
+    """Return the stages of a loop that multiplies tensors: `num_stages`, or 1 where Triton would leave out a fence."""
+    unfenced = LEAVES_OUT_FENCES and warp_groups and any(tensor.element_size() == 2 for tensor in tensors)
+    return 1 if unfenced else num_stages
 
 
 def why_not_differentiable() -> str | None:

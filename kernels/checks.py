@@ -12,26 +12,34 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensor(
-    name: str, tensor: Tensor, shape: tuple[str | int, ...], like: tuple[str, Tensor] | None = None
+    name: str,
+    tensor: Tensor,
+    shape: tuple[str | int, ...],
+    like: tuple[str, Tensor] | None = None,
+    boolean: bool = False,
 ) -> None:
-    """Raise unless `tensor` is a floating-point tensor of the expected shape and device.
+    """Raise unless `tensor` is a floating-point (or boolean) tensor of the expected shape and device.
 
     Args:
         name: of the argument, for the message.
         tensor: the argument.
         shape: expected sizes; a string names an axis that may have any size.
         like: name and value of the argument whose device is expected, or None for any device.
+        boolean: whether the dtype must be bool instead of a floating-point one.
 
     Raises:
-        TypeError: not a tensor, or not floating point.
+        TypeError: not a tensor, or of another dtype.
         ValueError: another shape or device.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {_show(shape)}, got {type(tensor).__name__}")
-    if tensor.dtype not in FLOATS:
+    if boolean and tensor.dtype != torch.bool:
+        raise TypeError(f"{name} must be a boolean tensor, got {tensor.dtype}")
+    if not boolean and tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be a floating-point tensor (float16 to float64), got {tensor.dtype}")
-    fits = tensor.dim() == len(shape) and all(
-        isinstance(expected, str) or expected == size for expected, size in zip(shape, tensor.shape)
+    fits = tensor.shape == shape or (
+        tensor.dim() == len(shape)
+        and all(isinstance(expected, str) or expected == size for expected, size in zip(shape, tensor.shape))
     )
     if not fits:
         raise ValueError(f"{name} must have shape {_show(shape)}, got {_show(tuple(tensor.shape))}")
@@ -52,6 +60,8 @@ def check_integer(name: str, value: Any, least: int) -> int:
         TypeError: not an integer; bool is refused because `True` is more likely a misplaced flag.
         ValueError: below `least`.
     """
+    if type(value) is int and value >= least:
+        return value
     message = f"{name} must be an integer of at least {least}, got {value!r}"
     if isinstance(value, bool):
         raise TypeError(message)

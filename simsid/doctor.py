@@ -38,7 +38,7 @@ def examine() -> list[Finding]:
         remedy = "pip install --force-reinstall torch"
         findings.append(Finding("FAIL", "torch", f"cannot be loaded: {TORCH_ERROR}", remedy))
     else:
-        findings += [_processor(), *_gpu(), *_kernels()]
+        findings += [_processor(), _precision(), *_gpu(), *_kernels()]
     return [*findings, *_decoders(), _tensorboard()]
 
 
@@ -82,6 +82,17 @@ def _processor() -> Finding:
     return Finding("ok", "cpu", f"{os.cpu_count()} cores, threads that PyTorch uses: {torch.get_num_threads()}")
 
 
+def _precision() -> Finding:
+    from simsid.precision import INSTRUCTIONS, bfloat16_instructions, choose_precision, measured_speedup
+
+    found = bfloat16_instructions()
+    why = f"the processor has {', '.join(found)}" if found else f"the processor has none of {', '.join(INSTRUCTIONS)}"
+    text = f"{choose_precision('auto', 'cpu')} for training and calibration on this CPU: {why}"
+    return Finding(
+        "ok", "precision", f"{text}; a 3x3 convolution is {measured_speedup():.1f} times as fast in bfloat16"
+    )
+
+
 def _gpu() -> list[Finding]:
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -99,7 +110,7 @@ def _gpu() -> list[Finding]:
 
 def _kernels() -> list[Finding]:
     import simsid.kernels as kernels
-    from simsid.kernels.backend import choose_backend
+    from simsid.kernels.backend import LEAVES_OUT_FENCES, choose_backend
 
     choice = choose_backend("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     fused = choice.backend == "triton"
@@ -108,6 +119,9 @@ def _kernels() -> list[Finding]:
     version = _version("triton")
     text = version or "missing; only fused kernels on an NVIDIA GPU use it"
     linux = platform.system() == "Linux"
+    if LEAVES_OUT_FENCES:
+        text = f"{text}; it leaves out a fence, so 16-bit memory kernels run without pipelining on sm_90 and later"
+        return [*findings, Finding("note", "triton", text, "pip install --upgrade torch triton")]
     return [*findings, Finding("ok" if version else "note", "triton", text, "" if version or not linux else TRITON)]
 
 

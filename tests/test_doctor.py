@@ -59,6 +59,12 @@ def test_what_is_missing_or_old_is_named_with_its_remedy(monkeypatch):
         assert finding.mark == "ok" or finding.remedy or finding.subject.startswith("kernel"), finding
 
 
+def test_triton_that_leaves_out_fences_is_a_note(monkeypatch):
+    monkeypatch.setattr("simsid.kernels.backend.LEAVES_OUT_FENCES", True)
+    finding = by_subject(doctor.examine())["triton"]
+    assert finding.mark == "note" and "without pipelining" in finding.text and "--upgrade torch" in finding.remedy
+
+
 def test_a_torch_that_does_not_load_is_reported(monkeypatch):
     monkeypatch.setattr(doctor, "torch", None)
     monkeypatch.setattr(doctor, "TORCH_ERROR", "libcudart.so.13: cannot open shared object file", raising=False)

@@ -11,6 +11,7 @@ from simsid.kernels.memory.reference import space_aware_memory_reference
 from simsid.kernels.ranges import named_range
 
 THRESHOLDS = ("inclusive", "exclusive")
+SIMILARITIES = ("dot", "cosine")
 
 
 @overload
@@ -22,6 +23,8 @@ def space_aware_memory(
     threshold: str = ...,
     noise: Tensor | None = ...,
     temperature: float = ...,
+    similarity: str = ...,
+    item_mask: Tensor | None = ...,
     return_weights: Literal[False] = ...,
     backend: str = ...,
 ) -> Tensor: ...
@@ -36,6 +39,8 @@ def space_aware_memory(
     threshold: str = ...,
     noise: Tensor | None = ...,
     temperature: float = ...,
+    similarity: str = ...,
+    item_mask: Tensor | None = ...,
     return_weights: Literal[True],
     backend: str = ...,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -50,6 +55,8 @@ def space_aware_memory(
     threshold: str = "inclusive",
     noise: Tensor | None = None,
     temperature: float = 1.0,
+    similarity: str = "dot",
+    item_mask: Tensor | None = None,
     return_weights: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
@@ -60,8 +67,11 @@ def space_aware_memory(
         w          = top-k of p, the rest zero, divided by its sum
         out[b,l,:] = sum_n w[b,l,n] memory[l,n,:]
 
+    The sum over d is the dot product of query and item; `similarity="cosine"` divides it by both norms.
+
     Source: SimSID (arXiv 2403.08689), section 3.2, space-aware memory and Gumbel shrinkage; SQUID (arXiv 2111.13495),
-    section 3.3. With a memory shared by all locations and no shrinkage this is the look-up of MemAE.
+    section 3.3. With the cosine, a memory shared by all locations and no shrinkage this is the look-up of MemAE (arXiv
+    1904.02639), equations 3 to 5.
 
     Differences: the papers' shrinkage keeps the k most probable items; the released code keeps only those strictly
     above the k-th, `k - 1` of them (`threshold="exclusive"`).
@@ -73,7 +83,7 @@ def space_aware_memory(
     numbers by three TF32 products, which select as float32 does, or by one where PyTorch is allowed TF32
     (`torch.set_float32_matmul_precision("high")`); they multiply a bfloat16 query and a float32 memory, as a pair of
     bfloat16 numbers, to 2^-16. With the kernels the output for a query is the same, bit for bit, in every run and
-    every batch. An item that is not kept adds nothing even if it is infinite; the reference multiplies it by 0.
+    every batch. An item that is not finite can make every query of its location NaN; mask it.
 
     Args:
         query: `[B, L, D]`, float16 to float64.
@@ -84,6 +94,11 @@ def space_aware_memory(
             largest and drops every item tied there; where none is kept the output is 0.
         noise: `[B, L, N]` added to the similarity (Gumbel noise makes the selection a sample), or None.
         temperature: divides the similarity, a number greater than 0.
+        similarity: `"dot"` or `"cosine"`. The gradient of the cosine goes through both norms. A query or item whose
+            norm is at most 1e-12 has similarity 0 and gets no gradient from it; norms above 1e19 overflow float32.
+        item_mask: bool `[L, N]` (`[1, N]` for shared items), False for items that no query may select, or None. The
+            result is that of a memory of the other items alone: a masked item has probability 0 and gradient 0, and
+            may hold anything, NaN included. A location without any valid item gives 0, and its query gradient 0.
         return_weights: also return which items were kept and their weights.
         backend: `"auto"` (fused kernels on CUDA where they exist, PyTorch elsewhere), `"triton"` or `"torch"`. The
             kernels have no second derivative, no forward mode and no `torch.func` transforms; inside the last two,
@@ -92,12 +107,13 @@ def space_aware_memory(
     Returns:
         `[B, L, D]` in the query's dtype. Similarities and probabilities are computed in float32 (float64 for float64).
         With `return_weights`, a tuple of that, the indices `[B, L, min(k, N)]` (int64, largest similarity first) and
-        the weights `w` of those items (float32; float64 for float64), 0 for an item that `"exclusive"` dropped.
-        Neither indices nor weights have a gradient.
+        the weights `w` of those items (float32; float64 for float64), 0 for an item that `"exclusive"` dropped. Where
+        fewer than k items are valid, masked ones with weight 0 fill the last places. Neither indices nor weights have a
+        gradient.
 
     Raises:
         TypeError: a dtype or type that is not listed above.
-        ValueError: a shape, device, `topk`, `threshold`, `temperature` or `backend` outside these ranges.
+        ValueError: a shape, device, `topk`, `threshold`, `temperature`, `similarity` or `backend` outside these ranges.
         RuntimeError: `backend="triton"` where the kernels cannot run, with the reason.
     """
     check_tensor("query", query, ("B", "L", "D"))
@@ -114,10 +130,14 @@ def space_aware_memory(
     if noise is not None:
         check_tensor("noise", noise, (query.shape[0], locations, memory.shape[1]), like=("the query", query))
     check_positive("temperature", temperature)
+    check_choice("similarity", similarity, SIMILARITIES)
+    if item_mask is not None:
+        check_tensor("item_mask", item_mask, tuple(memory.shape[:2]), like=("the query", query), boolean=True)
     refusal = refuse(query.dtype, memory.dtype, locations, memory.shape[1], topk)
+    options = (topk, threshold, noise, float(temperature), similarity, item_mask)
     if choose_backend(backend, query.device, refusal).backend == "triton":
         from simsid.kernels.memory.fused import space_aware_memory_fused
 
-        return space_aware_memory_fused(query, memory, topk, threshold, noise, float(temperature), return_weights)
-    out, w, index = space_aware_memory_reference(query, memory, topk, threshold, noise, float(temperature))
+        return space_aware_memory_fused(query, memory, *options, return_weights)
+    out, w, index = space_aware_memory_reference(query, memory, *options)
     return (out, index, w.gather(-1, index)) if return_weights else out

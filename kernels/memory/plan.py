@@ -47,6 +47,7 @@ class RowPlan:
     tiles: int
     block_k: int
     block_d: int
+    blocks: int  # of features, one after the other in a program
     num_warps: int
 
 
@@ -61,7 +62,9 @@ class GradientPlan:
     num_stages: int
 
 
-def plan_scores(batch: int, locations: int, items: int, features: int, warp_groups: bool) -> ScorePlan:
+def plan_scores(
+    batch: int, locations: int, items: int, features: int, warp_groups: bool, squares: bool = False
+) -> ScorePlan:
     """Plan the score kernel; whatever decides the order of summation depends on the memory's shape alone.
 
     Args:
@@ -71,6 +74,7 @@ def plan_scores(batch: int, locations: int, items: int, features: int, warp_grou
         features: D.
         warp_groups: a whole warp group multiplies (sm_90, sm_100), out of shared memory. Single warps multiply out of
             registers: 64 features a step take 252 of them with 32 queries, and spill with 64.
+        squares: the squares of both sides are added up too, which spills with 64 queries.
     """
     block_n = 64  # the M side of a warp-group MMA; dividing the items does not read M twice
     step = min(64, max(16, power_of_two(features)))
@@ -80,19 +84,21 @@ def plan_scores(batch: int, locations: int, items: int, features: int, warp_grou
     splits = min(power_of_two(ceil_div(256, programs)), 32, ceil_div(features, 128))
     chunk = ceil_div(ceil_div(features, splits), step) * step
     # Each tile of queries reads all of M again, from the L2 cache at best.
-    block_b = min(64, max(16, power_of_two(batch)))
+    block_b = min(32 if squares else 64, max(16, power_of_two(batch)))
     block_d = step if warp_groups else min(32, step)
     return ScorePlan(block_n, block_b, block_d, chunk, ceil_div(features, chunk), num_warps=4, num_stages=3)
 
 
 def plan_rows(items: int, features: int, kept: int) -> RowPlan:
-    """Plan the kernels whose program owns one row of N items; selection is repeated for each block of features."""
+    """Plan the kernels whose program owns one row of N items; each program of a row repeats the selection."""
     block_n = min(MAX_TILE_ITEMS, max(16, power_of_two(items)))
     block_k = power_of_two(kept)
     # 8192 gathered numbers are 64 registers a thread; wide blocks repeat the selection less often.
     block_d = min(max(16, power_of_two(features)), 1024, 8192 // block_k)
+    # A kept item costs about 35 instructions in every program, a block of features 240: as much for both.
+    blocks = min(ceil_div(features, block_d), max(1, kept // 8))
     num_warps = 4 if max(block_n, block_d) <= 1024 else 8  # at most 8 keys a thread up to there
-    return RowPlan(block_n, ceil_div(items, block_n), block_k, block_d, num_warps)
+    return RowPlan(block_n, ceil_div(items, block_n), block_k, block_d, blocks, num_warps)
 
 
 def plan_joint_gradient(batch: int) -> GradientPlan | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from simsid.kernels.memory.fused import Target, memory_backward, memory_forward, memory_forward_weights
+from simsid.kernels.memory.launchers import Target, memory_backward, memory_forward
 
 float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
 PAIRS = {  # dtypes of query and memory
@@ -46,6 +46,10 @@ def _cases(warp_groups: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "A fp32 noise", case(A, noise=True)
     yield "A fp32 inference", case(A, needs=())
     yield "A fp32 weights", case(A, needs=(), weights=True)
+    for batch in (16, 64):  # gradients together, and apart
+        yield f"A fp32 cosine batch {batch}", case((batch, *A[1:]), cosine=True)
+        yield f"A fp32 masked batch {batch}", case((batch, *A[1:]), masked=True)
+        yield f"A bf16 cosine batch {batch}", case((batch, *A[1:]), "bf16", cosine=True)
     yield "A fp32 k=1", case(A, topk=1)
     yield "A fp32 k=64", case(A, topk=64)
     yield "N=4096 fp32", case((16, 16, 4096, 512), topk=16)
@@ -63,6 +67,8 @@ def _call(
     topk: int = 5,
     exclusive: bool = False,
     noise: bool = False,
+    cosine: bool = False,
+    masked: bool = False,
     needs: tuple[str, ...] = ("query and memory",),
     precision: str = "tf32x3",
     weights: bool = False,
@@ -74,7 +80,8 @@ def _call(
     query = torch.empty(batch, locations, features, dtype=query_dtype, device="meta")
     memory = torch.empty(locations, items, features, dtype=memory_dtype, device="meta")
     gumbel = query.new_empty(batch, locations, items) if noise else None
-    forward = memory_forward_weights if weights else memory_forward
-    p = forward(query, memory, topk, exclusive, gumbel, 1.0, bool(needs), target=target)[1]
+    mask = query.new_empty(locations, items, dtype=torch.bool) if masked else None
+    options = (topk, exclusive, cosine, 1.0, bool(needs), weights)
+    _, *saved = memory_forward(query, memory, mask, gumbel, *options, target=target)
     for need in needs:
-        memory_backward(query, query, memory, p, 1.0, "query" in need, "memory" in need, target)
+        memory_backward(query, query, memory, mask, saved, 1.0, "query" in need, "memory" in need, target)

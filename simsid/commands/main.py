@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _Notes()
             status = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -74,8 +74,17 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status)
 
 
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"simsid: note: {printable(str(message))}", file=sys.stderr)
+class _Notes:
+    """Shows each warning once: evaluation and report may both meet it."""
+
+    def __init__(self) -> None:
+        self._shown: set[str] = set()
+
+    def __call__(self, message: Warning | str, *_: object, **__: object) -> None:
+        text = printable(str(message))
+        if text not in self._shown:
+            self._shown.add(text)
+            print(f"simsid: note: {text}", file=sys.stderr)
 
 
 def _run(arguments: list[str]) -> int | str | None:

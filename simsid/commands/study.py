@@ -23,6 +23,7 @@ NAMES = (
     "mixed",
     "contamination",
     "methods",
+    "decay",
     "speed",
 )
 """Names of `simsid.study.STUDIES`, which a test compares; here, since that module needs PyTorch."""
@@ -37,7 +38,7 @@ class Study:
     """
 
     name: Positional[Annotated[StudyName, arg(metavar="NAME")]]
-    """components, squid_components, patches, topk, items, mixed, contamination, methods or speed."""
+    """components, squid_components, patches, topk, items, mixed, contamination, methods, decay or speed."""
     data: pathlib.Path | None = None
     """Labeled images: a published data set's folder, or a CSV (path,label,split,patient); without it DigitAnatomy."""
     output: MaybeOutput = None

@@ -15,7 +15,7 @@ class SpaceAwareMemory(nn.Module):
 
     Source: SimSID, section 3.2 (equations 1-3); the queue: SQUID, section 3.3. `items` is a parameter `[L, N, D]`
     (`[1, N, D]` when `config.space_aware` is off), or with `queue=True` a buffer of the latest real features that gets
-    no gradient and that `push` updates.
+    no gradient and that `push` updates. A queue that is not full yet shows its random first items.
     """
 
     items: Tensor

@@ -74,7 +74,7 @@ def run_cell(
         "seed": seed,
     }
     request = json.loads(json.dumps(request))
-    path = folder / re.sub(r"[^A-Za-z0-9]+", "_", cell.label).strip("_") / f"seed-{seed}"
+    path = cell_folder(folder, cell, seed)
     resume = _check_request(path, request)
     if (path / RESULT).exists():
         return read_result(path / RESULT)
@@ -96,6 +96,11 @@ def run_cell(
         with run.writing(RESULT):
             checkpoint.write_json(path / RESULT, dataclasses.asdict(result))
     return result
+
+
+def cell_folder(folder: pathlib.Path, cell: Cell, seed: int) -> pathlib.Path:
+    """Return the run folder of a cell with a seed, below the study's."""
+    return folder / re.sub(r"[^A-Za-z0-9]+", "_", cell.label).strip("_") / f"seed-{seed}"
 
 
 def read_result(path: pathlib.Path) -> Result:

@@ -9,7 +9,7 @@ from typing import Any
 from simsid import checkpoint
 from simsid.errors import CheckpointError, ConfigError, RunError
 from simsid.study import table
-from simsid.study.cells import Result, run_cell
+from simsid.study.cells import Result, cell_folder, run_cell
 from simsid.study.images import StudyImages
 from simsid.study.plan import Plan, choose_plan, configuration, is_network
 from simsid.study.studies import Cell, Study
@@ -47,7 +47,7 @@ class StudyRun:
     report: Callable[[str], None]
 
     def run(self) -> str | None:
-        """Run what is not finished, write table.md, results.csv and figure.png, and return the table as text.
+        """Run what is not finished, write table.md, results.csv and pictures, and return the table as text.
 
         Returns:
             The table, or None where Ctrl-C stopped a training.
@@ -137,6 +137,7 @@ class StudyRun:
 
     def _write(self, cells: Sequence[Cell], results: dict[str, list[Result]], plan: Plan | None) -> str:
         from simsid.report.figures import png
+        from simsid.study import reconstructions
         from simsid.study.figure import draw
 
         rows = table.summarize(self.study, cells, results, self.images)
@@ -145,6 +146,13 @@ class StudyRun:
             del parts[1]
         title = f"{self.name}: {self.study.title}"
         said = table.notes(rows, self.images, plan, self.seeds)
+        if self.study.reconstructions:
+            folders = {cell.label: cell_folder(self.folder, cell, 0) for cell in cells if results[cell.label]}
+            pictures, left_out = reconstructions.draw(folders, self.images)
+            if pictures is not None:
+                checkpoint.write_file(self.folder / "reconstructions.png", png(pictures, dpi=100))
+            if left_out:
+                said.append(f"Not in reconstructions.png, as they reconstruct no image: {', '.join(left_out)}.")
         page = [f"# {title}", *(table.as_markdown(*part) for part in parts), "\n".join(f"- {line}" for line in said)]
         checkpoint.write_file(self.folder / "table.md", ("\n\n".join(page) + "\n").encode())
         with checkpoint.csv_writer(self.folder / "results.csv", table.CSV_COLUMNS) as write:

@@ -45,6 +45,8 @@ class Study:
     """Label of the figure's horizontal axis; empty where the cells have no order."""
     measures: Literal["auc", "seconds"] = "auc"
     """What the figure shows."""
+    reconstructions: bool = False
+    """Also draw one image of each kind with every model's reconstruction (SQUID, figure 6)."""
 
 
 def _taken_away(preset: str, names: Mapping[str, Values], paper: float | None = None) -> tuple[Cell, ...]:
@@ -115,6 +117,16 @@ STUDIES: dict[str, Study] = {
             for name in PRESETS
             if name != "digit_anatomy"  # SimSID at another size
         ),
+        reconstructions=True,
+    ),
+    "decay": Study(
+        "how the generator's weights decay: with the gradient, likewise but not the memory items, or apart from it",
+        (
+            Cell("coupled", training={"generator_weight_decay": 1e-5}),
+            Cell("except_items", training={"generator_weight_decay": 1e-5, "decay": "except_items"}),
+            Cell("decoupled", training={"generator_weight_decay": 1e-2, "decay": "decoupled"}),
+        ),
+        reference=None,
     ),
     "speed": Study(
         "seconds of an epoch and of a pass, SimSID against SQUID",

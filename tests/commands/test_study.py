@@ -19,6 +19,7 @@ ONE = {
     "mixed": "simsid 50 %",
     "contamination": "feature_knn 80 %",
     "methods": "pixel_pca",
+    "decay": "except_items",
     "speed": "squid",
 }
 """One model of each study, which runs in a test; all of them are built in tests/study."""
@@ -47,6 +48,7 @@ def test_a_study_trains_evaluates_prints_and_writes(simsid, small, tmp_path, nam
     assert f"| {ONE[name]} |" in page and "optimistic" in page
     assert {row["model"] for row in tiny.rows(folder / "results.csv")} == {ONE[name]}
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "reconstructions.png").exists() == (name == "methods")
     (run,) = folder.glob("*/seed-0")
     assert {"run.json", "manifest.csv", "model.json", "result.json"} <= {path.name for path in run.iterdir()}
 

@@ -26,7 +26,7 @@ def world_folder(tmp_path_factory):
     tiny.films(folder / "local_normals", 10, seed=1)
     tiny.film(folder / "film.png")
     _write_list(folder)
-    tiny.calibrated(folder / "runs" / "first")
+    tiny.run(folder / "runs" / "first")
     tiny.calibrated(folder / "simsid-demo")
     parts = export(tiny.model(decoder_memory="subpatch", threshold="exclusive", heads=8).eval())
     for name, tensors in zip(("model.pth", "discriminator.pth"), parts):

@@ -10,9 +10,9 @@ import pytest
 import tiny
 
 from simsid.commands import main as command_line
-from simsid.report import figures
+from simsid.report import embedding, figures
 
-COMPUTING = ("train", "evaluate", "score", "adapt", "calibrate", "demo", "study")
+COMPUTING = ("train", "evaluate", "score", "adapt", "calibrate", "demo", "report", "study")
 REDUCED = {
     "demo": ["--epochs", "1", "--images", "32"],
     "study": ["--epochs", "1", "--width", "4", "--images", "4", "--seeds", "1"],
@@ -63,6 +63,7 @@ def coarse(monkeypatch):
     """Draw the reports' figures with few pixels, which take most of a tiny command's time."""
     draw = figures.png
     monkeypatch.setattr(figures, "png", lambda figure, dpi=0: draw(figure, dpi=20))
+    monkeypatch.setattr(embedding, "POINTS", 20)
 
 
 def run_simsid(words, capsys):

@@ -6,7 +6,7 @@ import torch
 from harness import DEVICE, assert_as_close_as_torch, terms
 
 from simsid.kernels import space_aware_memory
-from simsid.kernels.memory.reference import shrink, space_aware_memory_reference
+from simsid.kernels.memory.reference import normalize, shrink, space_aware_memory_reference
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 PAIRS = [(FLOAT32, FLOAT32), (BFLOAT16, FLOAT32), (FLOAT16, FLOAT32), (BFLOAT16, BFLOAT16), (FLOAT16, FLOAT16)]
@@ -24,12 +24,30 @@ def draw(B, L, N, D, query=FLOAT32, memory=FLOAT32, shared=False, noisy=False, s
     return z.to(query).to(DEVICE), M.to(memory).to(DEVICE), g.to(query).to(DEVICE), noise
 
 
-def gap(z, M, k, noise, temperature, exclusive):
+def draw_mask(M, seed):
+    """Return a mask of items that leaves about half of them and at least one in each location."""
+    mask = torch.rand(M.shape[:2], generator=torch.Generator().manual_seed(seed)) < 0.5
+    mask[:, seed % M.shape[1]] = True
+    return mask.to(DEVICE)
+
+
+def gap(z, M, k, noise, temperature, exclusive, similarity="dot", item_mask=None):
     """Return the smallest distance between the last score that is kept and the first that is not."""
-    s = torch.einsum("bld,lnd->bln", z.double(), M.double().expand(z.shape[1], -1, -1))
-    s = torch.sort((s if noise is None else s + noise) / temperature, descending=True).values
-    k = min(k, s.shape[-1]) - (1 if exclusive else 0)
-    return math.inf if k in (0, s.shape[-1]) else (s[..., k - 1] - s[..., k]).min().item()
+    z, M = z.double(), M.double().expand(z.shape[1], -1, -1)
+    if similarity == "cosine":
+        z, M = normalize(z), normalize(M)
+    s = torch.einsum("bld,lnd->bln", z, M)
+    s = (s if noise is None else s + noise) / temperature
+    valid = torch.full(s.shape[1:2], s.shape[2], device=s.device)
+    if item_mask is not None:
+        s, valid = s.masked_fill(~item_mask, -math.inf), item_mask.sum(-1).expand(s.shape[1])
+    s = torch.sort(s, descending=True).values
+    gaps = [math.inf]
+    for location, count in enumerate(valid.tolist()):
+        last = min(k, count) - (1 if exclusive else 0)
+        if 0 < last < count:
+            gaps.append((s[:, location, last - 1] - s[:, location, last]).min().item())
+    return min(gaps)
 
 
 def gradients(function, z, M, g):
@@ -44,14 +62,22 @@ def roundings_of(query):
     return 64.0 if query == BFLOAT16 else 3.0
 
 
-def sizes(z, M, g, k, noise, threshold, temperature):
+def sizes(z, M, g, k, noise, threshold, temperature, similarity, item_mask):
     """Return, by name, the largest result there would be without cancellation, and the largest |z M / temperature|."""
     z, M, g = z.detach().double(), M.detach().double().expand(z.shape[1], -1, -1), g.double()
-    s = torch.einsum("bld,lnd->bln", z, M)
+    norms = 1.0
+    if item_mask is not None:
+        M = torch.where(item_mask[..., None], M, 0.0)
+    if similarity == "cosine":
+        norms = z.norm(dim=-1)[..., None].clamp_min(1e-6) * M.norm(dim=-1).clamp_min(1e-6)
+    s = torch.einsum("bld,lnd->bln", z, M) / norms
     logits = (s if noise is None else s + noise) / temperature
+    if item_mask is not None:
+        logits = logits.masked_fill(~item_mask, -1e30)
     p = torch.softmax(logits, dim=-1)
-    w = shrink(logits, p, k, threshold)[0]
-    ds = terms(p, torch.einsum("bld,lnd->bln", g, M)) / temperature
+    w = shrink(logits, p, k, threshold, item_mask)[0]
+    # The cosine's gradient is a difference of two terms of this size.
+    ds = terms(p, torch.einsum("bld,lnd->bln", g, M)) / temperature / norms * (2 if similarity == "cosine" else 1)
     results = {
         "out": torch.einsum("bln,lnd->bld", w, M.abs()),
         "dz": torch.einsum("bln,lnd->bld", ds, M.abs()),
@@ -60,19 +86,25 @@ def sizes(z, M, g, k, noise, threshold, temperature):
     return {name: value.amax().item() for name, value in results.items()}, s.abs().amax().item() / temperature
 
 
-def compare(z, M, g, k, noise=None, threshold="inclusive", temperature=1.0):
+def compare(z, M, g, k, noise=None, threshold="inclusive", temperature=1.0, similarity="dot", item_mask=None):
     """Compare fused output and gradients with the reference in float64; the reference in their dtype is the measure."""
+    options = {
+        "threshold": threshold,
+        "noise": noise,
+        "temperature": temperature,
+        "similarity": similarity,
+        "item_mask": item_mask,
+    }
 
     def reference(z, M):
-        return space_aware_memory_reference(z, M, k, threshold, noise, temperature)[0]
+        return space_aware_memory_reference(z, M, k, **options)[0]
 
     def fused(z, M):
-        options = {"threshold": threshold, "noise": noise, "temperature": temperature}
         return space_aware_memory(z, M, k, backend="triton", **options)
 
     exact = gradients(reference, z.double(), M.double(), g.double())
     same, got = gradients(reference, z, M, g), gradients(fused, z, M, g)
-    scale, score = sizes(z, M, g, k, noise, threshold, temperature)
+    scale, score = sizes(z, M, g, k, **options)
     # Two products, and the one that makes the scores, whose error is an error of the exponent.
     slack = roundings_of(z.dtype) * (2.0 + score)
     for name in exact:

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from simsid.kernels import neighbor_attention
 from simsid.kernels.attention import reference
-from simsid.kernels.attention.reference import OFFSETS, neighbor_index
+from simsid.kernels.attention.plan import Window
+from simsid.kernels.attention.reference import NEIGHBORS, neighbor_index, offsets
 
 GRIDS = [(1, 1), (1, 5), (4, 1), (2, 2), (3, 3), (2, 5), (4, 4)]
 
@@ -28,7 +29,7 @@ def inputs(batch, grid, features, *, pads, dtype=torch.float64):
     return [x if x is None else x.requires_grad_() for x in qkv + pair]
 
 
-def loop(query, key, value, grid, heads, pad_key, pad_value):
+def loop(query, key, value, grid, heads, pad_key, pad_value, window=NEIGHBORS, key_mask=None):
     """Compute the definition one location and head at a time."""
     rows, columns = grid
     width = query.shape[-1] // heads
@@ -36,10 +37,12 @@ def loop(query, key, value, grid, heads, pad_key, pad_value):
     for b, i, j, h in torch.cartesian_prod(*map(torch.arange, (len(query), rows, columns, heads))).tolist():
         own = slice(h * width, (h + 1) * width)
         keys, values = [], []
-        for di, dj in OFFSETS:
+        for di, dj in offsets(window):
             if 0 <= i + di < rows and 0 <= j + dj < columns:
-                keys.append(key[b, (i + di) * columns + j + dj, own])
-                values.append(value[b, (i + di) * columns + j + dj, own])
+                at = (i + di) * columns + j + dj
+                if key_mask is None or key_mask[b, at]:
+                    keys.append(key[b, at, own])
+                    values.append(value[b, at, own])
             elif pad_key is not None:
                 keys.append(pad_key[own])
                 values.append(pad_value[own])
@@ -62,6 +65,70 @@ def test_reference_equals_the_loop_forward_and_backward(grid, pads):
         return neighbor_attention(query, key, value, grid, 2, pad_key=pad_key, pad_value=pad_value)
 
     assert torch.autograd.gradcheck(call, [x for x in leaves if x is not None], fast_mode=True)
+
+
+WINDOWS = {
+    "with center": {"include_center": True},
+    "one cell": {"kernel_size": 1, "include_center": True},
+    "row of five": {"kernel_size": (1, 5)},
+    "5x3 with gaps": {"kernel_size": (5, 3), "dilation": (1, 2)},
+    "gaps wider than the grid": {"dilation": 9},
+    "7x7 with center": {"kernel_size": 7, "include_center": True},
+}
+
+
+def window_of(kernel_size=3, dilation=1, include_center=False):
+    pairs = [x if isinstance(x, tuple) else (x, x) for x in (kernel_size, dilation)]
+    return Window(*pairs[0], *pairs[1], include_center)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
+@pytest.mark.parametrize("pads", [False, True], ids=["", "pads"])
+@pytest.mark.parametrize("options", WINDOWS.values(), ids=WINDOWS)
+def test_any_window_and_mask_equals_the_loop_forward_and_backward(options, pads, masked):
+    leaves = inputs(2, (3, 4), 4, pads=pads)
+    query, key, value, pad_key, pad_value = leaves
+    mask = draw(2, 12) > 0.4 if masked else None
+    want = loop(query.detach(), key.detach(), value.detach(), (3, 4), 2, pad_key, pad_value, window_of(**options), mask)
+
+    def call(query, key, value, pad_key=None, pad_value=None):
+        pads = {"pad_key": pad_key, "pad_value": pad_value}
+        return neighbor_attention(query, key, value, (3, 4), 2, key_mask=mask, **pads, **options)
+
+    given = [x for x in leaves if x is not None]
+    torch.testing.assert_close(call(*given), want, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(call, given, fast_mode=True)
+
+
+def test_masked_key_is_kept_out_even_if_it_is_not_finite():
+    query, key, value, *_ = inputs(1, (3, 3), 8, pads=False)
+    with torch.no_grad():
+        key[0, 4], value[0, 4] = float("nan"), float("inf")
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    mask[0, 4] = False
+    out = neighbor_attention(query, key, value, (3, 3), 2, key_mask=mask)
+    out.sum().backward()
+    assert out.isfinite().all() and all(x.grad.isfinite().all() for x in (query, key, value))
+    assert not key.grad[0, 4].any() and not value.grad[0, 4].any() and value.grad.any()
+
+
+@pytest.mark.parametrize("pads", [False, True], ids=["", "pads"])
+def test_location_whose_keys_are_all_masked_gives_zeros_or_the_pad_value(pads):
+    query, key, value, pad_key, pad_value = inputs(1, (3, 3), 8, pads=pads)
+    mask = torch.zeros(1, 9, dtype=torch.bool)
+    out = neighbor_attention(query, key, value, (3, 3), 2, key_mask=mask, pad_key=pad_key, pad_value=pad_value)
+    want = torch.zeros_like(out) if pad_value is None else pad_value.expand_as(out).clone()
+    want[0, 4] = 0  # it has no neighbor outside the grid
+    torch.testing.assert_close(out, want)
+
+
+@pytest.mark.parametrize("pads", [False, True], ids=["", "pads"])
+def test_key_and_value_side_by_side_equal_two_tensors(pads):
+    query, key, value, pad_key, pad_value = inputs(2, (2, 3), 8, pads=pads)
+    want = neighbor_attention(query, key, value, (2, 3), 2, pad_key=pad_key, pad_value=pad_value)
+    both = torch.cat([key, value], -1)
+    got = neighbor_attention(query, both, None, (2, 3), 2, pad_key=torch.cat([pad_key, pad_value]) if pads else None)
+    assert got.equal(want)
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 2), (3, 4)])
@@ -165,7 +232,13 @@ def test_neighbor_index_is_made_once_for_a_grid_and_device(monkeypatch):
         counts.append(mode.count)
     assert counts[1] < counts[0] / 2
     neighbor_attention(query, query, query, (3, 2), 2)
-    assert set(reference._stored) == {((2, 3), query.device), ((3, 2), query.device)}
+    neighbor_attention(query, query, query, (3, 2), 2, dilation=2)
+    at = query.device
+    assert set(reference._stored) == {
+        ((2, 3), NEIGHBORS, at),
+        ((3, 2), NEIGHBORS, at),
+        ((3, 2), window_of(dilation=2), at),
+    }
 
 
 @pytest.mark.parametrize(
@@ -249,6 +322,33 @@ GOOD = {"query": draw(2, 6, 8), "key": draw(2, 6, 8), "value": draw(2, 6, 8), "g
         ({"pad_value": draw(8)}, ValueError, r"pad_key and pad_value must be given together"),
         ({"pad_key": draw(7), "pad_value": draw(8)}, ValueError, r"pad_key must have shape \[8\], got \[7\]"),
         ({"pad_key": draw(8), "pad_value": draw(1, 8)}, ValueError, r"pad_value must have shape \[8\], got \[1, 8\]"),
+        ({"kernel_size": 4}, ValueError, r"kernel_size must be odd, .* got 4"),
+        ({"kernel_size": (3, 2)}, ValueError, r"kernel_size must be odd, .* got \(3, 2\)"),
+        (
+            {"kernel_size": (3, 3, 3)},
+            ValueError,
+            r"kernel_size must be an integer or \(rows, columns\), got \(3, 3, 3\)",
+        ),
+        ({"kernel_size": 3.0}, TypeError, r"kernel_size must be an integer of at least 1, got 3.0"),
+        ({"kernel_size": 1}, ValueError, r"kernel_size 1 leaves a location without any key; use include_center=True"),
+        ({"dilation": 0}, ValueError, r"dilation must be an integer of at least 1, got 0"),
+        ({"dilation": True}, TypeError, r"dilation must be an integer of at least 1, got True"),
+        ({"include_center": 1}, TypeError, r"include_center must be True or False, got 1"),
+        (
+            {"key_mask": draw(2, 6)},
+            TypeError,
+            r"key_mask must be a boolean tensor, got torch.float64",
+        ),
+        ({"key_mask": [True]}, TypeError, r"key_mask must be a tensor of shape \[2, 6\], got list"),
+        ({"key_mask": draw(2, 5) > 0}, ValueError, r"key_mask must have shape \[2, 6\], got \[2, 5\]"),
+        ({"key_mask": (draw(2, 6) > 0).to("meta")}, ValueError, r"key_mask must be on cpu like the query, got meta"),
+        ({"value": None}, ValueError, r"key must have shape \[2, 6, 16\], got \[2, 6, 8\]"),
+        (
+            {"key": draw(2, 6, 16), "value": None, "pad_value": draw(8)},
+            ValueError,
+            r"pad_value must be None where value",
+        ),
+        ({"key": draw(2, 6, 16), "value": None, "pad_key": draw(8)}, ValueError, r"pad_key must have shape \[16\]"),
         ({"backend": "cuda"}, ValueError, r"backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
     ],
 )

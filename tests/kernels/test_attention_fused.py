@@ -9,8 +9,8 @@ from harness import DEVICE, assert_as_close_as_torch, needs_compiler, needs_kern
 from hypothesis import HealthCheck, given, settings
 
 from simsid.kernels import neighbor_attention
-from simsid.kernels.attention.plan import plan_grid
-from simsid.kernels.attention.reference import neighbor_index
+from simsid.kernels.attention.plan import Window, plan_grid
+from simsid.kernels.attention.reference import NEIGHBORS, neighbor_index
 from simsid.kernels.launch import record_launches
 
 NAMES = ("query", "key", "value", "pad_key", "pad_value")
@@ -32,19 +32,24 @@ def inputs(batch, grid, features, *, pads=True, dtype=torch.float32, pad_dtype=N
     return tensors
 
 
-def run(tensors, grid, heads, cotangent=None, backend="triton"):
+def run(tensors, grid, heads, cotangent=None, backend="triton", **options):
     """Return the output and, for a cotangent, the gradient to every input, by name."""
     leaves = {name: tensor.detach().requires_grad_(cotangent is not None) for name, tensor in tensors.items()}
-    out = neighbor_attention(grid=grid, heads=heads, backend=backend, **leaves)
+    out = neighbor_attention(grid=grid, heads=heads, backend=backend, **leaves, **options)
     if cotangent is None:
         return {"out": out}
     gradients = torch.autograd.grad(out, list(leaves.values()), cotangent.to(out.dtype))
     return {"out": out, **dict(zip(leaves, gradients))}
 
 
-def sizes(tensors, grid, heads, cotangent):
+def window_of(kernel_size=3, dilation=1, include_center=False):
+    pairs = [x if isinstance(x, tuple) else (x, x) for x in (kernel_size, dilation)]
+    return Window(*pairs[0], *pairs[1], include_center)
+
+
+def sizes(tensors, grid, heads, cotangent, window=NEIGHBORS, key_mask=None):
     """Return, by name, the largest results there would be without cancellation, and the largest score."""
-    index = neighbor_index(grid, DEVICE)
+    index = neighbor_index(grid, DEVICE, window)
     leaves = {name: tensor.double().abs().requires_grad_() for name, tensor in tensors.items()}
 
     def windows(tensors, name):
@@ -57,7 +62,11 @@ def sizes(tensors, grid, heads, cotangent):
 
     plain = {name: tensor.double() for name, tensor in tensors.items()}
     scale = (plain["query"].shape[-1] // heads) ** -0.5
-    inside = torch.tensor(True, device=DEVICE) if "pad_key" in plain else (index < len(index))[:, None]
+    keys = (
+        torch.ones(len(plain["query"]), len(index), dtype=torch.bool, device=DEVICE) if key_mask is None else key_mask
+    )
+    takes_part = torch.cat([keys, keys.new_full((len(keys), 1), "pad_key" in plain)], dim=1)
+    inside = takes_part[:, index][:, :, None]
     logits = scale * products(plain["query"], windows(plain, "key"))
     # A location without neighbors has no probabilities.
     p = torch.softmax(logits.masked_fill(~inside, -torch.inf), dim=-1).nan_to_num(0.0)
@@ -69,12 +78,14 @@ def sizes(tensors, grid, heads, cotangent):
     return {name: value.amax().item() for name, value in results.items()}, (logits * inside).abs().amax().item()
 
 
-def assert_fused_is_right(tensors, grid, heads):
+def assert_fused_is_right(tensors, grid, heads, key_mask=None, **options):
     cotangent = draw(*tensors["query"].shape, dtype=tensors["query"].dtype, seed=9)
-    fused = run(tensors, grid, heads, cotangent)
-    same = run(tensors, grid, heads, cotangent, backend="torch")
-    exact = run({name: x.double() for name, x in tensors.items()}, grid, heads, cotangent, backend="torch")
-    scale, score = sizes(tensors, grid, heads, cotangent)
+    doubles = {name: x.double() for name, x in tensors.items()}
+    fused, same, exact = (
+        run(inputs, grid, heads, cotangent, backend=backend, key_mask=key_mask, **options)
+        for inputs, backend in ((tensors, "triton"), (tensors, "torch"), (doubles, "torch"))
+    )
+    scale, score = sizes(tensors, grid, heads, cotangent, window_of(**options), key_mask)
     # Two products, and the one that makes the scores, whose error is an error of the exponent.
     slack = 1.5 * (2.0 + score)
     for name in fused:
@@ -114,6 +125,46 @@ def test_float32_pads_of_16_bit_inputs_keep_their_dtype(poisoned):
 )
 def test_any_shape_agrees_with_the_reference(poisoned, batch, grid, heads, width, pads, dtype):
     assert_fused_is_right(inputs(batch, grid, heads * width, pads=pads, dtype=dtype), grid, heads)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    grid=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    kernel_size=st.sampled_from([1, 3, (1, 3), (5, 1), (1, 9)]),
+    dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    include_center=st.booleans(),
+    keys=st.sampled_from([None, 0.0, 0.5, 1.0]),  # of the locations take part
+    pads=st.booleans(),
+    dtype=st.sampled_from(FLOATS),
+)
+def test_any_window_and_mask_agree_with_the_reference(
+    poisoned, grid, kernel_size, dilation, include_center, keys, pads, dtype
+):
+    options = {"kernel_size": kernel_size, "dilation": dilation}
+    options["include_center"] = include_center or kernel_size == 1
+    tensors = inputs(2, grid, 10, pads=pads, dtype=dtype)
+    mask = None if keys is None else draw(2, grid[0] * grid[1], seed=8).argsort(1).argsort(1) < keys * grid[0] * grid[1]
+    assert_fused_is_right(tensors, grid, 2, mask, **options)
+
+
+@pytest.mark.parametrize("pads", [False, True])
+def test_key_and_value_side_by_side_give_the_bits_of_two_tensors(poisoned, pads):
+    tensors, cotangent = inputs(2, (2, 3), 8, pads=pads), draw(2, 6, 8, seed=9)
+    both = {"query": tensors["query"], "key": torch.cat([tensors["key"], tensors["value"]], -1)}
+    if pads:
+        both["pad_key"] = torch.cat([tensors["pad_key"], tensors["pad_value"]])
+    want, got = run(tensors, (2, 3), 2, cotangent), run(both, (2, 3), 2, cotangent, value=None)
+    assert got["out"].equal(want["out"]) and got["query"].equal(want["query"])
+    assert got["key"].equal(torch.cat([want["key"], want["value"]], -1))
+    assert not pads or got["pad_key"].equal(torch.cat([want["pad_key"], want["pad_value"]]))
+
+
+def test_masked_key_is_kept_out_even_if_it_is_not_finite():
+    tensors, mask = inputs(1, (3, 3), 8), torch.ones(1, 9, dtype=torch.bool, device=DEVICE)
+    tensors["key"][0, 4], tensors["value"][0, 4], mask[0, 4] = float("nan"), float("inf"), False
+    got = run(tensors, (3, 3), 2, draw(1, 9, 8, seed=9), key_mask=mask)
+    assert all(x.isfinite().all() for x in got.values())
+    assert not got["key"][0, 4].any() and not got["value"][0, 4].any() and got["value"].any()
 
 
 def test_views_and_unaligned_starts_equal_their_copies(poisoned):
@@ -230,22 +281,39 @@ def test_unsupported_argument_raises_its_reason_and_auto_takes_torch(tensors, gr
     assert run(tensors, grid, 2, backend="auto")["out"].isfinite().all()
 
 
+def test_large_window_raises_its_reason_and_auto_takes_torch():
+    tensors = inputs(1, (4, 4), 8)
+    with pytest.raises(RuntimeError, match="24 keys in a window are more than the 9 that one program can hold"):
+        run(tensors, (4, 4), 2, kernel_size=5)
+    assert run(tensors, (4, 4), 2, backend="auto", kernel_size=5)["out"].isfinite().all()
+
+
 def test_ops_pass_opcheck():
     tensors = tuple(inputs(2, (2, 3), 8).values())
     ops = torch.ops.simsid
-    for pads in (tensors[3:], (None, None)):
-        torch.library.opcheck(ops.neighbor_attention.default, (*tensors[:3], *pads, 2, 3, 2))
-        backward = (draw(2, 6, 8), *tensors[:3], *pads, 2, 3, 2)
-        torch.library.opcheck(ops.neighbor_attention_backward.default, backward)
+    mask, packed = draw(2, 6) > 0, torch.cat(tensors[1:3], -1)
+    cases = [
+        (*tensors, None, (2, 3), 2, NEIGHBORS),
+        (*tensors[:3], None, None, mask, (2, 3), 2, window_of((1, 3), 2, True)),
+        (tensors[0], packed, None, torch.cat(tensors[3:]), None, None, (2, 3), 2, NEIGHBORS),
+    ]
+    for arguments in cases:
+        torch.library.opcheck(ops.neighbor_attention.default, arguments)
+        torch.library.opcheck(ops.neighbor_attention_backward.default, (draw(2, 6, 8), *arguments))
 
 
-@pytest.mark.parametrize("pads", [False, True])
-def test_compiled_op_is_one_graph_and_agrees(pads):
+@pytest.mark.parametrize(
+    ("pads", "options"),
+    [(False, {}), (True, {}), (True, {"kernel_size": (1, 3), "dilation": 2, "include_center": True})],
+    ids=["no pads", "pads", "window and mask"],
+)
+def test_compiled_op_is_one_graph_and_agrees(pads, options):
     torch._dynamo.reset()
     leaves = [x.requires_grad_() for x in inputs(2, (2, 3), 8, pads=pads).values()]
+    options = options | {"key_mask": draw(2, 6, seed=7) > 0 if options else None, "backend": "triton"}
 
     def call(*tensors):
-        return neighbor_attention(grid=(2, 3), heads=2, backend="triton", **dict(zip(NAMES, tensors))) * 2
+        return neighbor_attention(grid=(2, 3), heads=2, **dict(zip(NAMES, tensors)), **options) * 2
 
     cotangent = draw(2, 6, 8, seed=9)
     want, compiled = call(*leaves), torch.compile(call, fullgraph=True, backend="aot_eager")

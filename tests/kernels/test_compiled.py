@@ -1,9 +1,10 @@
 """The compile gate: every variant of every kernel, compiled for three architectures, against stored reports."""
 
+import dataclasses
 import sys
 
 import pytest
-from harness import MAIN_CASE, ROOT, assert_no_growth, compile_ahead, compile_every_variant, needs_compiler
+from harness import MAIN_CASE, ROOT, assert_no_growth, compile_ahead, compile_every_variant, needs_compiler, reports_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -26,6 +27,20 @@ class TestVariants:
         reports = compile_ahead("--op", op, "--match", MAIN_CASE[op], "--arch", "90")
         assert len(reports) >= 2, "forward and backward"
         assert_no_growth(reports, room=1.0)
+
+
+@needs_compiler
+def test_16_bit_warp_group_products_are_fenced():
+    """Triton 3.6 leaves the fence out where the loop is pipelined."""
+    products = [report for report in reports_of("memory", "[A bf16 memory too", (90,)) if report["hgmma"]]
+    assert len(products) >= 2 and all(report["fences"] > 0 for report in products)
+
+
+def test_unfenced_product_is_a_problem():
+    counts = dict.fromkeys((field.name for field in dataclasses.fields(Report)), 0)
+    report = Report(**{**counts, "name": "", "arch": 90, "hgmma": 1})
+    assert problems(report) == ["no fence.proxy.async before its products"]
+    assert not problems(dataclasses.replace(report, fences=1))
 
 
 def test_code_ignores_comments_and_docstrings_but_not_statements():

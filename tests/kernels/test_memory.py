@@ -12,17 +12,17 @@ from simsid.kernels import space_aware_memory
 from simsid.kernels.memory.reference import shrink
 
 
-def by_hand(z, M, k, threshold="inclusive", noise=None, temperature=1.0, g=None):
+def by_hand(z, M, k, threshold="inclusive", noise=None, temperature=1.0, g=None, similarity="dot"):
     """Compute the definition one query at a time in float64: out, and with g = dLoss/dout also dz and dM."""
     z, M, g = z.double(), M.double().expand(z.shape[1], -1, -1), None if g is None else g.double()
     out, dz, dM = torch.zeros_like(z), torch.zeros_like(z), torch.zeros_like(M)
     for b in range(z.shape[0]):
         for location in range(z.shape[1]):
-            items, N = M[location], M.shape[1]
-            s = [
-                float(items[n] @ z[b, location]) + (0.0 if noise is None else float(noise[b, location, n]))
-                for n in range(N)
-            ]
+            items, N, query = M[location], M.shape[1], z[b, location]
+            cosine = similarity == "cosine"
+            norms = [float(query.norm() * items[n].norm()) if cosine else 1.0 for n in range(N)]
+            c = [float(items[n] @ query) / norms[n] for n in range(N)]
+            s = [c[n] + (0.0 if noise is None else float(noise[b, location, n])) for n in range(N)]
             e = [math.exp((x - max(s)) / temperature) for x in s]
             p = [x / sum(e) for x in e]
             order = sorted(range(N), key=lambda n: (-s[n], n))
@@ -37,8 +37,11 @@ def by_hand(z, M, k, threshold="inclusive", noise=None, temperature=1.0, g=None)
                 mean = sum(p[n] * dw[n] for n in range(N))
                 for n in range(N):
                     ds = p[n] * (dw[n] - mean) / temperature
-                    dz[b, location] += ds * items[n]
-                    dM[location, n] += w[n] * g[b, location] + ds * z[b, location]
+                    dz[b, location] += ds * items[n] / norms[n]
+                    dM[location, n] += w[n] * g[b, location] + ds * query / norms[n]
+                    if cosine:
+                        dz[b, location] -= ds * c[n] * query / query.square().sum()
+                        dM[location, n] -= ds * c[n] * items[n] / items[n].square().sum()
     return out, dz, dM
 
 
@@ -74,12 +77,60 @@ def assert_like_by_hand(z, M, g, k, **options):
     noisy=st.booleans(),
     temperature=st.sampled_from([1.0, 0.5, 3.0]),
     shared=st.booleans(),
+    similarity=st.sampled_from(["dot", "cosine"]),
     seed=st.integers(0, 1000),
 )
-def test_reference_equals_the_loop(B, L, N, D, k, threshold, noisy, temperature, shared, seed):
+def test_reference_equals_the_loop(B, L, N, D, k, threshold, noisy, temperature, shared, similarity, seed):
     z, M, g = draw(B, L, N, D, seed, shared=shared)
     noise = torch.randn(B, L, N, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) if noisy else None
-    assert_like_by_hand(z, M, g, k, threshold=threshold, noise=noise, temperature=temperature)
+    options = {"threshold": threshold, "noise": noise, "temperature": temperature, "similarity": similarity}
+    assert_like_by_hand(z, M, g, k, **options)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("threshold", ["inclusive", "exclusive"])
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_masked_items_give_what_the_other_items_alone_give(k, threshold, similarity):
+    z, M, g = draw()
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1, 0], [1] * 7, [0, 0, 0, 1, 0, 0, 0], [1, 0, 1, 0, 1, 0, 1]]).bool()
+    bad = torch.where(mask[..., None], M, torch.tensor([math.nan, math.inf, -math.inf, 0.0, 1.0]))
+    options = {"threshold": threshold, "similarity": similarity}
+    out, dz, dM = run(z, bad, g, k, item_mask=mask, **options)
+    for location, valid in enumerate(mask):
+        part = slice(location, location + 1)
+        want = run(z[:, part], M[part, valid], g[:, part], k, **options)
+        torch.testing.assert_close((out[:, part], dz[:, part], dM[part, valid]), want)
+    assert (dM[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+def test_location_without_valid_items_gives_zero(bad):
+    z, M, g = draw()
+    mask = torch.ones(4, 7, dtype=torch.bool)
+    mask[1], mask[2, 3:] = False, False
+    z[1, 1, 3] = M[1, 2] = g[0, 1, 4] = bad
+    z, M = z.requires_grad_(), M.requires_grad_()
+    out, index, weight = space_aware_memory(z, M, 5, item_mask=mask, return_weights=True)
+    out.backward(g)
+    assert all((value == 0).all() for value in (out[:, 1], weight[:, 1], z.grad[:, 1], M.grad[1]))
+    assert z.grad.isfinite().all() and M.grad.isfinite().all() and (out[:, [0, 2, 3]] != 0).all()
+    assert index[:, 1].equal(torch.arange(5).expand(3, 5))
+    assert index[:, 2, 3:].equal(torch.tensor([3, 4]).expand(3, 2)) and (weight[:, 2, 3:] == 0).all()
+
+
+def test_valid_item_of_score_minus_infinity_comes_before_masked_items():
+    z, M = torch.ones(1, 1, 1), torch.tensor([[[5.0], [-math.inf], [1.0]]])
+    mask = torch.tensor([[False, True, True]])
+    _, index, weight = space_aware_memory(z, M, 3, item_mask=mask, return_weights=True)
+    assert index.tolist() == [[[2, 1, 0]]] and weight.tolist() == [[[1.0, 0.0, 0.0]]]
+
+
+def test_cosine_of_rows_of_zeros_is_zero_and_has_no_gradient():
+    z, M, g = draw()
+    z[0, 1] = M[1, 2] = 0
+    out, dz, dM = run(z, M, g, 7, similarity="cosine")
+    torch.testing.assert_close(out[0, 1], M[1].mean(0))
+    assert (dz[0, 1] == 0).all() and dM.isfinite().all()
 
 
 def test_gradient_is_that_of_p_when_everything_is_kept():
@@ -292,6 +343,25 @@ Z, ITEMS = torch.zeros(2, 3, 4), torch.zeros(3, 5, 4)
             "temperature must be a positive number, got a tensor, to which no gradient would be computed",
         ),
         ((Z, ITEMS), {"threshold": 1}, ValueError, "threshold must be one of 'inclusive', 'exclusive', got 1"),
+        (
+            (Z, ITEMS),
+            {"similarity": "l2"},
+            ValueError,
+            "similarity must be one of 'dot', 'cosine', got 'l2'",
+        ),
+        ((Z, ITEMS), {"item_mask": [True]}, TypeError, r"item_mask must be a tensor of shape \[3, 5\], got list"),
+        (
+            (Z, ITEMS),
+            {"item_mask": torch.ones(3, 5)},
+            TypeError,
+            "item_mask must be a boolean tensor, got torch.float32",
+        ),
+        (
+            (Z, ITEMS),
+            {"item_mask": torch.ones(1, 5).bool()},
+            ValueError,
+            r"item_mask must have shape \[3, 5\], got \[1, 5\]",
+        ),
         ((Z, ITEMS), {"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
     ],
 )

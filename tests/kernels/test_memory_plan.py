@@ -43,6 +43,7 @@ def test_row_fits_its_program(N, k, D):
     assert (rows.tiles - 1) * rows.block_n < N <= rows.tiles * rows.block_n
     assert rows.block_n <= plan.MAX_TILE_ITEMS and rows.block_k >= min(k, N)
     assert rows.block_k * rows.block_d <= 8192
+    assert rows.blocks == 1 or rows.block_d * (rows.blocks - 1) < D
 
 
 def test_refusal_names_its_reason():

@@ -60,14 +60,14 @@ def test_attention_operations_match_pairs_of_neighbors(grid):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("shared", [False, True])
 def test_memory_launches_match_host_code(shape, needs, shared):
-    from simsid.kernels.memory.fused import memory_backward, memory_forward
+    from simsid.kernels.memory.launchers import memory_backward, memory_forward
 
     B, L, N, D = SHAPES[shape]
     z, M = torch.empty(B, L, D, device="meta"), torch.empty(1 if shared else L, N, D, device="meta")
     with record_launches(run=False) as forward:
-        _, p = memory_forward(z, M, 5, False, None, 1.0, True)
+        _, p = memory_forward(z, M, None, None, 5, False, False, 1.0, True, False)
     with record_launches(run=False) as backward:
-        memory_backward(z, z, M, p, 1.0, *needs)
+        memory_backward(z, z, M, None, [p], 1.0, *needs)
     assert len(forward) == roofline.space_aware_memory_forward(B, L, N, D, shared=shared).launches
     options = {"shared": shared, "need_query": needs[0], "need_memory": needs[1]}
     assert len(backward) == roofline.space_aware_memory_backward(B, L, N, D, **options).launches

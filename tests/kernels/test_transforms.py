@@ -21,6 +21,11 @@ def memory(x, backend):
     return space_aware_memory(x, ITEMS.to(x.dtype), 2, backend=backend)
 
 
+def memory_of_cosines(x, backend):
+    mask = torch.tensor([[True, False, True, True, True]], device=DEVICE).expand(LOCATIONS, 5)
+    return space_aware_memory(x, ITEMS.to(x.dtype), 2, similarity="cosine", item_mask=mask, backend=backend)
+
+
 def attention(x, backend):
     return neighbor_attention(x, 2 * x, 3 * x, (2, 2), 2, backend=backend)
 
@@ -29,7 +34,7 @@ def layer_norm(x, backend):
     return residual_layer_norm(x, 2 * x, WEIGHT.to(x.dtype), BIAS.to(x.dtype), backend=backend)
 
 
-every_op = pytest.mark.parametrize("op", [memory, attention, layer_norm])
+every_op = pytest.mark.parametrize("op", [memory, memory_of_cosines, attention, layer_norm])
 
 
 @every_op

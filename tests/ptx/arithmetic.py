@@ -167,6 +167,8 @@ def _convert(modifiers: list[str], target: str, source: str) -> Callable[..., np
         return pack
 
     def convert(x: np.ndarray) -> np.ndarray:
+        if source[0] in "usb" and source not in FLOATS and source != "bf16":
+            x = x.astype(storage(source))  # a register may be wider than the type: its low bits count
         number = _read(x, source)
         if number.dtype.kind == "f" and "f" not in target:
             rounding = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}

@@ -167,7 +167,8 @@ class Interpreter:
     @contextlib.contextmanager
     def installed(self) -> Iterator["Interpreter"]:
         """Replace the launches of all ops, and let `backend="triton"` take tensors on the CPU."""
-        modules = [importlib.import_module(f"simsid.kernels.{op}.fused") for op in OPS]
+        names = [f"{op}.launchers" if op == "memory" else f"{op}.fused" for op in OPS]
+        modules = [importlib.import_module(f"simsid.kernels.{name}") for name in names]
         memory = modules[OPS.index("memory")]
         before = memory._target, backend.interpreter_on
         memory._target = lambda device: memory.Target("tf32x3", warp_groups=self.arch == 90)

@@ -24,16 +24,17 @@ def _memory(
     """Compare the memory op of B, L, N, D."""
 
     def run() -> None:
-        from memory_cases import compare, draw, gap
+        from memory_cases import compare, draw, draw_mask, gap
 
         from simsid.kernels.memory.variants import PAIRS
 
         noisy = bool(options.get("noisy"))
-        threshold = options.get("threshold", "inclusive")
+        threshold, similarity = options.get("threshold", "inclusive"), options.get("similarity", "dot")
         z, memory, g, noise = draw(*sizes, *PAIRS[dtypes], noisy=noisy, shared=bool(options.get("shared")))
-        if gap(z, memory, k, noise, 1.0, threshold == "exclusive") < 2e-5:
+        mask = draw_mask(memory, 0) if options.get("masked") else None
+        if gap(z, memory, k, noise, 1.0, threshold == "exclusive", similarity, mask) < 2e-5:
             raise ValueError("the inputs have a tie: take others")
-        compare(z, memory, g, k, noise, threshold)
+        compare(z, memory, g, k, noise, threshold, 1.0, similarity, mask)
 
     return run
 
@@ -54,14 +55,21 @@ def _weights() -> None:
 
 
 def _attention(
-    grid: tuple[int, int], features: int, heads: int, dtype: str = "float32", pads: bool = True
+    grid: tuple[int, int],
+    features: int,
+    heads: int,
+    dtype: str = "float32",
+    pads: bool = True,
+    masked: bool = False,
+    **window: object,
 ) -> Callable[[], None]:
     def run() -> None:
         import test_attention_fused
         import torch
 
         tensors = test_attention_fused.inputs(2, grid, features, pads=pads, dtype=getattr(torch, dtype))
-        test_attention_fused.assert_fused_is_right(tensors, grid, heads)
+        mask = test_attention_fused.draw(2, grid[0] * grid[1]) > 0 if masked else None
+        test_attention_fused.assert_fused_is_right(tensors, grid, heads, mask, **window)
 
     return run
 
@@ -76,7 +84,7 @@ def _layer_norm(rows: int, features: int, dtype: str = "float32") -> Callable[[]
     return run
 
 
-def _invariant(batches: tuple[int, ...], dtypes: str) -> Callable[[], None]:
+def _invariant(batches: tuple[int, ...], dtypes: str, similarity: str = "dot") -> Callable[[], None]:
     """Compare, bit for bit, the output of the memory op for the same queries in batches of several sizes."""
 
     def run() -> None:
@@ -87,7 +95,8 @@ def _invariant(batches: tuple[int, ...], dtypes: str) -> Callable[[], None]:
         from simsid.kernels.memory.variants import PAIRS
 
         z, memory, _, _ = draw(max(batches), 1, 37, 144, *PAIRS[dtypes])
-        outputs = {B: space_aware_memory(z[:B], memory, 5, backend="triton") for B in batches}
+        options = {"similarity": similarity, "backend": "triton"}
+        outputs = {B: space_aware_memory(z[:B], memory, 5, **options) for B in batches}
         for B, output in outputs.items():
             assert torch.equal(output, outputs[max(batches)][:B]), f"the bits in a batch of {B} differ"
 
@@ -119,9 +128,15 @@ def _cases() -> list[Case]:
         add("memory fp32 four splits", _memory((3, 2, 100, 512)), True)
         add("memory fp32 two row tiles", _memory((2, 1, 4100, 16)), True)
         add("memory fp32 k=64", _memory((2, 1, 70, 40), k=64), True)
+        for suffix, sizes in (("", one), (" batch 33", two)):
+            add(f"memory fp32 cosine masked{suffix}", _memory(sizes, similarity="cosine", masked=True), bool(suffix))
+            add(f"memory bf16 cosine{suffix}", _memory(sizes, "bf16", similarity="cosine"), True)
+            add(f"memory bf16 masked{suffix}", _memory(sizes, "bf16", masked=True), True)
         add("memory weights", _weights, arch == 80)
         add("attention 4x4 pads", _attention((4, 4), 64, 2), arch == 90)
         add("attention 4x4 pads bf16", _attention((4, 4), 64, 2, "bfloat16"), arch == 80)
+        add("attention 4x4 center mask", _attention((4, 4), 64, 2, masked=True, include_center=True), arch == 80)
+        add("attention 5x4 dilation", _attention((5, 4), 64, 2, "float16", kernel_size=(5, 1), dilation=2), True)
         add("attention 3x5 bf16", _attention((3, 5), 35, 5, "bfloat16", pads=False), True)
         add("attention 4x4 D=512", _attention((4, 4), 512, 8), True)
         add("attention 2x2 D=2048 bf16", _attention((2, 2), 2048, 8, "bfloat16"), True)
@@ -133,7 +148,9 @@ def _cases() -> list[Case]:
         add("layer_norm D=1000 fp16", _layer_norm(5, 1000, "float16"), True)
         add("invariance 1 16 33", _invariant((1, 16, 33), "fp32"))
         for dtypes in ("fp32", "bf16", "fp16", "bf16 memory too", "fp16 memory too"):
-            add(f"invariance {dtypes}", _invariant((1, 16, 17, 32, 33, 64, 256), dtypes), True)
+            every = (1, 16, 17, 32, 33, 64, 256)
+            add(f"invariance {dtypes}", _invariant(every, dtypes), True)
+            add(f"invariance {dtypes} cosine", _invariant(every, dtypes, "cosine"), True)
     return cases
 
 

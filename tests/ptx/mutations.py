@@ -127,12 +127,12 @@ def launches(arch: int, quick: bool) -> list[list[Prepared]]:
     from memory_cases import draw
 
     from simsid.kernels import neighbor_attention, residual_layer_norm, space_aware_memory
-    from simsid.kernels.memory import fused
+    from simsid.kernels.memory import launchers
     from simsid.kernels.memory.variants import PAIRS
 
     interpreter = Interpreter(arch)
     normal = torch.Generator().manual_seed(0)
-    plan = fused.plan_scores
+    plan = launchers.plan_scores
 
     def leaf(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=normal).requires_grad_()
@@ -141,7 +141,7 @@ def launches(arch: int, quick: bool) -> list[list[Prepared]]:
         z, items, g, _ = draw(*sizes, *PAIRS[dtypes])
         # The number of steps decides which of three buffers the last copies go to, and so which barrier they need.
         shape = {"chunk": chunk, "splits": -(-sizes[3] // chunk)}
-        with mock.patch.object(fused, "plan_scores", lambda *a: dataclasses.replace(plan(*a), **shape)):
+        with mock.patch.object(launchers, "plan_scores", lambda *a: dataclasses.replace(plan(*a), **shape)):
             space_aware_memory(z.requires_grad_(), items.requires_grad_(), 5, backend="triton").backward(g)
 
     with interpreter.installed():

@@ -180,6 +180,7 @@ ARITHMETIC = [
     ("cvt.u32.u16", (0xFFFF,), 0xFFFF),
     ("cvt.s32.s16", (0xFFFF,), -1),
     ("cvt.u16.u32", (0x12345,), 0x2345),
+    ("cvt.s32.s8", (0xFE,), -2),
     ("cvt.rn.f32.s32", (-3,), -3.0),
     ("cvt.rn.f32.u32", (0xFFFFFFFF,), 2.0**32),
     ("cvt.rzi.s32.f32", (-2.7,), -2),
@@ -214,6 +215,17 @@ def test_packed_comparison_sets_a_predicate_for_each_half():
         setp.le.bf16x2 %p1|%p2, %r2, %r3; selp.b32 %r4, 1, 0, %p1; selp.b32 %r5, 1, 0, %p2;
         st.global.v2.b32 [%rd1], {{%r4, %r5}};"""
     assert execute(body, np.zeros(2, np.uint32), threads=1 * 32)[0].tolist() == [1, 0]
+
+
+def test_conversion_takes_the_low_bits_of_a_wider_register():
+    body = LOAD + "mov.b32 %r2, 0x1FE; cvt.s32.s8 %r3, %r2; st.global.b32 [%rd1], %r3;"
+    assert execute(body, np.zeros(1, np.int32))[0].tolist() == [-2]
+
+
+@pytest.mark.parametrize(("first", "second", "selector"), [("%r2", "%r9", "0x103U"), ("%r9", "%r2", "0x4547")])
+def test_permutation_ignores_an_unwritten_register_of_which_it_takes_no_byte(first, second, selector):
+    body = LOAD + f"mov.b32 %r2, 0x11223344; prmt.b32 %r3, {first}, {second}, {selector}; st.global.b32 [%rd1], %r3;"
+    assert execute(body, np.zeros(1, np.uint32))[0].tolist() == [0x44334411]
 
 
 def test_mov_packs_and_unpacks_halves():

@@ -18,15 +18,6 @@ from test_ptx_arithmetic import ARITHMETIC
 from simsid.kernels.backend import TRITON_INSTALLED
 
 FOLDER = pathlib.Path(__file__).parent
-# Triton 3.6 leaves the fence out where a 16-bit operand goes through `cp.async` to shared memory and to `wgmma`.
-UNFENCED = {
-    "sm_90 memory bf16",
-    "sm_90 memory bf16 too",
-    "sm_90 memory bf16 batch 33",
-    "sm_90 memory bf16 too batch 33",
-    "sm_90 memory fp16 too",
-}
-BROKEN = UNFENCED if TRITON_INSTALLED and importlib.metadata.version("triton").startswith("3.6.") else set()
 UNDERSTOOD = ("3.6", "3.7", "3.8", "3.9")  # versions of Triton whose PTX was run
 SHORT = [case.name for case in CASES if not case.long]
 # Kernels in which threads of one warp write different roundings of one sum to one address. A GPU keeps one of them,
@@ -34,6 +25,7 @@ SHORT = [case.name for case in CASES if not case.long]
 AMBIGUOUS = {"memory_select_kernel", "memory_softmax_gradient_kernel", "neighbor_attention_backward_kernel"}
 KERNELS = {
     "memory_scores_kernel",
+    "memory_cosine_kernel",
     "memory_select_kernel",
     "memory_softmax_gradient_kernel",
     "memory_joint_gradient_kernel",
@@ -59,12 +51,6 @@ def why_not():
 needs_ptx = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
-def short_cases(start=""):
-    """Return the names of the cases as parameters; those with a known fault must fail."""
-    mark = pytest.mark.xfail(reason="Triton 3.6 leaves out fence.proxy.async", strict=True)
-    return [pytest.param(name, marks=[mark] if name in BROKEN else []) for name in SHORT if name.startswith(start)]
-
-
 def run_script(name, *arguments):
     """Run a script of this folder on compiled Triton and return the JSON that it prints."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -86,11 +72,11 @@ def results():
 
 @needs_ptx
 class TestKernels:
-    @pytest.mark.parametrize("name", short_cases())
+    @pytest.mark.parametrize("name", SHORT)
     def test_kernels_agree_with_the_reference_and_have_no_fault(self, name):
         assert results()[name]["fault"] is None, results()[name]["fault"]
 
-    @pytest.mark.parametrize("name", short_cases("sm_90"))
+    @pytest.mark.parametrize("name", [name for name in SHORT if name.startswith("sm_90")])
     def test_products_are_fenced_and_waited_for_on_every_path(self, name):
         assert results()[name]["order"] == []
 
@@ -100,10 +86,9 @@ class TestKernels:
         assert ran == KERNELS
 
     def test_cases_of_sm_90_use_warp_groups(self):
-        sound = {name: result for name, result in results().items() if name not in BROKEN}
-        memory = [result for name, result in sound.items() if name.startswith("sm_90 memory")]
+        memory = [result for name, result in results().items() if name.startswith("sm_90 memory")]
         assert all(result["fences"] > 0 for result in memory if result["products"])
-        assert sum(result["products"] > 0 for result in memory) >= (3 if BROKEN else 5)
+        assert sum(result["products"] > 0 for result in memory) >= 5
 
     def test_ambiguous_writes_are_in_the_known_kernels_alone(self):
         assert {kernel for result in results().values() for kernel in result["ambiguous"]} <= AMBIGUOUS

@@ -3,7 +3,7 @@
 import functools
 
 import pytest
-from test_ptx_kernels import BROKEN, needs_ptx, run_script
+from test_ptx_kernels import needs_ptx, run_script
 
 # What a mutation must be noticed by, where it is not by its result alone.
 EXPECTED = {
@@ -36,7 +36,6 @@ def verdicts():
 
 
 @needs_ptx
-@pytest.mark.skipif(bool(BROKEN), reason="this version of Triton breaks the kernels itself: it leaves out fences")
 class TestMutations:
     def test_no_mutation_goes_unnoticed(self):
         assert verdicts()["missed"] == []

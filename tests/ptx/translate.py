@@ -67,6 +67,14 @@ def access(opcode: str) -> tuple[str, type, int]:
     return parts[1].removesuffix("::cta"), storage(parts[-1]), (vector or [1])[0]
 
 
+def _selected(a: str, b: str, selector: str) -> tuple[str, str, str]:
+    """Return the operands of `prmt`, with a register in place of one of which no byte is taken: it may be unwritten."""
+    if selector.startswith("%"):
+        return a, b, selector
+    halves = {int(selector.rstrip("U"), 0) >> 4 * i & 4 for i in range(4)}
+    return (a if 0 in halves else b), (b if 4 in halves else a), selector
+
+
 class _Translator:
     def __init__(self, program: Program):
         self.program = program
@@ -144,6 +152,8 @@ class _Translator:
         function, kinds, result = operation(instruction.opcode)
         if len(operands) != len(kinds):
             raise Unsupported(instruction.text)
+        if instruction.opcode == "prmt.b32":
+            operands = _selected(*operands)
         return self._assign(
             instruction, self.slot(target, result), [self.slot(o, k) for o, k in zip(operands, kinds)], function
         )

@@ -1,0 +1,107 @@
+"""Time what a call of each op costs the host: everything but the launches, which are left out; no GPU is needed.
+
+    python benchmarks/host_time.py
+
+On tiny tensors on the CPU, so that allocations and PyTorch's own sums cost little. `least` is an autograd function
+that does nothing but allocate the results and gradients: what PyTorch's engine costs any fused op.
+"""
+
+import argparse
+import contextlib
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simsid.kernels import backend, neighbor_attention, residual_layer_norm, space_aware_memory
+
+BLOCKS, CALLS = 400, 20  # the fastest block counts: what disturbs a block makes it slower
+
+
+@contextlib.contextmanager
+def without_launches() -> Iterator[None]:
+    """Let `backend="triton"` take tensors on the CPU, and launch nothing."""
+    names = ("memory.launchers", "attention.fused", "layer_norm.fused")
+    modules = [importlib.import_module(f"simsid.kernels.{name}") for name in names]
+    before = backend.interpreter_on, [module.launch for module in modules]
+    backend.interpreter_on = lambda: True
+    for module in modules:
+        module.launch = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        backend.interpreter_on = before[0]
+        for module, launch in zip(modules, before[1]):
+            module.launch = launch
+
+
+class _Least(torch.autograd.Function):
+    """Allocate one result, and in the backward a gradient for each input."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return torch.empty_like(tensors[0])
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors)
+
+
+def calls() -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
+    """Return the ops with their inputs, all of which get gradients."""
+    rows, items, row = torch.randn(4, 2, 4, 16), torch.randn(4, 8, 16), torch.randn(4, 16)
+    query, key, value, residual = rows
+    weight, bias, pad_key, pad_value = row
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, pad_key: Tensor, pad_value: Tensor) -> Tensor:
+        pads = {"pad_key": pad_key, "pad_value": pad_value}
+        return neighbor_attention(query, key, value, (2, 2), 2, **pads, backend="triton")
+
+    def packed(query: Tensor, key_value: Tensor, pads: Tensor) -> Tensor:
+        return neighbor_attention(query, key_value, None, (2, 2), 2, pad_key=pads, backend="triton")
+
+    return {
+        "space_aware_memory": (lambda *x: space_aware_memory(*x, backend="triton"), (query, items)),
+        "neighbor_attention": (attention, (query, key, value, pad_key, pad_value)),
+        "the same, packed": (packed, (query, torch.randn(2, 4, 32), torch.randn(32))),
+        "residual_layer_norm": (
+            lambda *x: residual_layer_norm(*x, backend="triton"),
+            (query, residual, weight, bias),
+        ),
+        "least, 2 tensors": (_Least.apply, (query, items)),
+        "least, 5 tensors": (_Least.apply, (query, key, value, pad_key, pad_value)),
+    }
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Return the seconds of a call in the fastest block of calls."""
+    fastest = float("inf")
+    for _ in range(BLOCKS):
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        fastest = min(fastest, (time.perf_counter() - start) / CALLS)
+    return fastest
+
+
+def main() -> None:
+    """Print microseconds of every op's forward pass, and of forward and backward."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    torch.set_num_threads(1)
+    print(f"{'microseconds of host time':28}  forward  forward + backward")
+    with without_launches():
+        for name, (call, tensors) in calls().items():
+            inputs = tuple(tensor.clone().requires_grad_() for tensor in tensors)
+            cotangent = torch.ones_like(inputs[0])
+            with torch.no_grad():
+                forward = seconds(lambda: call(*inputs))  # noqa: B023
+            both = seconds(lambda: torch.autograd.grad(call(*inputs), inputs, cotangent))  # noqa: B023
+            print(f"{name:28} {1e6 * forward:8.1f} {1e6 * both:19.1f}")
+
+
+if __name__ == "__main__":
+    main()
