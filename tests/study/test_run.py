@@ -82,6 +82,20 @@ def test_a_folder_with_another_request_is_refused(start):
             start(study=study, **{"plan": Plan(4, 1), **changes})
 
 
+def test_a_cell_of_a_version_with_fewer_settings_is_read(start, tmp_path):
+    only = dataclasses.replace(STUDY, cells=STUDY.cells[1:])
+    text = start(study=only)
+    file = tmp_path / "study" / "pixel_knn" / "seed-0" / "run.json"
+    request = checkpoint.read_json(file)
+    del request["model"]["neighbors"]
+    checkpoint.write_json(file, request)
+    assert start(study=only) == text
+    request["model"]["aspect"] = "pad"
+    checkpoint.write_json(file, request)
+    with pytest.raises(RunError, match="holds a run with another model"):
+        start(study=only)
+
+
 def test_a_damaged_result_is_named(start, tmp_path):
     only = dataclasses.replace(STUDY, cells=STUDY.cells[1:])
     start(study=only)
