@@ -115,6 +115,14 @@ def test_attention_matches_float64(grid, pads, dtype, small, full_precision):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("options", [{"include_center": True}, {"dilation": 2}, {"kernel_size": (1, 9)}], ids=str)
+def test_attention_windows_and_masks_match_float64(options, dtype, small, full_precision):
+    size, features, heads = ((2, 2), 8, 2) if small else GRIDS["16x16"]
+    mask = attention.draw(2, size[0] * size[1], seed=8) > 0
+    attention.assert_fused_is_right(attention.inputs(2, size, features, dtype=dtype), size, heads, mask, **options)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", [(256, 512), (64, 2048), (300, 8192), (7, 35)], ids=str)
 def test_layer_norm_matches_float64(shape, dtype, small, full_precision):
     norm.assert_fused_is_right(norm.inputs((3, 16) if small else shape, dtype))

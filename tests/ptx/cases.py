@@ -103,6 +103,35 @@ def _invariant(batches: tuple[int, ...], dtypes: str, similarity: str = "dot") -
     return run
 
 
+def _invariant_rows(batches: tuple[int, ...], dtype: str) -> Callable[[], None]:
+    """Compare, bit for bit, outputs and gradients of attention and layer norm in batches of several sizes."""
+
+    def run() -> None:
+        import test_attention_fused as attention
+        import test_layer_norm as norm
+        import torch
+
+        total, kind = max(batches), getattr(torch, dtype)
+        images, g = attention.inputs(total, (2, 2), 16, dtype=kind), attention.draw(total, 4, 16, dtype=kind, seed=9)
+        rows, h = norm.inputs((total, 40), kind), norm.draw(total, 40, dtype=kind, seed=9)
+
+        def results(batch: int) -> dict[str, torch.Tensor]:
+            first = {name: x[:batch] if x.dim() == 3 else x for name, x in images.items()}
+            some = {name: x[:batch] if x.dim() == 2 else x for name, x in rows.items()}
+            attended = attention.run(first, (2, 2), 2, g[:batch])
+            normed = norm.run(some, h[:batch])
+            return {name: attended[name] for name in ("out", "query", "key", "value")} | {
+                f"norm {name}": normed[name] for name in ("out", "x", "residual")
+            }
+
+        whole = results(total)
+        for batch in batches:
+            for name, result in results(batch).items():
+                assert torch.equal(result, whole[name][:batch]), f"the bits of {name} in a batch of {batch} differ"
+
+    return run
+
+
 def _cases() -> list[Case]:
     cases = []
     for arch in (80, 90):
@@ -147,6 +176,8 @@ def _cases() -> list[Case]:
         add("layer_norm D=8192", _layer_norm(2, 8192), True)
         add("layer_norm D=1000 fp16", _layer_norm(5, 1000, "float16"), True)
         add("invariance 1 16 33", _invariant((1, 16, 33), "fp32"))
+        add("invariance of rows", _invariant_rows((1, 16, 17, 32, 33, 64, 256), "float32"), True)
+        add("invariance of rows bf16", _invariant_rows((1, 16, 17, 32, 33, 64, 256), "bfloat16"), True)
         for dtypes in ("fp32", "bf16", "fp16", "bf16 memory too", "fp16 memory too"):
             every = (1, 16, 17, 32, 33, 64, 256)
             add(f"invariance {dtypes}", _invariant(every, dtypes), True)
