@@ -72,7 +72,7 @@ def _scores(
     """
     B, L, D = query.shape
     N = memory.shape[1]
-    plan = plan_scores(B, L, N, D, target.warp_groups)
+    plan = plan_scores(B, L, N, D, target.warp_groups, squares)
     partial = query.new_empty(plan.splits, B, L, N, dtype=torch.float32)
     query_square = partial.new_empty(plan.splits, B, L) if squares else None
     item_square = partial.new_empty(plan.splits, L, N) if squares else None

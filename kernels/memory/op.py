@@ -83,7 +83,7 @@ def space_aware_memory(
     numbers by three TF32 products, which select as float32 does, or by one where PyTorch is allowed TF32
     (`torch.set_float32_matmul_precision("high")`); they multiply a bfloat16 query and a float32 memory, as a pair of
     bfloat16 numbers, to 2^-16. With the kernels the output for a query is the same, bit for bit, in every run and
-    every batch. An item that is not kept adds nothing even if it is infinite; the reference multiplies it by 0.
+    every batch. An item that is not finite can make every query of its location NaN; mask it.
 
     Args:
         query: `[B, L, D]`, float16 to float64.

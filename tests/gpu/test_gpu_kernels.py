@@ -33,11 +33,11 @@ def names(dtypes):
     return "-".join(str(dtype)[6:] for dtype in dtypes)
 
 
-def draw_with_gap(shape, k, dtypes=memory.PAIRS[0], exclusive=False, **options):
+def draw_with_gap(shape, k, dtypes=memory.PAIRS[0], exclusive=False, similarity="dot", **options):
     """Draw inputs whose top-k set no rounding can change: the selection is discontinuous."""
     for seed in range(50):
         z, M, g, noise = memory.draw(*shape, *dtypes, seed=seed, **options)
-        if memory.gap(z, M, k, noise, 1.0, exclusive) > 2e-5:
+        if memory.gap(z, M, k, noise, 1.0, exclusive, similarity) > 2e-5:
             return z, M, g, noise
     raise AssertionError(f"no seed gives a gap at the {k}-th of {shape[2]} items")
 
@@ -72,6 +72,8 @@ OPTIONS = {
     "k is N": {"k": 64},
     "shared items": {"shared": True},
     "batch 33": {"batch": 33},
+    "cosine": {"similarity": "cosine"},
+    "cosine, batch 33": {"similarity": "cosine", "batch": 33},
 }
 
 
@@ -81,7 +83,15 @@ def test_memory_options_match_float64(option, small, full_precision):
     k, threshold, batch = choice.pop("k", 5), choice.pop("threshold", "inclusive"), choice.pop("batch", ODD[0])
     shape = (batch, *ODD[1:])
     z, M, g, noise = draw_with_gap(shape, min(k, shape[2]), exclusive=threshold == "exclusive", **choice)
-    memory.compare(z, M, g, k, noise, threshold)
+    memory.compare(z, M, g, k, noise, threshold, similarity=choice.get("similarity", "dot"))
+
+
+@pytest.mark.parametrize("batch", [3, 33], ids=lambda batch: f"batch{batch}")
+def test_masked_items_of_the_memory_match_float64(batch, small, full_precision):
+    z, M, g, _ = memory.draw(min(batch, 3) if small else batch, *ODD[1:])
+    mask = torch.zeros(M.shape[:2], dtype=torch.bool, device=M.device)
+    mask[:, ::9] = True  # no more than are kept, so that no rounding changes the selection
+    memory.compare(z, torch.where(mask[..., None], M, torch.nan), g, 5, item_mask=mask)
 
 
 def test_memory_of_more_items_than_one_tile_matches_float64(small, full_precision):
