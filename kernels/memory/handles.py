@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from simsid.kernels.launch import record_launches
-from simsid.kernels.library import aligned
 from simsid.kernels.memory import launchers
 
 
@@ -18,7 +17,7 @@ class Step(NamedTuple):
     num_warps: int
     num_stages: int
     constants: dict[str, Any]
-    pointers: dict[str, int]
+    pointers: tuple[tuple[str, int], ...]
 
 
 class Recording(NamedTuple):
@@ -34,16 +33,11 @@ class Recording(NamedTuple):
         tensors = [*inputs, *[torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.made]]
         with launchers.on_device(inputs[0]):
             for kernel, grid, num_warps, num_stages, constants, pointers in self.steps:
-                given = {name: tensors[place] for name, place in pointers.items()}
-                launchers.launch(kernel, grid, num_warps, num_stages, **given, **constants)
+                arguments = constants.copy()
+                for name, place in pointers:
+                    arguments[name] = tensors[place]
+                launchers.launch(kernel, grid, num_warps, num_stages, **arguments)
         return [tensors[place] for place in self.results]
-
-
-class Handle(NamedTuple):
-    """The recorded passes of a call."""
-
-    forward: Recording
-    backward: Recording | None  # for a contiguous gradient of the output; None where no gradient is needed
 
 
 def record(function: Any, inputs: tuple[Tensor, ...], *options: Any) -> Recording:
@@ -64,37 +58,7 @@ def record(function: Any, inputs: tuple[Tensor, ...], *options: Any) -> Recordin
     for launched in launches:
         pointers = {name: place(x) for name, x in launched.arguments.items() if isinstance(x, Tensor)}
         constants = {name: x for name, x in launched.arguments.items() if name not in pointers}
-        steps.append(Step(*launched[:2], launched.num_warps, launched.num_stages, constants, pointers))
+        plan = (launched.kernel, launched.grid, launched.num_warps, launched.num_stages)
+        steps.append(Step(*plan, constants, tuple(pointers.items())))
     ends = tuple(map(place, results))
     return Recording(tuple(steps), tuple((tuple(x.shape), x.dtype) for x in tensors[len(inputs) :]), ends)
-
-
-def make_handle(
-    query: Tensor, memory: Tensor, topk: int, exclusive: bool, temperature: float, gradient: bool
-) -> Handle | None:
-    """Record the passes of a call; None where a call has to prepare its tensors, or needs one gradient alone."""
-    one_gradient = gradient and not (query.requires_grad and memory.requires_grad)
-    ready = query.is_contiguous() and memory.is_contiguous() and memory.shape[0] == query.shape[1]
-    if not query.shape[0] or not ready or one_gradient:
-        return None
-    target = launchers._target(query.device)
-
-    def forward(tensors: list[Tensor]) -> list[Tensor]:
-        return launchers.memory_forward(
-            *tensors, None, None, topk, exclusive, False, temperature, gradient, False, target
-        )
-
-    def backward(tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
-        grad_out, query, memory, p = tensors
-        return launchers.memory_backward(grad_out, query, memory, None, [p], temperature, True, True, target)
-
-    first = record(forward, (query, memory))
-    if not first.steps:
-        return None
-    p = query.new_empty((*query.shape[:2], memory.shape[1]), dtype=torch.float32)
-    return Handle(first, record(backward, (query, query, memory, p)) if gradient else None)
-
-
-def usable(handle: Handle | None, *tensors: Tensor) -> bool:
-    """Return whether the handle can take tensors of its signature: their starts are the last thing to check."""
-    return handle is not None and aligned(*tensors)
