@@ -19,6 +19,8 @@ TEST = [
     "ruff>=0.6",
     "mypy>=1.11",
     "selenium>=4.20",
+    "fastapi>=0.110",  # the example of docs/export.md, which httpx asks
+    "httpx>=0.27",
 ]
 
 setup(
@@ -61,7 +63,7 @@ setup(
         "dicom": CODECS,
         "onnx": ONNX,
         "tensorboard": TENSORBOARD,
-        "test": [*TEST, *CODECS, *TENSORBOARD],
+        "test": [*TEST, *CODECS, *TENSORBOARD, *ONNX],
     },
     entry_points={"console_scripts": ["simsid = simsid.__main__:main"]},
     classifiers=[

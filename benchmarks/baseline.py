@@ -163,8 +163,8 @@ def all_signals(images: Tensor, outputs: Reconstruction, per_image: Tensor, runn
 
 def block(module: ConvBlock, x: Tensor) -> Tensor:
     """Apply a residual block of three convolutions."""
-    c1 = F.relu(module.entry(x))
-    return F.relu(c1 + module.outer(F.relu(module.inner(c1))))
+    c1 = F.relu(module.entry(x), inplace=True)
+    return F.relu(c1 + module.outer(F.relu(module.inner(c1), inplace=True)), inplace=True)
 
 
 def encode(model: Model, images: Tensor) -> Encoded:
@@ -262,12 +262,12 @@ def inpaint(module: InpaintingBlock, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
     """Return the in-painted `[B * L, C, h, w]`, and the queries and their look-up, `[B, L, D]` each."""
     BL, _, h, w = x.shape
     B = BL // module.locations
-    f = F.relu(module.entry(x)).reshape(B, module.locations, -1)
+    f = F.relu(module.entry(x), inplace=True).reshape(B, module.locations, -1)
     n = retrieved = look_up(module.memory, f)
-    n = F.relu(module.norm1(attend(module.mixing, f, n)) + n)
-    n = F.relu(module.norm2(module.feed_forward(n)) + n)
+    n = F.relu(module.norm1(attend(module.mixing, f, n)) + n, inplace=True)
+    n = F.relu(module.norm2(module.feed_forward(n)) + n, inplace=True)
     planes = module.index_planes.repeat(B, 1)[:, :, None, None].expand(-1, -1, h, w)
-    y = F.relu(module.exit(torch.cat([n.reshape(BL, -1, h, w), planes], dim=1)))
+    y = F.relu(module.exit(torch.cat([n.reshape(BL, -1, h, w), planes], dim=1)), inplace=True)
     if module.training and module.rho < 1:
         keep = (torch.rand(BL, 1, h, w, device=x.device) < module.rho).to(x.dtype)
         y = keep * y + (1 - keep) * x
@@ -287,11 +287,11 @@ def push(queue: SpaceAwareMemory, query: Tensor) -> None:
 
 def judge(discriminator: Discriminator, images: Tensor, per_image: bool = False) -> Tensor:
     """Return the logits `[B]`; `per_image` normalizes each image with its own statistics."""
-    x = F.leaky_relu(discriminator.convolutions[0](images), 0.2)
+    x = F.leaky_relu(discriminator.convolutions[0](images), 0.2, inplace=True)
     for convolution, norm in zip(discriminator.convolutions[1:], discriminator.norms):
         x = convolution(x)
         x = F.instance_norm(x, weight=norm.weight, bias=norm.bias, eps=norm.eps) if per_image else norm(x)
-        x = F.leaky_relu(x, 0.2)
+        x = F.leaky_relu(x, 0.2, inplace=True)
     return F.linear(x.flatten(1), discriminator.output.weight, discriminator.output.bias)[:, 0]
 
 

@@ -51,10 +51,10 @@ print(format_table(evaluation))
 # %%
 highest = np.argsort(-evaluation.signals["residual"])[:3]
 images = test.batch(highest.tolist())
-rows = {"input": images[:, 0], **model.pictures(images), "residual": model.maps(images, "residual")}
-figure, axes = plt.subplots(len(rows), 3, figsize=(6, 6))
-for line, (name, pictures) in zip(axes, rows.items()):
-    for axis, picture, index in zip(line, pictures, highest):
+shown = {"input": images[:, 0], **model.pictures(images), "residual": model.maps(images, "residual")}
+figure, axes = plt.subplots(len(shown), 3, figsize=(6, 6))
+for line, (name, pictures) in zip(axes, shown.items()):
+    for axis, picture, index in zip(line, pictures.numpy(), highest):
         axis.imshow(picture, cmap="inferno" if name == "residual" else "gray")
         axis.set(title=f"{name}: {test.findings[index]}", xticks=[], yticks=[])
 figure.tight_layout()
@@ -67,7 +67,7 @@ contents = model.memories(train)
 for memory in contents:
     print(f"{memory.name}: {memory.dead.mean():.0%} of {memory.uses.numel()} items are dead")
 plt.figure(figsize=(3, 3))
-plt.imshow(contents[-1].decoded[0], cmap="gray")
+plt.imshow(contents[-1].decoded[0].numpy(), cmap="gray")
 
 # %% [markdown]
 # ## Radiographs
@@ -81,10 +81,10 @@ films = data.load_images(data.read_csv(data.SAMPLES), **zhanglab.preprocessing.t
 scores = zhanglab.score(films)
 for path, finding, score in zip(films.paths, films.findings, scores):
     print(f"{path.rsplit('/', 1)[-1]:35} {finding:10} {score:.3f}")
-heat = zhanglab.maps(films.batch([int(scores.argmax())]), "inpainting")[0]
+highest = films.batch([int(scores.argmax())])
 figure, axes = plt.subplots(1, 2, figsize=(6, 3))
-axes[0].imshow(films.batch([int(scores.argmax())])[0, 0], cmap="gray")
-axes[1].imshow(heat, cmap="inferno")
+axes[0].imshow(highest[0, 0].numpy(), cmap="gray")
+axes[1].imshow(zhanglab.maps(highest, "inpainting", batch_size=1)[0].numpy(), cmap="inferno")
 
 # %% [markdown]
 # ## Calibrate
@@ -99,4 +99,4 @@ low, high = false_positive_interval(len(local), 0.05)
 threshold = zhanglab.calibration.threshold(zhanglab.signal, 0.05)
 print(f"threshold {threshold:.2f}; the false positive rate on new images lies between {low:.2f} and {high:.2f}")
 zhanglab.save("calibrated")
-print(f"{simsid.load('calibrated').score(films.batch([0])).item():.3f}")
+print(f"saved; {simsid.load('calibrated').signal} is the signal that scores")

@@ -71,7 +71,7 @@ class Config:
     distillation: bool = True
     """Train a teacher generator and pull the student's features towards its own."""
     adversarial: bool = True
-    """Train the generator against the discriminator too; else the discriminator only watches."""
+    """Train the generator against the discriminator too; else the discriminator is trained, and moves nothing."""
     variational: bool = False
     """Draw the deepest features from a normal distribution, as a variational autoencoder; without in-painting only."""
     stop_gradient: bool = True
@@ -296,8 +296,9 @@ class TrainingConfig:
     """Augmentation: largest translation, as a fraction of the side."""
     scale: float = 0.05
     """Augmentation: largest relative change of scale."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the convolutions; `"bfloat16"` is autocast."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of convolutions and products. `"bfloat16"` is autocast; `"auto"` is bfloat16 on a CPU with
+    instructions for it, else float32. On a CPU the model is calibrated, and then scores, in the same."""
     cuda_graph: bool = True
     """On one GPU, capture the iterations as CUDA graphs and replay them; otherwise launch every kernel by itself."""
     compile: bool = False

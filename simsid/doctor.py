@@ -38,7 +38,7 @@ def examine() -> list[Finding]:
         remedy = "pip install --force-reinstall torch"
         findings.append(Finding("FAIL", "torch", f"cannot be loaded: {TORCH_ERROR}", remedy))
     else:
-        findings += [_processor(), *_gpu(), *_kernels()]
+        findings += [_processor(), _precision(), *_gpu(), *_kernels()]
     return [*findings, *_decoders(), _tensorboard()]
 
 
@@ -80,6 +80,17 @@ def _package(requirement: Requirement) -> Finding:
 
 def _processor() -> Finding:
     return Finding("ok", "cpu", f"{os.cpu_count()} cores, threads that PyTorch uses: {torch.get_num_threads()}")
+
+
+def _precision() -> Finding:
+    from simsid.precision import INSTRUCTIONS, bfloat16_instructions, choose_precision, measured_speedup
+
+    found = bfloat16_instructions()
+    why = f"the processor has {', '.join(found)}" if found else f"the processor has none of {', '.join(INSTRUCTIONS)}"
+    text = f"{choose_precision('auto', 'cpu')} for training and calibration on this CPU: {why}"
+    return Finding(
+        "ok", "precision", f"{text}; a 3x3 convolution is {measured_speedup():.1f} times as fast in bfloat16"
+    )
 
 
 def _gpu() -> list[Finding]:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,8 @@ class Evaluation:
 
     Args:
         labels: `[n]`, 0 for normal and 1 for abnormal; both must occur.
-        findings: the kind of each image (`"NORMAL"`, `"missing"`, ...); the kinds of abnormal images become rows.
+        findings: the kind of each image (`"NORMAL"`, `"missing"`, ...); the kinds of abnormal images become rows. An
+            image with several, separated by semicolons (`"Edema; Fracture"`), counts in the row of each.
         paths: the file each score belongs to.
         signals: name to `[n]` raw scores, higher = more anomalous, finite; kept as float64.
         default: the model's default signal, a key of `signals`; it comes first everywhere.
@@ -94,7 +96,7 @@ class Evaluation:
     @property
     def kinds(self) -> list[str]:
         """The kinds of finding among the abnormal images, in alphabetical order."""
-        return sorted({finding for finding, label in zip(self.findings, self.labels) if label == 1})
+        return sorted({kind for found, label in zip(self._kinds_of_each, self.labels) if label == 1 for kind in found})
 
     @property
     def in_sample(self) -> bool:
@@ -113,7 +115,11 @@ class Evaluation:
         """Return the mask `[n]` of the normal images and the abnormal ones of a kind; None keeps every image."""
         if finding is None:
             return np.ones(len(self.labels), dtype=bool)
-        return (self.labels == 0) | (np.asarray(self.findings, dtype=object) == finding)
+        return (self.labels == 0) | np.array([finding in found for found in self._kinds_of_each])
+
+    @cached_property
+    def _kinds_of_each(self) -> list[list[str]]:
+        return [[kind.strip() for kind in finding.split(";")] for finding in self.findings]
 
     def thresholds(self) -> dict[str, float]:
         """Return the threshold of each signal that has held-out normal images, by `normal_threshold`."""
@@ -144,7 +150,10 @@ def require_labels(labels: Iterable[int | None]) -> None:
     labels = [-1 if label is None else int(label) for label in labels]
     unknown, normal, abnormal = (labels.count(value) for value in (-1, 0, 1))
     if unknown:
-        raise InputError(f"evaluation needs a label for every image, got {unknown} of {len(labels)} without one")
+        raise InputError(
+            f"evaluation needs a label for every image, got {unknown} of {len(labels)} without one; list the images in "
+            "a CSV with the columns path and label"
+        )
     if not normal or not abnormal:
         raise InputError(f"evaluation needs normal and abnormal images, got {normal} normal and {abnormal} abnormal")
 

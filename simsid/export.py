@@ -70,6 +70,11 @@ def export_model(
     images = _images(model.preprocessing.size) if images is None else images
     if len(images) < sum(CHECKED):
         raise InputError(f"images must be at least {sum(CHECKED)}, got {len(images)}")
+    if model.calibrated().precision != "float32":
+        raise ExportError(
+            "an exported program computes in float32 and the model is calibrated in bfloat16: calibrate it with "
+            "precision float32 first"
+        )
     metadata = describe(model, false_positive_rate)
     # Before the export: tensors that a model keeps from its first call must not be those of a trace.
     images = images[: sum(CHECKED)]

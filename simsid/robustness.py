@@ -23,7 +23,7 @@ SIDE = 224
 
 
 @dataclass(frozen=True)
-class Shift:
+class SimulatedShift:
     """One way in which other equipment changes an image.
 
     Args:
@@ -86,16 +86,16 @@ def _jpeg(images: Tensor, strength: float, draws: Tensor) -> Tensor:  # noqa: AR
 
 
 SHIFTS = (
-    Shift("gamma", "exponent of gray values in 0..1", (0.5, 0.7, 1.4, 2.0), _gamma),
-    Shift("contrast", "factor about the image's mean, clipped", (0.5, 0.7, 1.4, 2.0), _contrast),
-    Shift("blur", "sigma of a Gaussian, pixels of 224", (0.5, 1.0, 2.0), _blur),
-    Shift("affine", "draws within this times 10 % zoom, 6 degrees, 5 % shift", (0.5, 1.0, 2.0), _affine),
-    Shift("JPEG", "quality", (50, 20, 10), _jpeg),
+    SimulatedShift("gamma", "exponent of gray values in 0..1", (0.5, 0.7, 1.4, 2.0), _gamma),
+    SimulatedShift("contrast", "factor about the image's mean, clipped", (0.5, 0.7, 1.4, 2.0), _contrast),
+    SimulatedShift("blur", "sigma of a Gaussian, pixels of 224", (0.5, 1.0, 2.0), _blur),
+    SimulatedShift("affine", "draws within this times 10 % zoom, 6 degrees, 5 % shift", (0.5, 1.0, 2.0), _affine),
+    SimulatedShift("JPEG", "quality", (50, 20, 10), _jpeg),
 )
 """The shifts that are measured, and their strengths."""
 
 
-def shifted(images: ImageSet, shift: Shift, strength: float, seed: int = 0) -> Iterator[Tensor]:
+def shifted(images: ImageSet, shift: SimulatedShift, strength: float, seed: int = 0) -> Iterator[Tensor]:
     """Yield shifted images in batches `[b, 1, H, W]` in -1..1; the same seed moves each image alike."""
     draws = torch.rand(len(images), 5, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     for batch, part in zip(images.batches(BATCH), draws.split(BATCH)):

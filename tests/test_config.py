@@ -26,6 +26,7 @@ def test_presets_are_the_papers():
     assert (digits.image_size, digits.patches, digits.levels, digits.signal) == (96, 3, 3, "focal_residual")
     assert not Config.memae().space_aware and Config.memae().shrinkage == "hard"
     assert Config.autoencoder().inpainting == "none" and Config.autoencoder().decoder_memories == 0
+    assert Config.vae() == Config.autoencoder(variational=True) and not Config.vae().adversarial
 
 
 def test_sizes():
@@ -112,6 +113,7 @@ WRONG = [
     ),
     ({"width": 5, "levels": 1, "skip_levels": 1, "merge_levels": 1, "decoder_memories": 1}, "width must be .*, got 5"),
     ({"heads": 7}, "heads must be a divisor of the 144 bottleneck features, got 7"),
+    ({"variational": True}, "inpainting must be 'none' in a variational autoencoder, got 'attention'"),
     ({"signal": 3}, "signal must be a string, got 3"),
     ({"levels": 10**18}, f"levels must be at most 10, got {10**18}"),
     ({"items": 10**9}, f"items must be at most 1000000, got {10**9}"),

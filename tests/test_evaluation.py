@@ -12,6 +12,7 @@ import torch
 from simsid import Model, data
 from simsid.evaluation import IN_SAMPLE, Evaluation, Row, evaluate, format_table, require_labels, scores_of
 from simsid.metrics import AUC, auc, normal_threshold
+from simsid.report import selection
 
 
 def some_scores(seed=0, abnormal=40, normal=60, shift=1.0, levels=None):
@@ -53,6 +54,19 @@ def test_rows_are_one_for_each_signal_and_finding_with_the_default_first():
     weighted = sum(row.auc * row.abnormal for row in parts) / 30
     assert all_abnormal.auc == pytest.approx(weighted, abs=1e-12)
     assert rows[3].auc == pytest.approx(1.0 - all_abnormal.auc, abs=1e-12)
+
+
+def test_image_with_several_findings_counts_in_the_row_of_each():
+    findings = ["No Finding", "No Finding", "Edema", "Edema; Fracture", "Fracture;Pneumonia"]
+    signals = {"residual": np.array([0.0, 2.0, 1.0, 3.0, -1.0])}
+    evaluation = Evaluation(np.array([0, 0, 1, 1, 1]), findings, ["a"] * 5, signals, "residual")
+    assert {row.finding: (row.normal, row.abnormal, row.auc) for row in evaluation.rows()} == {
+        None: (2, 3, 0.5),
+        "Edema": (2, 2, 0.75),
+        "Fracture": (2, 2, 0.5),
+        "Pneumonia": (2, 1, 0.0),
+    }
+    assert selection.typical_indices(evaluation, each=1) == [0, 2, 4]
 
 
 def test_rows_measure_at_the_held_out_threshold():

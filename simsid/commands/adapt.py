@@ -1,11 +1,12 @@
 """`simsid adapt`."""
 
 import pathlib
+import sys
 from dataclasses import dataclass, field
 
 from tyro.conf import OmitArgPrefixes
 
-from simsid.commands.calibrate import threshold_sentence
+from simsid.commands.calibrate import few_images_note, threshold_sentence
 from simsid.commands.common import Data, Exclude, Machine, ModelFolder, Output, load_set, output_folder
 from simsid.errors import UsageError, printable
 
@@ -50,5 +51,8 @@ class Adapt:
         if images.failures:
             print(f"{len(images.failures)} of {len(records)} files could not be read; the first: {images.failures[0]}")
         print(threshold_sentence(model, self.false_positive_rate))
+        note = few_images_note(done.added, self.false_positive_rate)
+        if note:
+            print(f"simsid: note: {note}", file=sys.stderr)
         print(f"what it rested on before: {pathlib.Path(self.model)}; undo with FeatureMemory.revert()")
         return 0

@@ -1,14 +1,16 @@
 """`simsid calibrate`."""
 
 import contextlib
+import math
 import pathlib
 import shlex
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tyro.conf import OmitArgPrefixes
 
-from simsid.commands.common import Data, Exclude, Machine, ModelFolder, check_images, load_set
+from simsid.commands.common import Data, Exclude, Machine, ModelFolder, PrecisionName, check_images, load_set
 from simsid.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 FEWEST = 3
 """Normal images that a calibration on local images needs."""
+
+FALSE_POSITIVES = 20
+"""Expected number of flagged calibration images from which the rate is known to about half of itself."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Calibrate:
     """Without --local: fraction of the training images held out where DATA has too few normal validation images."""
     exclude: Exclude = ()
     """Files to leave out, as patterns of their path below the folder, such as masks/*."""
+    precision: PrecisionName = "auto"
+    """Arithmetic of the scores from now on; auto is bfloat16 on a CPU with instructions for it, else float32."""
     machine: OmitArgPrefixes[Machine] = field(default_factory=Machine)
 
     def run(self) -> int:
@@ -60,7 +67,7 @@ class Calibrate:
         # A training in progress would get back the weights that are loaded here.
         is_run = (folder / "run.json").exists()
         with RunFolder(folder) if is_run else contextlib.nullcontext():
-            model = load(folder, device=device)
+            model = load(folder, device=device, precision=self.precision)
             dataset = open_dataset(self.data, exclude=self.exclude)
             if self.local:
                 train_records, normal = [record for record in dataset.records if record.label != 1], []
@@ -85,7 +92,24 @@ class Calibrate:
             print(f"{len(failures)} files could not be read, such as {first}")
         if held:
             print(threshold_sentence(model, self.false_positive_rate))
+        note = few_images_note(held, self.false_positive_rate)
+        if self.local and note:
+            print(f"simsid: note: {note}", file=sys.stderr)
         return 0
+
+
+def few_images_note(count: int, false_positive_rate: float) -> str | None:
+    """Return a sentence where a threshold rests on so few images that its false positive rate is hardly known."""
+    from simsid.metrics import false_positive_interval
+
+    enough = math.ceil(FALSE_POSITIVES / false_positive_rate)
+    if count >= enough:
+        return None
+    low, high = false_positive_interval(enough, false_positive_rate)
+    return (
+        f"{count} normal images say little about a false positive rate of {false_positive_rate:.3g}; "
+        f"with {enough} it lies between {low:.3g} and {high:.3g}"
+    )
 
 
 def threshold_sentence(model: "AnomalyModel", false_positive_rate: float) -> str:

@@ -8,11 +8,12 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 from simsid.errors import IncompleteError, InputError, UsageError
+from simsid.parallel import CoreUse, uncontended_threads
 
 if TYPE_CHECKING:
     from simsid.data import Dataset, ImageSet, Preprocessing, Record
@@ -27,7 +28,12 @@ Output = Annotated[pathlib.Path, arg(aliases=["-o"], metavar="FOLDER")]
 MaybeOutput = Annotated[pathlib.Path | None, arg(aliases=["-o"], metavar="FOLDER")]
 Exclude = Annotated[tuple[str, ...], arg(metavar="PATTERN ...")]
 SignalName = Annotated[str | None, arg(metavar="NAME")]
+PrecisionName = Literal["auto", "float32", "bfloat16"]
 SplitName = Annotated[str | None, arg(metavar="NAME")]
+
+
+STARTED = CoreUse.now()
+"""Before PyTorch is imported, which takes long enough to see what else the machine does."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Machine:
     device: str = "auto"
     """Device to compute on: auto, cpu, cuda or cuda:1."""
     threads: int = 0
-    """CPU threads; 0 is one per core. Where other work keeps the cores busy, fewer are faster."""
+    """CPU threads; 0 is one for each core that other work leaves free, at least one."""
     workers: int = 0
     """Threads that decode images; 0 is one per core."""
 
@@ -54,6 +60,8 @@ class Machine:
         # torchrun sets one thread a process; a single process would take cores that a container's quota denies it.
         if not threads and (group.size > 1 or torch.get_num_threads() > group.cpu_threads()):
             threads = group.cpu_threads()
+        if not threads and group.size == 1 and "OMP_NUM_THREADS" not in os.environ:
+            threads = _threads_beside_other_work(torch.get_num_threads())
         if threads:
             torch.set_num_threads(threads)
         if self.device == "auto":
@@ -71,11 +79,27 @@ class Machine:
         return group.select_device(self.device)
 
 
-def calibrated_model(name: str, device: str) -> "AnomalyModel":
+def _threads_beside_other_work(threads: int) -> int:
+    """Return fewer than `threads` where other processes kept cores busy since the program started, and say so."""
+    later = CoreUse.now()
+    if STARTED is None or later is None or threads == 1:
+        return threads
+    busy = STARTED.busy_elsewhere(later)
+    fewer = min(threads, uncontended_threads(threads, busy))
+    if fewer < threads:
+        print(
+            f"simsid: note: other work keeps {busy:.1f} of {threads} cores busy, so {fewer} "
+            f"thread{'s are' if fewer > 1 else ' is'} used; --threads {threads} uses every core",
+            file=sys.stderr,
+        )
+    return fewer
+
+
+def calibrated_model(name: str, device: str, precision: str = "auto") -> "AnomalyModel":
     """Load a model that can score, or say what is missing."""
     from simsid.models import load
 
-    model = load(name, device=device)
+    model = load(name, device=device, precision=precision)
     if model.calibration is None:
         raise UsageError(
             f"{name} is not calibrated, which scores need: finish its training, or run simsid calibrate {name} DATA "

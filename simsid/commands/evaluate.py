@@ -14,6 +14,7 @@ from simsid.commands.common import (
     Machine,
     MaybeOutput,
     ModelFolder,
+    PrecisionName,
     SignalName,
     SplitName,
     calibrated_model,
@@ -52,6 +53,8 @@ class Evaluate:
     """Also measure the images changed as by other equipment (gamma, contrast, blur, position, JPEG): a second table."""
     exclude: Exclude = ()
     """Files to leave out, as patterns of their path below the folder, such as masks/*."""
+    precision: PrecisionName = "auto"
+    """Arithmetic; auto is that of the model's calibration, and another one is refused."""
     machine: OmitArgPrefixes[Machine] = field(default_factory=Machine)
 
     def run(self) -> int:
@@ -63,7 +66,7 @@ class Evaluate:
         from simsid.models.signals import check_signals
         from simsid.scoring import columns, row
 
-        model = calibrated_model(self.model, self.machine.prepare())
+        model = calibrated_model(self.model, self.machine.prepare(), self.precision)
         check_signals([self.signal or model.signal], model.signal_names)
         check_rate("false_positive_rate", self.false_positive_rate)
         dataset = open_dataset(self.data, exclude=self.exclude)

@@ -59,14 +59,13 @@ class Fit:
         model = seeded_model(self.preset, config, getattr(config, "seed", 0), device)
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(open_run(path, self._document(data, config))) if group.main else None
-            workers = machine.workers or group.cpu_threads()
-            train, val = load_both(train_records, val_records, model, workers, group)
-            if group.main:
+            train, val = load_both(train_records, val_records, model, machine.workers or group.cpu_threads(), group)
+            if folder is not None:
                 report_loaded(path, train, val)
-            if group.main and left_out:
-                print(f"a uniform sample: {left_out} further images are not read (--most-images)", flush=True)
-            fit_in_folder(model, folder, train, val, progress=group.main, group=group)
-            if group.main:
+                if left_out:
+                    print(f"a uniform sample: {left_out} further images are not read (--most-images)", flush=True)
+            fit_in_folder(model, folder, train, val, progress=True, group=group)
+            if folder is not None:
                 print(f"use it with: simsid score {shlex.quote(str(path))} FOLDER -o DIR", flush=True)
                 title = f"simsid: {data.resolve().name}, validation"
                 report_validation(model, val, path, title, [], {})

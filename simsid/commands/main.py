@@ -28,6 +28,10 @@ from simsid.commands.train import Train
 from simsid.config import PRESETS, Config
 from simsid.errors import ConfigError, IncompleteError, SimsidError, UsageError, printable
 
+# PyTorch reads it at its first allocation: memory in pages of 2 MB costs fewer page faults, which took a fifth of the
+# time of a pretrained encoder on a CPU.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 RESEARCH = "For research use only; not a medical device."
 
 RESUMABLE = ("resume", "device", "threads", "workers", "help")
@@ -59,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _Notes()
             status = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -74,8 +78,17 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status)
 
 
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"simsid: note: {printable(str(message))}", file=sys.stderr)
+class _Notes:
+    """Shows each warning once: evaluation and report may both meet it."""
+
+    def __init__(self) -> None:
+        self._shown: set[str] = set()
+
+    def __call__(self, message: Warning | str, *_: object, **__: object) -> None:
+        text = printable(str(message))
+        if text not in self._shown:
+            self._shown.add(text)
+            print(f"simsid: note: {text}", file=sys.stderr)
 
 
 def _run(arguments: list[str]) -> int | str | None:

@@ -13,6 +13,7 @@ from simsid.commands.common import (
     Machine,
     ModelFolder,
     Output,
+    PrecisionName,
     SignalName,
     calibrated_model,
     clear_film_pages,
@@ -53,6 +54,8 @@ class Score:
     """Most anomalous images to picture in report.html; 0 writes no report."""
     batch_size: int = 16
     """Images of a forward pass."""
+    precision: PrecisionName = "auto"
+    """Arithmetic; auto is that of the model's calibration, and another one is refused."""
     machine: OmitArgPrefixes[Machine] = field(default_factory=Machine)
 
     def run(self) -> int:
@@ -63,7 +66,7 @@ class Score:
         from simsid.scoring import score_archive
 
         group = ProcessGroup.from_environment()
-        model = calibrated_model(self.model, self.machine.prepare(group))
+        model = calibrated_model(self.model, self.machine.prepare(group), self.precision)
         refuse_file(self.output)
         summary = score_archive(
             model,

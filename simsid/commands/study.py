@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from simsid.commands.common import Exclude, Machine, MaybeOutput
+from simsid.config import TrainingConfig
 from simsid.errors import UsageError
 
 NAMES = (
@@ -22,6 +23,7 @@ NAMES = (
     "mixed",
     "contamination",
     "methods",
+    "decay",
     "speed",
 )
 """Names of `simsid.study.STUDIES`, which a test compares; here, since that module needs PyTorch."""
@@ -36,7 +38,7 @@ class Study:
     """
 
     name: Positional[Annotated[StudyName, arg(metavar="NAME")]]
-    """components, squid_components, patches, topk, items, mixed, contamination, methods or speed."""
+    """components, squid_components, patches, topk, items, mixed, contamination, methods, decay or speed."""
     data: pathlib.Path | None = None
     """Labeled images: a published data set's folder, or a CSV (path,label,split,patient); without it DigitAnatomy."""
     output: MaybeOutput = None
@@ -53,8 +55,8 @@ class Study:
     """Normal training images to use at most; without it every one."""
     only: Annotated[tuple[str, ...], arg(metavar="PATTERN ...")] = ()
     """Models to run, as patterns of their names in the table, such as no_*."""
-    criterion: Literal["auto", "auc", "last"] = "auto"
-    """What chooses a network's epoch: auto uses normal validation images alone, auc labeled ones as the papers do."""
+    criterion: str = "auto"
+    """What chooses a network's epoch, as in simsid train; auto sees normal validation images alone, auc the labels."""
     exclude: Exclude = ()
     """Files to leave out, as patterns of their path below the folder, such as masks/*."""
     machine: OmitArgPrefixes[Machine] = field(default_factory=Machine)
@@ -81,9 +83,8 @@ class Study:
         )
         plan = None if self.budget else Plan(self.width, self.epochs or Plan.epochs)
         folder = self.output or pathlib.Path("studies") / f"{self.name}-{pathlib.Path(images.name).stem}"
-        text = StudyRun(
-            self.name, study, images, folder, self.seeds, plan, self.budget, self.criterion, device, _report
-        )()
+        run = StudyRun(self.name, study, images, folder, self.seeds, plan, self.budget, self.criterion, device, _report)
+        text = run.run()
         if text is None:
             print("stopped; the same command resumes the study", file=sys.stderr)
             return 130
@@ -91,6 +92,7 @@ class Study:
         return 0
 
     def _check(self) -> None:
+        TrainingConfig(criterion=self.criterion)  # type: ignore[arg-type]  # refuses an unknown one
         for name in ("seeds", "width", "epochs", "images"):
             value = getattr(self, name)
             if value is not None and value < 1:

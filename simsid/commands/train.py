@@ -65,11 +65,14 @@ class Train:
         from simsid.models.presets import seeded_model
         from simsid.training import Trainer
         from simsid.training.run_folder import open_run
+        from simsid.training.step import with_chosen_precision
 
         source = request.source()
         train_records, val_records = group.broadcast(lambda: split(source, request))
         path = self.resume or request.output or pathlib.Path("runs") / f"{source.resolve().stem}-{request.name}"
         model: Any = seeded_model(request.name, request.model, request.training.seed, device)
+        # run.json keeps the precision chosen here, in which the run resumes on any machine.
+        request = dataclasses.replace(request, training=with_chosen_precision(request.training, model))
         with contextlib.ExitStack() as stack:
             document = None if self.resume else request.document(torch.get_num_threads())
             folder = stack.enter_context(open_run(path, document)) if group.main else None

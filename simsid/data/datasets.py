@@ -17,6 +17,7 @@ from simsid.data.files import FileReader
 from simsid.data.folders import excluded, is_image, iter_images, list_images, patterns
 from simsid.data.images import ImageSet, load_images, stream_images
 from simsid.data.preprocessing import ImageSize, Preprocessing, to_float
+from simsid.data.published import read_chexpert, read_covidx
 from simsid.data.records import SPLITS, Record, failure_summary, iter_csv, missing_files, read_csv, split_from_name
 from simsid.errors import InputError, ReadError
 
@@ -174,30 +175,14 @@ class ZhangLab(Dataset):
         return cls._root(folder) is not None
 
 
-_CHEXPERT_FINDINGS = (
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-)
-
-
 class CheXpert(Dataset):
     """CheXpert as published: `train.csv` and `valid.csv` beside the folders `train` and `valid`.
 
     Only frontal PA radiographs are taken. Abnormal is any of the 12 findings marked 1 (Support Devices is not one of
     them), whatever `No Finding` is; normal is `No Finding` marked 1 without such a finding. A finding marked -1
     (uncertain) counts as not marked, as do 0 and an empty cell: such a radiograph is abnormal or normal by its other
-    marks, and left out where it has none. `finding` is `"No Finding"`, the finding's name where it is the only one, or
-    `"several"`. `valid` becomes split `"val"`.
+    marks, and left out where it has none; a warning says how many there are. `finding` is `"No Finding"`, or the names
+    of all findings, as in `"Edema; Fracture"`. `valid` becomes split `"val"`.
 
     Source: Irvin et al., CheXpert, arXiv 1901.07031.
 
@@ -213,7 +198,7 @@ class CheXpert(Dataset):
             record
             for name, split in (("train.csv", "train"), ("valid.csv", "val"))
             if os.path.isfile(os.path.join(folder, name))
-            for record in _read_chexpert(folder, name, split)
+            for record in read_chexpert(folder, name, split)
         ]
         super().__init__(records, folder, preprocessing)
 
@@ -249,7 +234,7 @@ class COVIDx(Dataset):
                 record
                 for split in ("train", "test")
                 if os.path.isfile(os.path.join(folder, split + ".txt"))
-                for record in _read_covidx(folder, split)
+                for record in read_covidx(folder, split)
             ),
             folder,
             preprocessing,
@@ -349,52 +334,3 @@ def _split_below(folder: str, path: str) -> str:
 def _zhanglab_patient(path: str) -> str:
     match = re.match(r"(?:NORMAL2-)?IM-\d+|person\d+", os.path.basename(path))
     return match[0] if match else ""
-
-
-def _read_chexpert(folder: str, name: str, split: str) -> list[Record]:
-    path = os.path.join(folder, name)
-    records = []
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = {"Path", "Frontal/Lateral", "AP/PA", "No Finding", *_CHEXPERT_FINDINGS} - set(reader.fieldnames or ())
-        if missing:
-            raise InputError(f"{path}, line 1: columns are missing: {', '.join(sorted(missing))}")
-        for row in reader:
-            if row["Frontal/Lateral"] != "Frontal" or row["AP/PA"] != "PA":
-                continue
-            findings = [finding for finding in _CHEXPERT_FINDINGS if _is_one(row[finding])]
-            if not findings and not _is_one(row["No Finding"]):
-                continue
-            # Published paths begin with the archive's name ("CheXpert-v1.0-small/train/..."), which users rename.
-            match = re.search(r"(?:^|/)((?:train|valid|test)/(patient\d+)/.+)$", row["Path"])
-            if not match:
-                where = f"{path}, line {reader.line_num}, column Path"
-                raise InputError(f"{where}: expected .../train/patient.../..., got {row['Path']!r}")
-            finding = "several" if len(findings) > 1 else (*findings, "No Finding")[0]
-            records.append(Record(os.path.join(folder, match[1]), split, int(bool(findings)), finding, match[2]))
-    return records
-
-
-def _is_one(cell: str | None) -> bool:
-    return (cell or "").strip() in ("1", "1.0")
-
-
-def _read_covidx(folder: str, split: str) -> list[Record]:
-    path = os.path.join(folder, split + ".txt")
-    classes = {"normal": 0, "pneumonia": 1, "COVID-19": 1}
-    records = []
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            patient, *name, finding, _ = line.split() if len(line.split()) >= 4 else ("", "", "")
-            if not name:
-                raise InputError(
-                    f"{path}, line {number}: expected 'patient filename label source', got {line.strip()!r}"
-                )
-            if finding not in classes:
-                raise InputError(f"{path}, line {number}: label must be one of {', '.join(classes)}, got {finding!r}")
-            # File names may hold spaces; the other three fields do not.
-            image = os.path.join(folder, split, " ".join(name))
-            records.append(Record(image, split, classes[finding], finding, patient))
-    return records

@@ -35,7 +35,8 @@ class Record:
         path: the file, absolute or as given; a name such as `digits/test/00012` for an image that is not a file.
         split: `"train"`, `"val"`, `"test"`, or `""` where the data set does not name one.
         label: 0 normal, 1 abnormal, None unknown.
-        finding: the class that the data set gives it, such as `"NORMAL"`, `"PNEUMONIA"`, `"misordered"`.
+        finding: the class that the data set gives it, such as `"NORMAL"`, `"PNEUMONIA"`, `"misordered"`; several are
+            separated by semicolons, as in `"Edema; Fracture"`.
         patient: an identifier that is equal for two images of one patient; `""` unknown.
         provenance: how the file was decoded, once it is: format, size, bit depth, which LUT or window, polarity. It is
             not a column of lists.

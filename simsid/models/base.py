@@ -20,6 +20,7 @@ from simsid.errors import CalibrationError, CheckpointError, InputError
 from simsid.models.calibration import Calibration
 from simsid.models.memory_contents import MemoryContents
 from simsid.models.signals import MAPS, SIGNALS, check_signals, upsampled
+from simsid.precision import check_precision, choose_precision
 
 BATCH = 16
 """Images of a forward pass. Fewer are padded to it: libraries sum in another order for another batch size, which would
@@ -53,6 +54,16 @@ class Scorer(abc.ABC):
 
     calibration: Calibration | None = None
 
+    precision: str = "auto"
+    """The arithmetic asked for, one of `simsid.precision.PRECISIONS`; see `scoring_precision`."""
+
+    @property
+    def scoring_precision(self) -> str:
+        """The arithmetic of signals, `"float32"` or `"bfloat16"`: the one asked for; for `"auto"` the calibration's."""
+        if self.precision != "auto":
+            return self.precision
+        return self.calibration.precision if self.calibration is not None else "float32"
+
     @property
     @abc.abstractmethod
     def preprocessing(self) -> Preprocessing:
@@ -77,8 +88,12 @@ class Scorer(abc.ABC):
         """Where the model computes."""
         return torch.device("cpu")
 
-    def freeze(self) -> "Scorer":
-        """Return an inference copy that is faster where there is something to gain, else the model itself."""
+    def freeze(self, precision: str | None = None) -> "Scorer":  # noqa: ARG002
+        """Return an inference copy that is faster where there is something to gain, else the model itself.
+
+        Args:
+            precision: `"float32"` or `"bfloat16"`; None is `scoring_precision`.
+        """
         return self
 
     def pictures(self, images: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
@@ -162,10 +177,19 @@ class Scorer(abc.ABC):
         return {name: torch.cat(parts) for name, parts in found.items()}
 
     def calibrated(self) -> Calibration:
-        """Return the calibration, or raise `CalibrationError` with the remedy."""
+        """Return the calibration.
+
+        Raises:
+            CalibrationError: there is none, or one of another precision than `scoring_precision`; with the remedy.
+        """
         if self.calibration is None:
             raise CalibrationError(
                 "the model is not calibrated: call calibrate(images) with normal images, or finish its training"
+            )
+        if self.calibration.precision != self.scoring_precision:
+            raise CalibrationError(
+                f"the model is calibrated in {self.calibration.precision}, and scores in {self.scoring_precision} must "
+                "not be judged by that: use precision auto, or calibrate again in the other precision"
             )
         return self.calibration
 
@@ -216,6 +240,9 @@ class AnomalyModel(Scorer):
     kind: ClassVar[str]
     """What `model.json` calls this class of models."""
 
+    precisions: ClassVar[tuple[str, ...]] = ("float32",)
+    """The arithmetic that the class can compute signals in."""
+
     @abc.abstractmethod
     def fit(
         self, train: object, val: object = None, *, progress: bool = False, group: ProcessGroup | None = None
@@ -247,8 +274,16 @@ class AnomalyModel(Scorer):
             images: normal images that the model was trained on; see the class.
             holdout: normal images that it was not trained on, for thresholds at a chosen false positive rate.
         """
-        kept = None if holdout is None else self.signals(holdout)
-        self.calibration = Calibration.fit(self.signals(images), kept)
+        precision = self._best_precision()
+        frozen = self.freeze(precision)
+        kept = None if holdout is None else frozen.signals(holdout)
+        self.calibration = Calibration.fit(frozen.signals(images), kept, precision)
+
+    def _best_precision(self) -> str:
+        """Return the precision to calibrate in: the one asked for, or for `"auto"` the best on the model's device."""
+        if "bfloat16" not in self.precisions:
+            return "float32"
+        return choose_precision(self.precision, self.device, self._input_dtype)
 
     def adapt(self, images: object, *, progress: bool = False) -> Adaptation:  # noqa: ARG002
         """Add a site's own normal images to the model and recalibrate on them, where its class can.
@@ -283,17 +318,27 @@ class AnomalyModel(Scorer):
         checkpoint.write(folder, "model", tensors, {"kind": self.kind, "calibration": calibration, **document})
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, *, device: torch.device | str = "cpu", **options: object) -> Self:
+    def load(
+        cls,
+        folder: str | os.PathLike,
+        *,
+        device: torch.device | str = "cpu",
+        precision: str = "auto",
+        **options: object,
+    ) -> Self:
         """Read a model that `save` or a training run wrote, in inference mode; nothing in the files is executed.
 
         Args:
             folder: the model's folder.
             device: where it will compute.
+            precision: `"float32"`, `"bfloat16"`, or `"auto"`, that of the model's calibration.
             **options: keyword arguments of the class that are not saved.
 
         Raises:
             CheckpointError: the folder holds no model, a damaged one, or one of another kind.
+            InputError: a precision that the class does not compute in.
         """
+        check_precision(precision, cls.precisions)
         source = f"{require_path('folder', folder)}/model.json"
         device = require_device(device)
         tensors, document = checkpoint.read(folder, "model")
@@ -309,6 +354,7 @@ class AnomalyModel(Scorer):
             raise CheckpointError(f"{source} is not a model: it has no {error}") from None
         except InputError as error:
             raise CheckpointError(f"{source} is not a model: {error}") from None
+        model.precision = precision
         return model.to_device(device)
 
     def identity(self) -> str:

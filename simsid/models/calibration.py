@@ -16,17 +16,24 @@ class Calibration:
     """Mean and standard deviation of each signal over normal images, and the signals of held-out normal images.
 
     Source: SimSID, section 3.6, mu and sigma of the anomaly score. `holdout` keeps the signals of normal images that
-    the model was not trained on: a threshold for a chosen false positive rate needs nothing else.
+    the model was not trained on: a threshold for a chosen false positive rate needs nothing else. `precision`: the
+    arithmetic the signals were computed in; scores in another one must not be judged by them.
     """
 
     mean: dict[str, float]
     std: dict[str, float]
     count: int
     holdout: dict[str, list[float]] = field(default_factory=dict)
+    precision: str = "float32"
 
     @classmethod
-    def fit(cls, signals: dict[str, np.ndarray], holdout: dict[str, np.ndarray] | None = None) -> "Calibration":
-        """Measure the signals (`[n]` each, float64) of normal images.
+    def fit(
+        cls,
+        signals: dict[str, np.ndarray],
+        holdout: dict[str, np.ndarray] | None = None,
+        precision: str = "float32",
+    ) -> "Calibration":
+        """Measure the signals (`[n]` each, float64) of normal images, which were computed in `precision`.
 
         Raises:
             InputError: no image, or a signal that is not finite.
@@ -42,6 +49,7 @@ class Calibration:
             std={name: float(np.std(values)) for name, values in signals.items()},
             count=counts.pop(),
             holdout={name: [float(value) for value in values] for name, values in (holdout or {}).items()},
+            precision=precision,
         )
 
     def standardize(self, name: str, values: np.ndarray) -> np.ndarray:
@@ -68,7 +76,13 @@ class Calibration:
 
     def to_dict(self) -> dict[str, object]:
         """Return plain values for JSON."""
-        return {"mean": self.mean, "std": self.std, "count": self.count, "holdout": self.holdout}
+        return {
+            "mean": self.mean,
+            "std": self.std,
+            "count": self.count,
+            "holdout": self.holdout,
+            "precision": self.precision,
+        }
 
     @classmethod
     def from_dict(cls, values: object) -> "Calibration":
@@ -77,8 +91,13 @@ class Calibration:
         Raises:
             InputError: values that are not a calibration's, naming the field.
         """
-        if not isinstance(values, dict) or values.keys() != {"mean", "std", "count", "holdout"}:
+        needed = {"mean", "std", "count", "holdout"}
+        if not isinstance(values, dict) or values.keys() - {"precision"} != needed:
             raise InputError("calibration must hold mean, std, count and holdout")
+        # Calibrations of older versions do not name it.
+        precision = values.get("precision", "float32")
+        if precision not in ("float32", "bfloat16"):
+            raise InputError(f"calibration: precision must be float32 or bfloat16, got {precision!r}")
         mean, std, count, holdout = (values[name] for name in ("mean", "std", "count", "holdout"))
         for name, part in (("mean", mean), ("std", std), ("holdout", holdout)):
             if not isinstance(part, dict) or not part.keys() <= set(SIGNALS):
@@ -98,7 +117,7 @@ class Calibration:
                 raise InputError(f"calibration: {name} must hold finite numbers alone")
         if any(number < 0 for number in std.values()):
             raise InputError("calibration: std must not be negative")
-        return cls(mean, std, count, holdout)
+        return cls(mean, std, count, holdout, precision)
 
 
 def _is_finite(number: object) -> bool:

@@ -180,8 +180,13 @@ class FeatureEncoder(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, precision: str = "float32") -> list[Tensor]:
         """Map `[B, 1, H, W]` in -1..1 to one float32 map `[B, C, h, w]` for each layer.
+
+        Args:
+            images: see above.
+            precision: `"float32"`, or `"bfloat16"` for the network's convolutions and products; the maps are
+                normalized in float32.
 
         Raises:
             InputTypeError: the network returns something other than maps.
@@ -189,7 +194,9 @@ class FeatureEncoder(nn.Module):
         x = images
         if self.inputs == "imagenet":
             x = ((images + 1) / 2 - self.mean) / self.std
-        maps = self._layer_outputs(x.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            maps = self._layer_outputs(x)
         for value in maps:
             if not isinstance(value, Tensor) or value.dim() != 4 or value.shape[0] != images.shape[0]:
                 what = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

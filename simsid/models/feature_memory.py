@@ -29,7 +29,7 @@ class FeatureMemory(FeatureModel):
         pooled_memory = distance of the image's mean features to the nearest normal ones (`PooledMemory`)
         inpainting    = error of predicting each location from its neighbors' memory look-ups (`FeatureInpainting`)
         synthetic     = logit against painted opacities (`SyntheticClassifier`), with `synthetic=True`
-        combined      = pooled_memory + 0.5 inpainting (+ 0.25 synthetic)
+        combined      = pooled_memory + 0.3 inpainting (+ 0.25 synthetic)
 
     Every signal is in units of normal images' deviation, each image judged without itself. `inpainting` and `combined`
     have a map, the in-painting's error at each location.
@@ -113,7 +113,7 @@ class FeatureMemory(FeatureModel):
         return self
 
     def _fitted_parts(self, sample: FeatureSample) -> tuple[FeatureParts, dict[str, np.ndarray]]:
-        parts = FeatureParts(self.config, [x.shape[1] for x in sample.clean]).to(self.device)
+        parts = FeatureParts(self.config, [x.shape[1] for x in sample.clean], sample.grid.shape[2]).to(self.device)
         return parts, _arrays(parts.fit(sample.to(self.device), self.config), self.signal_names)
 
     @torch.no_grad()
@@ -148,7 +148,7 @@ class FeatureMemory(FeatureModel):
             calibration = self.calibration.to_dict() if self.calibration else None
             self.original = {"images": parts.pooled.images, "units": parts.units(), "calibration": calibration}
         signals = _arrays(parts.add(sample, new), self.signal_names)
-        self.calibration = Calibration.fit(signals, signals)
+        self.calibration = Calibration.fit(signals, signals, self.scoring_precision)
         names = images.paths if isinstance(images, ImageSet) and len(images) == sample.count else None
         abnormal = tuple(
             (names[new[i]] if names else str(int(new[i])), value) for i, value in _outliers(signals["combined"])
@@ -177,9 +177,10 @@ class FeatureMemory(FeatureModel):
             images: normal images; see `AnomalyModel`.
             holdout: normal images that the model was not fitted to, for thresholds.
         """
+        precision = self._best_precision()
         # Images held out may be in the memory too, as those that the model was adapted to are.
         held = None if holdout is None else self._judged_without_itself(holdout)
-        self.calibration = Calibration.fit(self._judged_without_itself(images), held)
+        self.calibration = Calibration.fit(self._judged_without_itself(images), held, precision)
 
     @torch.no_grad()
     def memories(self, images: object) -> tuple[MemoryContents, ...]:
@@ -187,9 +188,11 @@ class FeatureMemory(FeatureModel):
         return feature_memories(self._fitted(), self._described(images))
 
     @torch.no_grad()
-    def nearest_images(self, images: object) -> Tensor:
+    def nearest_images(self, images: object) -> Tensor | None:
         """Return the numbers of the images in the pooled memory that are nearest to each image, itself left out."""
         parts = self._fitted()
+        if parts.pooled.images >= self.config.most_images:
+            return None  # perhaps a sample of the training images, of which no numbers are kept
         return torch.cat([parts.pooled.nearest(layers).cpu() for layers, _ in self._described(images)])
 
     def _described(self, images: object) -> Iterator[tuple[list[Tensor], Tensor]]:
@@ -216,6 +219,7 @@ class FeatureMemory(FeatureModel):
         document = {
             **self.document(),
             "channels": list(parts.pooled.channels),
+            "grid_channels": len(parts.inpainting.mean),
             "images": parts.pooled.images,
             "original": self.original,
         }
@@ -228,10 +232,11 @@ class FeatureMemory(FeatureModel):
         """Rebuild a model from `state`; the option `encoder` is the module of a model with a foreign encoder."""
         model = cls.from_document(document, source, options)
         channels, images = checked_sizes(document["channels"], 65536), checked_sizes([document["images"]], 1 << 24)[0]
+        sizes = (channels, checked_sizes([document["grid_channels"]], 1 << 20)[0], images)
         # On the meta device first: sizes from a foreign file are compared before any memory is taken for them.
         with torch.device("meta"):
-            checkpoint.check_shapes(FeatureParts(model.config, channels, images), tensors, source)
-        model.parts = FeatureParts(model.config, channels, images)
+            checkpoint.check_shapes(FeatureParts(model.config, *sizes), tensors, source)
+        model.parts = FeatureParts(model.config, *sizes)
         checkpoint.load_state(model.parts, tensors, source)
         model.original = _checked_original(document["original"], model.parts)
         return model

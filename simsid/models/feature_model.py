@@ -1,7 +1,8 @@
 """What all models on features of a frozen encoder have in common."""
 
+import functools
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from simsid.models.feature_encoder import FeatureEncoder
 from simsid.models.feature_inpainting import to_grid
 from simsid.models.feature_pooled import pool
 from simsid.models.feature_sample import FeatureSample, gather
+from simsid.precision import choose_precision
 
 FEWEST = 8
 """Normal images that fitting and adapting need: means, deviations and two folds of fewer say nothing."""
@@ -40,6 +42,8 @@ class FeatureModel(AnomalyModel):
         InputTypeError: an encoder that is not a module.
         InputError: a layer that the encoder does not have.
     """
+
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
 
     def __init__(
         self,
@@ -76,10 +80,15 @@ class FeatureModel(AnomalyModel):
             self.parts.to(device)
         return self
 
-    def describe(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return pooled features `[B, C]` of each layer, and those of the grid's locations, `[B, L, sum of C]`."""
-        maps = self.encoder(images)
-        return pool(maps, self.config.weight), to_grid(maps, self.config.grid)
+    def describe(self, images: Tensor, precision: str | None = None) -> tuple[list[Tensor], Tensor]:
+        """Return pooled features `[B, C]` of the deepest layers, and features of the locations, `[B, L, C]`.
+
+        Args:
+            images: `[B, 1, H, W]` in -1..1.
+            precision: of the encoder; None is `scoring_precision`.
+        """
+        maps = self.encoder(images, precision or self.scoring_precision)
+        return pool(maps[-self.config.pooled_layers :], self.config.weight), to_grid(maps, self.config.grid)
 
     def sample(
         self,
@@ -88,6 +97,7 @@ class FeatureModel(AnomalyModel):
         *,
         progress: bool = False,
         group: ProcessGroup | None = None,
+        precision: str | None = None,
     ) -> FeatureSample:
         """Encode at most `config.most_images` of a source's images and `copies` of them, see `gather`."""
         shown = progress and (group is None or group.main)
@@ -100,7 +110,8 @@ class FeatureModel(AnomalyModel):
                     yield batch[:count]
                     bar.update(count)
 
-        return gather(batches(), self.describe, self.config, copies, group)
+        describe = functools.partial(self.describe, precision=precision)
+        return gather(batches(), describe, self.config, copies, group)
 
     def training_sample(
         self,
@@ -111,7 +122,8 @@ class FeatureModel(AnomalyModel):
         group: ProcessGroup | None = None,
     ) -> FeatureSample:
         """Return the sample of training images; fewer than 8 are an `InputError`."""
-        sample = self.sample(train, copies, progress=progress, group=group)
+        precision = choose_precision(self.precision, self.device)
+        sample = self.sample(train, copies, progress=progress, group=group, precision=precision)
         if sample.count < FEWEST:
             raise InputError(f"train must have at least {FEWEST} normal images, got {sample.count}")
         return sample
@@ -119,14 +131,20 @@ class FeatureModel(AnomalyModel):
     def calibrate_fitted(self, signals: dict[str, np.ndarray], val: object, group: ProcessGroup | None = None) -> None:
         """Calibrate on the training images' signals; the normal images of `val`, or the same, set thresholds."""
         group = group or ProcessGroup()
-        held = signals
+        held, precision = signals, choose_precision(self.precision, self.device)
+        # The images held out must be encoded as those that the model was fitted to.
+        self.calibration = Calibration.fit(signals, held, precision)
         if val is not None:
             val_set = as_image_set(val, name="val", preprocessing=self.preprocessing)
             normal = np.flatnonzero(val_set.labels != 1)
             if len(normal):
                 own = self.signals(val_set.select(normal[group.rank :: group.size]))
                 held = group.interleave(own, len(normal))
-        self.calibration = Calibration.fit(signals, held)
+        self.calibration = Calibration.fit(signals, held, precision)
+
+    def _best_precision(self) -> str:
+        """Return the precision of the features that the model was fitted to; refuse another one."""
+        return self.calibrated().precision if self.calibration is not None else super()._best_precision()
 
     def document(self) -> dict[str, object]:
         """Return what `model.json` says of configuration and encoder."""

@@ -20,16 +20,17 @@ class FeatureParts(nn.Module):
 
     Args:
         config: sizes and weights.
-        channels: channels of each layer.
+        channels: channels of each layer of the pooled memory.
+        grid_channels: channels of the in-painting's locations.
         images: images that the pooled memory has room for, where its tensors are loaded.
     """
 
-    def __init__(self, config: FeatureConfig, channels: Sequence[int], images: int = 0) -> None:
+    def __init__(self, config: FeatureConfig, channels: Sequence[int], grid_channels: int, images: int = 0) -> None:
         super().__init__()
         self.weights = {"pooled_memory": 1.0, "inpainting": config.inpainting_weight}
         self.pooled = PooledMemory(channels, config.neighbors, images)
-        components = min(config.components, sum(channels))
-        self.inpainting = FeatureInpainting(sum(channels), config.grid, components, config.items, config.topk)
+        components = min(config.components, grid_channels)
+        self.inpainting = FeatureInpainting(grid_channels, config.grid, components, config.items, config.topk)
         self.synthetic: SyntheticClassifier | None = None
         if config.synthetic:
             self.synthetic = SyntheticClassifier(channels)

@@ -1,5 +1,6 @@
 """Encoder and generators: the student, with memories, and the teacher, without."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simsid.config import Config
+from simsid.errors import InputError, InputTypeError
 from simsid.kernels.ranges import stage
 from simsid.models import patches
 from simsid.models.inpainting import InpaintingBlock
@@ -55,6 +57,56 @@ class Encoder(nn.Module):
                 skips.append(x)
                 x = block(x)
             return Encoded(x, skips)
+
+
+class CustomEncoder(nn.Module):
+    """Any module in the place of `Encoder`, trained with the generators as that is.
+
+    Args:
+        config: determines the shapes. Of patches `[B * L, 1, S, S]` the module yields `levels + 1` maps, shallowest
+            first: map `i` is `[B * L, channels[i], S / 2^i, S / 2^i]`, the last one the deepest.
+        network: the module, which returns a list, tuple or dictionary of these maps.
+
+    Raises:
+        InputTypeError: `network` is not a module.
+        InputError: it yields other maps.
+    """
+
+    def __init__(self, config: Config, network: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(network, nn.Module):
+            raise InputTypeError(f"encoder must be a torch.nn.Module, got {type(network).__name__}")
+        self.network = network
+        parameter = next(network.parameters(), None)
+        # A copy on the meta device is only compared with a file: its module was checked, and need not run there.
+        if parameter is None or not parameter.is_meta:
+            self._check(config, torch.device("cpu") if parameter is None else parameter.device)
+
+    @property
+    def name(self) -> str:
+        """Module and class of the network, as a saved model names it."""
+        return f"{type(self.network).__module__}.{type(self.network).__qualname__}"
+
+    def forward(self, images: Tensor) -> Encoded:
+        """Encode patches `[B * L, 1, S, S]`."""
+        with stage("encoder"):
+            maps = self.network(images)
+            *skips, deepest = maps.values() if isinstance(maps, Mapping) else maps
+            return Encoded(deepest, skips)
+
+    @torch.no_grad()
+    def _check(self, config: Config, device: torch.device) -> None:
+        S = config.patch_size
+        training = {module: module.training for module in self.network.modules()}
+        maps = self.network.eval()(torch.zeros(1, 1, S, S, device=device))
+        for module, mode in training.items():
+            module.training = mode
+        maps = list(maps.values()) if isinstance(maps, Mapping) else maps
+        want = [[1, C, S // 2**i, S // 2**i] for i, C in enumerate(config.channels)]
+        is_list = isinstance(maps, (list, tuple)) and all(isinstance(x, Tensor) for x in maps)
+        shapes = [list(x.shape) for x in maps] if is_list else type(maps).__name__
+        if shapes != want:
+            raise InputError(f"encoder must yield maps of the shapes {want} for a patch [1, 1, {S}, {S}], got {shapes}")
 
 
 class Generator(nn.Module):

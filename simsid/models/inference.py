@@ -19,15 +19,16 @@ from simsid.kernels.ranges import stage
 from simsid.models import patches
 from simsid.models.base import BATCH, Scorer
 from simsid.models.discriminator import Discriminator
-from simsid.models.generator import Encoder, Generator
+from simsid.models.generator import CustomEncoder, Encoder, Generator
 from simsid.models.signals import SIGNALS, available_signals, decoder_memory_map
+from simsid.precision import check_precision
 
 
 class ConfiguredNetwork(nn.Module, Scorer):
     """What `Model` and its frozen copies have in common: networks, and what their configuration says of them."""
 
     config: Config
-    encoder: Encoder
+    encoder: Encoder | CustomEncoder
     student: Generator
     discriminator: Discriminator
 
@@ -86,10 +87,23 @@ class FrozenModel(ConfiguredNetwork):
         model: a `Model`; it is not changed.
         capture: on CUDA, capture each batch size once as a CUDA graph and replay it.
         share: use the model's own tensors where nothing is folded, so that a copy for one call costs little.
+        precision: `"float32"` or `"bfloat16"`; None is the model's `scoring_precision`. In bfloat16, convolutions and
+            linear layers multiply bfloat16 numbers and sum in float32. Similarities, attention, normalizations, the
+            queries of the in-painting memory, the last convolution, the discriminator and the signals stay in float32.
     """
 
-    def __init__(self, model: ConfiguredNetwork, *, capture: bool = True, share: bool = False) -> None:
+    def __init__(
+        self,
+        model: ConfiguredNetwork,
+        *,
+        capture: bool = True,
+        share: bool = False,
+        precision: str | None = None,
+    ) -> None:
         super().__init__()
+        # Wider weights, as of a reference in float64, stay as they are.
+        wide = model._input_dtype is not torch.float32
+        self.precision = "float32" if wide else check_precision(precision or model.scoring_precision)
         self.config, self.calibration = model.config, model.calibration
         self.encoder = copy.deepcopy(model.encoder, _kept(model.encoder, share))
         self.student = copy.deepcopy(model.student, _kept(model.student, share))
@@ -100,6 +114,8 @@ class FrozenModel(ConfiguredNetwork):
                 for name, child in module.named_children():
                     if isinstance(child, nn.Sequential) and _is_normalized_convolution(child):
                         setattr(module, name, _folded(*child))
+        if self.scoring_precision == "bfloat16":
+            self._narrow()
         if not share:
             self.requires_grad_(False)
         self._graphs: dict[tuple[int, ...], cuda_graph.CapturedGraph] = {}
@@ -123,19 +139,24 @@ class FrozenModel(ConfiguredNetwork):
     def outputs(self, images: Tensor) -> dict[str, Any]:
         """Compute what the signals need of one batch `[B, 1, H, W]` on the model's device."""
         # Scores are compared with those of other calls, so no caller's autocast may change the precision.
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        narrow = self.scoring_precision == "bfloat16"
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=narrow):
             return self(images)
 
     def pictures(self, images: Tensor) -> dict[str, Tensor]:
         """Return the reconstructions, `[B, H, W]`."""
-        return {"reconstruction": self.reconstruct(images)[:, 0]}
+        # One image is not padded to sixteen: a picture shows no last digits.
+        return {"reconstruction": self._reconstructed(images, min(BATCH, max(1, len(images))))[:, 0]}
 
-    @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """Return the student's reconstruction of `[B, 1, H, W]`, on the images' device."""
+        return self._reconstructed(images, BATCH)
+
+    @torch.no_grad()
+    def _reconstructed(self, images: Tensor, size: int) -> Tensor:
         found = [
             self.outputs(batch)["reconstruction"][:count].to(images.device, copy=True)
-            for batch, count in self._padded_batches(images, BATCH)
+            for batch, count in self._padded_batches(images, size)
         ]
         return torch.cat(found)
 
@@ -148,9 +169,27 @@ class FrozenModel(ConfiguredNetwork):
             found = self._replayed_signals(images)
             return {name: found[name].clone() for name in names}
 
-    def freeze(self) -> "FrozenModel":
-        """Return the copy itself."""
+    def freeze(self, precision: str | None = None) -> "FrozenModel":
+        """Return the copy itself; raise `InputError` for another precision than its own."""
+        check_precision(precision or self.precision, (self.precision,))
         return self
+
+    def _narrow(self) -> None:
+        """Keep weights of convolutions and linear layers in bfloat16, except where an output needs float32."""
+        student: Any = self.student
+        wide = [student.output]
+        student.output = _Wide(student.output)
+        if student.inpainting is not None:
+            wide.append(student.inpainting.entry)
+            student.inpainting.entry = _Wide(student.inpainting.entry)
+        for part in (self.encoder, self.student):
+            for module in part.modules():
+                if isinstance(module, (nn.Conv2d, nn.Linear)) and module not in wide:
+                    # New parameters: with `share`, the old ones are the model's own.
+                    module._parameters = {
+                        name: None if value is None else nn.Parameter(value.to(torch.bfloat16), requires_grad=False)
+                        for name, value in module._parameters.items()
+                    }
 
     def _computed_signals(self, images: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         outputs = self.outputs(images)
@@ -171,12 +210,25 @@ class FrozenModel(ConfiguredNetwork):
         return cast("dict[str, Tensor]", graph(images))
 
 
-def freeze(model: ConfiguredNetwork, *, capture: bool = True) -> FrozenModel:
+def freeze(model: ConfiguredNetwork, *, capture: bool = True, precision: str | None = None) -> FrozenModel:
     """Return an inference copy of a network; see `FrozenModel`."""
     require_instance("model", model, ConfiguredNetwork)
     if isinstance(model, FrozenModel):
-        return model
-    return FrozenModel(model, capture=capture)
+        return model.freeze(precision)
+    return FrozenModel(model, capture=capture, precision=precision)
+
+
+class _Wide(nn.Module):
+    """Computes a module in float32 inside autocast."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the module to `x` in float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.module(x.float())
 
 
 def _kept(part: nn.Module, share: bool) -> dict[int, Any]:

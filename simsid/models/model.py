@@ -1,23 +1,24 @@
 """The networks of SimSID and SQUID with their calibration: what is trained, saved and scored with."""
 
+import copy
 import json
 import os
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simsid import checkpoint
 from simsid.config import Config, TrainingConfig
 from simsid.distributed import ProcessGroup
-from simsid.errors import ConfigError, InputError, InputTypeError
+from simsid.errors import CheckpointError, ConfigError, InputError, InputTypeError
 from simsid.kernels.ranges import stage
 from simsid.models import patches
 from simsid.models.base import AnomalyModel
 from simsid.models.calibration import Calibration
 from simsid.models.discriminator import Discriminator
-from simsid.models.generator import Encoder, Generator
+from simsid.models.generator import CustomEncoder, Encoder, Generator
 from simsid.models.inference import ConfiguredNetwork, FrozenModel, check_signal
 from simsid.models.losses import distillation_loss
 from simsid.models.memory import SpaceAwareMemory
@@ -59,13 +60,20 @@ class Model(ConfiguredNetwork, AnomalyModel):
             everywhere. Short for `backend="auto"` and `backend="torch"`.
         backend: as the ops take it: `"auto"`, `"torch"`, or `"triton"`, with which a forward pass where the kernels
             cannot run is an error that says why. None follows `fused`.
+        encoder: a module in the place of the papers' encoder; see `simsid.models.generator.CustomEncoder` for the maps
+            that it must yield. It is trained with the rest, where its parameters require gradients. Its weights are
+            saved with the model's, its code is not: `simsid.load(folder, encoder=module)` needs a module of that class
+            again, and loads the weights into it.
         **overrides: single fields of the configuration, as in `Model(width=8)`.
 
     Raises:
         ConfigError: a configuration that cannot be built; the message names the field.
+        InputError: an encoder that yields maps of other shapes.
+        InputTypeError: an encoder that is not a module.
     """
 
     kind: ClassVar[str] = "simsid"
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
 
     def __init__(
         self,
@@ -73,6 +81,7 @@ class Model(ConfiguredNetwork, AnomalyModel):
         *,
         fused: bool | str = "auto",
         backend: str | None = None,
+        encoder: nn.Module | None = None,
         **overrides: object,
     ) -> None:
         super().__init__()
@@ -87,7 +96,7 @@ class Model(ConfiguredNetwork, AnomalyModel):
         self.config = config = (config or Config()).replace(**overrides)
         check_signal(config)
         self.backend = backend
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config) if encoder is None else CustomEncoder(config, encoder)
         self.student = Generator(config, student=True, backend=backend)
         self.teacher = Generator(config, student=False) if config.distillation else None
         self.discriminator = Discriminator(config.image_size)
@@ -141,9 +150,9 @@ class Model(ConfiguredNetwork, AnomalyModel):
         """Move the weights to a device, in place."""
         return self.to(device)
 
-    def freeze(self) -> FrozenModel:
+    def freeze(self, precision: str | None = None) -> FrozenModel:
         """Return an inference copy: no teacher, folded, channels-last, on CUDA captured; for repeated scoring."""
-        return FrozenModel(self)
+        return FrozenModel(self, precision=precision)
 
     def outputs(self, images: Tensor) -> dict[str, Any]:
         """Compute what the signals need of one batch `[B, 1, H, W]` on the model's device."""
@@ -159,26 +168,40 @@ class Model(ConfiguredNetwork, AnomalyModel):
 
     def memories(self, images: object) -> tuple[MemoryContents, ...]:
         """Return the contents of the in-painting block's memory and of the decoder's, and what `images` use of them."""
-        return network_memories(self.freeze(), images)
+        return network_memories(self.freeze("float32"), images)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Return weights and buffers, and configuration and memory layout."""
         # Libraries sum in another order for another layout; a loaded model scores bit for bit as this one.
         layout = "channels_last" if self._is_channels_last() else "contiguous"
-        return checkpoint.tensors(self), {"layout": layout, "config": self.config.to_dict()}
+        custom = {"encoder": self.encoder.name} if isinstance(self.encoder, CustomEncoder) else {}
+        return checkpoint.tensors(self), {"layout": layout, "config": self.config.to_dict(), **custom}
+
+    def load_options(self) -> dict[str, Any]:
+        """Return what `load` needs beside a folder of this model: a copy of its encoder where that is custom."""
+        custom = isinstance(self.encoder, CustomEncoder)
+        return {"encoder": copy.deepcopy(self.encoder.network)} if custom else {}
 
     @classmethod
     def from_state(
         cls, tensors: dict[str, Tensor], document: dict[str, Any], source: str, **options: object
     ) -> "Model":
-        """Rebuild a model from `state`; `options` are `fused` and `backend`."""
-        config = Config.from_dict(document["config"])
+        """Rebuild a model from `state`; `options` are `fused`, `backend` and, with a custom encoder, `encoder`."""
+        config, saved, encoder = Config.from_dict(document["config"]), document.get("encoder"), options.get("encoder")
+        for name in options:
+            if name not in ("fused", "backend", "encoder"):
+                raise InputTypeError(f"Model.load takes fused, backend, encoder and device, got {name!r}")
+        if saved is not None and encoder is None:
+            raise CheckpointError(
+                f"{source} was trained with the encoder {saved}, which is not part of simsid: load it with "
+                "encoder=module"
+            )
+        if saved is None and encoder is not None:
+            raise CheckpointError(f"{source} was trained with the papers' encoder: load it without encoder=")
         # On the meta device first: sizes from a foreign file are compared before any memory is taken for them.
         with torch.device("meta"):
-            checkpoint.check_shapes(cls(config), tensors, source)
-        for name in options:
-            if name not in ("fused", "backend"):
-                raise InputTypeError(f"Model.load takes fused, backend and device, got {name!r}")
+            copied = copy.deepcopy(encoder).to("meta") if isinstance(encoder, nn.Module) else encoder
+            checkpoint.check_shapes(cls(config, encoder=copied), tensors, source)  # type: ignore[arg-type]
         with torch.random.fork_rng(devices=[]):
             model = cls(config, **options)  # type: ignore[arg-type]  # __init__ checks them
         checkpoint.load_state(model, tensors, source)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from simsid.models import MemoryContents
@@ -98,6 +99,7 @@ def use_figure(contents: MemoryContents) -> Figure:
     axes.plot(ranks, ordered.mean(0), color=PALETTE[0], linewidth=2.2)
     axes.set(title="look-ups of an image that keep an item", xlabel="items of a location, most used first")
     axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.tight_layout()
     return figure
 

@@ -21,18 +21,14 @@ def typical_indices(evaluation: Evaluation, each: int = 3) -> list[int]:
     """Return the indices of images to show: of every kind, normal first, those at even steps through its scores."""
     values = evaluation.signals[evaluation.default]
     groups = [np.flatnonzero(evaluation.labels == 0)]
-    groups += [
-        np.flatnonzero(
-            [finding == kind and label == 1 for finding, label in zip(evaluation.findings, evaluation.labels)]
-        )
-        for kind in evaluation.kinds
-    ]
+    groups += [np.flatnonzero((evaluation.labels == 1) & evaluation.subset(kind)) for kind in evaluation.kinds]
     chosen: list[int] = []
     for group in groups:
         ordered = group[np.argsort(values[group], kind="stable")]
         steps = np.unique(np.linspace(0, len(ordered) - 1, 2 * each + 1).round().astype(int)[1::2])
         chosen += ordered[steps].tolist()
-    return chosen
+    # An image with several findings may be chosen for each.
+    return list(dict.fromkeys(chosen))
 
 
 def examples_of_set(

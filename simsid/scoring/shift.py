@@ -34,8 +34,9 @@ class Shift:
         side, share = ("above", self.above) if self.above > 0.5 else ("below", 1 - self.above)
         return (
             f"the scores have shifted: {share:.0%} of {self.scored} images lie {side} the median of the "
-            f"{self.held_out} normal images that set the threshold, which therefore does not hold here; recalibrate on "
-            "normal images of the same origin with: simsid calibrate MODEL FOLDER --local"
+            f"{self.held_out} normal images that set the threshold, which therefore does not hold here; with normal "
+            "images of the same origin, adapt a feature memory (simsid adapt MODEL FOLDER -o NEW) or recalibrate any "
+            "model (simsid calibrate MODEL FOLDER --local)"
         )
 
 

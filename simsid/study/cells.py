@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simsid import checkpoint
+from simsid.config import TrainingConfig
 from simsid.errors import CheckpointError, RunError
 from simsid.evaluation import evaluate
 from simsid.models.base import AnomalyModel
@@ -73,9 +74,10 @@ def run_cell(
         "normal_share": cell.normal_share,
         "seed": seed,
     }
-    request = json.loads(json.dumps(request))
-    path = folder / re.sub(r"[^A-Za-z0-9]+", "_", cell.label).strip("_") / f"seed-{seed}"
-    resume = _check_request(path, request)
+    defaults = {"model": dataclasses.asdict(type(config)()), "training": TrainingConfig().to_dict()}
+    request, defaults = json.loads(json.dumps([request, defaults]))
+    path = cell_folder(folder, cell, seed)
+    resume = _check_request(path, request, defaults)
     if (path / RESULT).exists():
         return read_result(path / RESULT)
     began = time.monotonic()
@@ -96,6 +98,11 @@ def run_cell(
         with run.writing(RESULT):
             checkpoint.write_json(path / RESULT, dataclasses.asdict(result))
     return result
+
+
+def cell_folder(folder: pathlib.Path, cell: Cell, seed: int) -> pathlib.Path:
+    """Return the run folder of a cell with a seed, below the study's."""
+    return folder / re.sub(r"[^A-Za-z0-9]+", "_", cell.label).strip("_") / f"seed-{seed}"
 
 
 def read_result(path: pathlib.Path) -> Result:
@@ -120,13 +127,17 @@ def _train(model: Any, training: Any, run: RunFolder, parts: tuple[Any, Any], re
     return statistics.median(epoch["seconds"] for epoch in history.epochs)
 
 
-def _check_request(path: pathlib.Path, request: dict[str, Any]) -> bool:
+def _check_request(path: pathlib.Path, request: dict[str, Any], defaults: dict[str, Any]) -> bool:
     """Return whether the folder holds a run of this request; another one is refused."""
     if not (path / "run.json").exists():
         return False
     found = checkpoint.read_json(path / "run.json")
     for name, value in request.items():
-        if found.get(name) != value:
+        settings: Any = found.get(name)
+        # An older version had fewer settings; those it did not have were at their defaults.
+        if isinstance(settings, dict):
+            settings = {**defaults.get(name, {}), **settings}
+        if settings != value:
             raise RunError(f"{path} holds a run with another {name}; choose another folder with -o")
     return True
 

@@ -53,7 +53,12 @@ class StudyImages:
             dataset = open_dataset(source, exclude=exclude)
             self._load = lambda records, to: load_images(records, **dataclasses.asdict(to), workers=workers)
         self.name = dataset.name if source is None else pathlib.Path(source).resolve().name
-        train, val = partition(dataset)
+        # DigitAnatomy has as many validation images as it was asked for; a folder may have too few.
+        train, val = (
+            ([record for record in dataset.select("train") if not record.label], dataset.select("val"))
+            if self.digits
+            else partition(dataset)
+        )
         splits = {record.split for record in dataset.records}
         self.split = "test" if "test" in splits else "val"
         evaluated = dataset.select("test") if self.split == "test" else val

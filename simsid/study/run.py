@@ -8,8 +8,8 @@ from typing import Any
 
 from simsid import checkpoint
 from simsid.errors import CheckpointError, ConfigError, RunError
-from simsid.study import figure, table
-from simsid.study.cells import Result, run_cell
+from simsid.study import table
+from simsid.study.cells import Result, cell_folder, run_cell
 from simsid.study.images import StudyImages
 from simsid.study.plan import Plan, choose_plan, configuration, is_network
 from simsid.study.studies import Cell, Study
@@ -46,8 +46,8 @@ class StudyRun:
     device: str
     report: Callable[[str], None]
 
-    def __call__(self) -> str | None:
-        """Run what is not finished, write table.md, results.csv and figure.png, and return the table as text.
+    def run(self) -> str | None:
+        """Run what is not finished, write table.md, results.csv and pictures, and return the table as text.
 
         Returns:
             The table, or None where Ctrl-C stopped a training.
@@ -95,13 +95,12 @@ class StudyRun:
     def _possible(self) -> list[Cell]:
         """Return the cells that can be built; those that the image size rules out are named."""
         reasons = {cell.label: self._reason(cell) for cell in self.study.cells}
-        for label, error in reasons.items():
-            if error is not None:
-                self.report(f"left out {label}: {error}")
-        cells = [cell for cell in self.study.cells if reasons[cell.label] is None]
-        if not cells:
-            raise next(error for error in reasons.values() if error is not None)
-        return cells
+        errors = {label: error for label, error in reasons.items() if error is not None}
+        if len(errors) == len(reasons):
+            raise next(iter(errors.values()))
+        for label, error in errors.items():
+            self.report(f"left out {label}: {error}")
+        return [cell for cell in self.study.cells if cell.label not in errors]
 
     def _reason(self, cell: Cell) -> ConfigError | None:
         """Return why a cell cannot be built, or None."""
@@ -138,6 +137,8 @@ class StudyRun:
 
     def _write(self, cells: Sequence[Cell], results: dict[str, list[Result]], plan: Plan | None) -> str:
         from simsid.report.figures import png
+        from simsid.study import reconstructions
+        from simsid.study.figure import draw
 
         rows = table.summarize(self.study, cells, results, self.images)
         parts = [table.main_table(rows, with_paper=not self.images.digits), table.signal_table(rows)]
@@ -145,11 +146,18 @@ class StudyRun:
             del parts[1]
         title = f"{self.name}: {self.study.title}"
         said = table.notes(rows, self.images, plan, self.seeds)
+        if self.study.reconstructions:
+            folders = {cell.label: cell_folder(self.folder, cell, 0) for cell in cells if results[cell.label]}
+            pictures, left_out = reconstructions.draw(folders, self.images)
+            if pictures is not None:
+                checkpoint.write_file(self.folder / "reconstructions.png", png(pictures, dpi=100))
+            if left_out:
+                said.append(f"Not in reconstructions.png, as they reconstruct no image: {', '.join(left_out)}.")
         page = [f"# {title}", *(table.as_markdown(*part) for part in parts), "\n".join(f"- {line}" for line in said)]
         checkpoint.write_file(self.folder / "table.md", ("\n\n".join(page) + "\n").encode())
         with checkpoint.csv_writer(self.folder / "results.csv", table.CSV_COLUMNS) as write:
             for row in table.csv_rows(cells, results):
                 write(row)
-        drawn = png(figure.draw(self.study, rows, f"{self.name}, {self.images.name}"), dpi=100)
+        drawn = png(draw(self.study, rows, f"{self.name}, {self.images.name}"), dpi=100)
         checkpoint.write_file(self.folder / "figure.png", drawn)
         return "\n\n".join([title, *(table.as_text(*part) for part in parts), "\n".join(said)])

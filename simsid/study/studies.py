@@ -39,11 +39,14 @@ class Study:
     """What is compared, and in which table or figure of the papers."""
     cells: tuple[Cell, ...]
     reference: str | None = "simsid"
-    """Preset of the cell that the others are tested against; None: every preset has such a cell of its own."""
+    """What the others are tested against: a cell's label, or the preset whose cell has no changes; None: every preset
+    has such a cell of its own."""
     axis: str = ""
     """Label of the figure's horizontal axis; empty where the cells have no order."""
     measures: Literal["auc", "seconds"] = "auc"
     """What the figure shows."""
+    reconstructions: bool = False
+    """Also draw one image of each kind with every model's reconstruction (SQUID, figure 6)."""
 
 
 def _taken_away(preset: str, names: Mapping[str, Values], paper: float | None = None) -> tuple[Cell, ...]:
@@ -114,6 +117,16 @@ STUDIES: dict[str, Study] = {
             for name in PRESETS
             if name != "digit_anatomy"  # SimSID at another size
         ),
+        reconstructions=True,
+    ),
+    "decay": Study(
+        "how the generator's weights decay: with the gradient, likewise but not the memory items, or apart from it",
+        (
+            Cell("coupled", training={"generator_weight_decay": 1e-5}),
+            Cell("except_items", training={"generator_weight_decay": 1e-5, "decay": "except_items"}),
+            Cell("decoupled", training={"generator_weight_decay": 1e-2, "decay": "decoupled"}),
+        ),
+        reference="coupled",
     ),
     "speed": Study(
         "seconds of an epoch and of a pass, SimSID against SQUID",

@@ -154,7 +154,10 @@ CSV_COLUMNS = ["model", "seed", "signal", "own", "auc", "low", "high"]
 
 
 def _reference(study: Study, cell: Cell, cells: Sequence[Cell], images: StudyImages) -> Cell | None:
-    """Return the unchanged model that a cell is tested against, where it is among the cells."""
+    """Return the cell that another is tested against, where it is among the cells."""
+    for other in cells:
+        if other.label == study.reference:
+            return other
     name = study.reference or cell.preset
     unchanged = configuration(Cell(name, name), images.digits)
     for other in cells:

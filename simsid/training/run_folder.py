@@ -165,17 +165,12 @@ def fit_in_folder(
 ) -> None:
     """Fit a model in one pass over the images, and leave it in a run folder with a list of the images.
 
-    Args:
-        model: what is fitted.
-        folder: where it is left; None on the ranks of `group` that write nothing.
-        train: normal images.
-        val: images of which the normal ones set the thresholds.
-        progress: show a progress bar.
-        group: the ranks that fit together; None: this process alone.
+    Of the ranks of a group, rank 0 alone has the folder.
     """
+    group = group or ProcessGroup()
     if folder is not None:
         folder.write_manifest(train, val)
-    model.fit(train, val, progress=progress, group=group)
+    model.fit(train, val, progress=progress and group.main, group=group)
     if folder is not None:
         with folder.writing("model.json"):
             model.save(folder.path)

@@ -40,7 +40,7 @@ class History:
     best_epoch: int | None = None
     """The epoch whose weights the model has, counted from 0."""
     best_value: float | None = None
-    """Its value of the criterion, higher is better: the AUC, or the negated reconstruction error."""
+    """Its value of the criterion, higher is better: the AUC, or the negated error or distance."""
     interrupted: bool = False
     """Whether Ctrl-C stopped the training early."""
 

@@ -1,5 +1,6 @@
 """One iteration of training: the discriminator's update and the generator's, on the model's device."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from simsid.errors import DeviceMemoryError
 from simsid.kernels.ranges import stage
 from simsid.models.losses import adversarial_loss, reconstruction_loss
 from simsid.models.model import Model, Reconstruction
+from simsid.precision import choose_precision
 from simsid.training.guard import NonFiniteGuard
 from simsid.training.parallel import DiscriminatorPair, data_parallel, synchronize_batch_norms
 
@@ -48,7 +50,7 @@ class TrainingStep:
     def __init__(self, model: Model, config: TrainingConfig | None = None, group: ProcessGroup | None = None) -> None:
         self.model = model
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.config = config = config or TrainingConfig()
+        self.config = config = with_chosen_precision(config or TrainingConfig(), model)
         self.group = group = group or ProcessGroup()
         self.device = model.device
         synchronize_batch_norms(model, config.sync_batchnorm and group.size > 1)
@@ -238,6 +240,12 @@ class TrainingStep:
         # Free the warm-up gradients: the graph has its own, and both would not fit into memory side by side.
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
+
+
+def with_chosen_precision(config: TrainingConfig, model: Model) -> TrainingConfig:
+    """Return the configuration with the precision that `"auto"` stands for on the model's device."""
+    dtype = next(model.parameters()).dtype
+    return dataclasses.replace(config, precision=choose_precision(config.precision, model.device, dtype))
 
 
 def seed_generators(seed: int, device: torch.device) -> None:

@@ -29,10 +29,11 @@ from simsid.training.interrupt import GracefulInterrupt
 from simsid.training.parallel import synchronize_batch_norms
 from simsid.training.run_folder import RunFolder
 from simsid.training.state import History, Progress
-from simsid.training.step import TrainingStep
+from simsid.training.step import TrainingStep, with_chosen_precision
 from simsid.training.validation import (
     calibrate,
     choose_batch_size,
+    measure_items,
     paste_patches,
     to_image_set,
     validate,
@@ -97,13 +98,15 @@ class Trainer:
         progress: bool = False,
         group: ProcessGroup | None = None,
     ) -> None:
-        self.config = config = TrainingConfig() if config is None else config
+        config = TrainingConfig() if config is None else config
         self.group = ProcessGroup() if group is None else group
         require_instance("model", model, Model)
         require_instance("config", config, TrainingConfig)
         require_instance("group", self.group, ProcessGroup)
         require_instance("run", run, RunFolder, str, os.PathLike, type(None))
         self.model = model
+        # A run keeps its precision, wherever it is resumed.
+        self.config = with_chosen_precision(config, model)
         self.run = run
         self.progress = progress and self.group.main
         self._best: dict[str, Tensor] | None = None
@@ -178,7 +181,7 @@ class Trainer:
             if self._epochs(training, interrupt):
                 self._load_best(folder)
                 progress.finished = True
-                calibrate(self.model, self.group, training.train, training.val)
+                calibrate(self.model, self.group, training.train, training.val, self._scoring_precision)
                 if folder is not None:
                     self._save_model(folder)
                 self._save(training)
@@ -251,7 +254,8 @@ class Trainer:
             "step": progress.step,
             "learning_rate": learning_rate(self.config, progress.epoch),
             **losses,
-            **validate(self.model, self.group, training.val, training.pasted),
+            **validate(self.model, self.group, training.val, training.pasted, self._scoring_precision),
+            **measure_items(self.model),
             "seconds": round(time.monotonic() - began, 3),
         }
         better = choose_best(progress.history, epoch, training.criterion, self.model.signal)
@@ -265,6 +269,13 @@ class Trainer:
         self._save_if_due(training)
         return epoch, better
 
+    @property
+    def _scoring_precision(self) -> str:
+        """The precision to validate and calibrate in: on a CPU that of the training, on a GPU float32."""
+        if self.model.precision != "auto":
+            return self.model.precision
+        return self.config.precision if self.model.device.type == "cpu" else "float32"
+
     def _keep(self, folder: RunFolder | None) -> None:
         """Keep the model as the best so far."""
         if folder is not None:
@@ -276,7 +287,7 @@ class Trainer:
         """Load the best model, on every rank."""
         own = checkpoint.tensors(self.model)
         if folder is not None:
-            best = Model.load(folder.path)
+            best = Model.load(folder.path, **self.model.load_options())
             self._best, self.model.calibration = checkpoint.tensors(best), best.calibration
         if self._best is not None:
             with torch.no_grad():

@@ -7,7 +7,7 @@ import tiny
 
 from simsid.commands import main as command_line
 
-COMPUTING = ("train", "evaluate", "score", "calibrate", "convert", "demo")
+COMPUTING = ("train", "evaluate", "score", "calibrate", "convert", "demo", "report")
 """Commands that take `--threads`; with one thread they do not compete with other work for the cores."""
 
 

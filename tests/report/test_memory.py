@@ -1,13 +1,8 @@
 """The drawings of memories, and which stored images are shown beside which."""
 
-import pathlib
-import sys
-
 import numpy as np
 import pytest
 import torch
-
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "models"))
 from tiny_features import memory, normal
 
 from simsid import data

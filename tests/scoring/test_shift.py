@@ -34,7 +34,7 @@ def test_a_shift_is_found_in_both_directions(seed, mean, side):
     assert (shift.above > 0.9) if side == "above" else (shift.above < 0.1)
     share = max(shift.above, 1 - shift.above)
     assert str(shift).startswith(f"the scores have shifted: {share:.0%} of 100 images lie {side} the median of the 100")
-    assert str(shift).endswith("simsid calibrate MODEL FOLDER --local")
+    assert "simsid adapt MODEL FOLDER -o NEW" in str(shift) and "simsid calibrate MODEL FOLDER --local" in str(shift)
 
 
 @pytest.mark.parametrize(("scored", "held_out"), [(19, 100), (100, 19), (0, 100), (100, 0)])

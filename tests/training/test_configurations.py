@@ -68,7 +68,7 @@ def test_divergence_weight_pulls_the_features_towards_the_standard_normal():
     ends = {}
     for weight in (0.0, 100.0):
         model = named("vae")
-        config = TrainingConfig(epochs=5, batch_size=4, learning_rate=3e-3, divergence_weight=weight)
+        config = TrainingConfig(epochs=3, batch_size=4, learning_rate=1e-2, divergence_weight=weight)
         Trainer(model, config).fit(images)
         ends[weight] = model(images).divergence.item()
     assert ends[100.0] < 0.8 * ends[0.0]

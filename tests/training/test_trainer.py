@@ -349,7 +349,7 @@ def test_tensorboard_events_are_written(tmp_path):
 def test_losses_are_averaged_over_an_epoch(monkeypatch):
     def iterate(self, images, with_generator):
         number = self.guard.iteration.item()
-        self._sums += torch.tensor([number, 0, 10 * number if with_generator else 0, 0, 0, 0])
+        self._sums += torch.tensor([number, 0, 10 * number if with_generator else 0, 0, 0, 0, 0])
 
     monkeypatch.setattr(TrainingStep, "_iterate", iterate)
     first, second = fit(tiny.model(), tiny.images(12), epochs=2).epochs
