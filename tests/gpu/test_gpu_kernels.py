@@ -6,10 +6,10 @@ With compute-sanitizer: `-k every_kernel`, which launches all of them once on od
 import itertools
 import sys
 
+import attention_cases as attention
+import memory_cases as memory
+import norm_cases as norm
 import pytest
-import test_attention_fused as attention
-import test_layer_norm as norm
-import test_memory_fused as memory
 import torch
 from harness import DEVICE
 

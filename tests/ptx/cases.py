@@ -64,22 +64,22 @@ def _attention(
     **window: object,
 ) -> Callable[[], None]:
     def run() -> None:
-        import test_attention_fused
+        import attention_cases
         import torch
 
-        tensors = test_attention_fused.inputs(2, grid, features, pads=pads, dtype=getattr(torch, dtype))
-        mask = test_attention_fused.draw(2, grid[0] * grid[1]) > 0 if masked else None
-        test_attention_fused.assert_fused_is_right(tensors, grid, heads, mask, **window)
+        tensors = attention_cases.inputs(2, grid, features, pads=pads, dtype=getattr(torch, dtype))
+        mask = attention_cases.draw(2, grid[0] * grid[1]) > 0 if masked else None
+        attention_cases.assert_fused_is_right(tensors, grid, heads, mask, **window)
 
     return run
 
 
 def _layer_norm(rows: int, features: int, dtype: str = "float32") -> Callable[[], None]:
     def run() -> None:
-        import test_layer_norm
+        import norm_cases
         import torch
 
-        test_layer_norm.assert_fused_is_right(test_layer_norm.inputs((rows, features), getattr(torch, dtype)))
+        norm_cases.assert_fused_is_right(norm_cases.inputs((rows, features), getattr(torch, dtype)))
 
     return run
 
@@ -107,8 +107,8 @@ def _invariant_rows(batches: tuple[int, ...], dtype: str) -> Callable[[], None]:
     """Compare, bit for bit, outputs and gradients of attention and layer norm in batches of several sizes."""
 
     def run() -> None:
-        import test_attention_fused as attention
-        import test_layer_norm as norm
+        import attention_cases as attention
+        import norm_cases as norm
         import torch
 
         total, kind = max(batches), getattr(torch, dtype)
