@@ -100,7 +100,8 @@ def main_table(rows: Sequence[Summary], with_paper: bool) -> tuple[list[str], li
 
 
 def signal_table(rows: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
-    """Return head and cells of the table of all signals."""
+    """Return head and cells of the table of all signals; a model with one signal has it in the main table."""
+    rows = [row for row in rows if len(row.values) > 1]
     names = list(dict.fromkeys(name for row in rows for name in row.values))
     lines = [[row.cell.label, *(_with_deviation(row.values.get(name)) for name in names)] for row in rows]
     return ["AUC of", *names], lines
