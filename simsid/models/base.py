@@ -177,7 +177,11 @@ class Scorer(abc.ABC):
         return {name: torch.cat(parts) for name, parts in found.items()}
 
     def calibrated(self) -> Calibration:
-        """Return the calibration; raise `CalibrationError` with the remedy where it is missing or of another precision."""
+        """Return the calibration.
+
+        Raises:
+            CalibrationError: there is none, or one of another precision than `scoring_precision`; with the remedy.
+        """
         if self.calibration is None:
             raise CalibrationError(
                 "the model is not calibrated: call calibrate(images) with normal images, or finish its training"

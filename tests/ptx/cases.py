@@ -130,7 +130,9 @@ def _cases() -> list[Case]:
         add("memory fp32 k=64", _memory((2, 1, 70, 40), k=64), True)
         for suffix, sizes in (("", one), (" batch 33", two)):
             add(f"memory fp32 cosine masked{suffix}", _memory(sizes, similarity="cosine", masked=True), bool(suffix))
-            add(f"memory bf16 cosine{suffix}", _memory(sizes, "bf16", similarity="cosine"), True)
+            for dtypes in ("bf16", "bf16 memory too", "fp16", "fp16 memory too"):
+                long = (dtypes, suffix, arch) != ("bf16", "", 90)
+                add(f"memory {dtypes} cosine{suffix}", _memory(sizes, dtypes, similarity="cosine"), long)
             add(f"memory bf16 masked{suffix}", _memory(sizes, "bf16", masked=True), True)
         add("memory weights", _weights, arch == 80)
         add("attention 4x4 pads", _attention((4, 4), 64, 2), arch == 90)
