@@ -157,7 +157,7 @@ def test_resumed_training_is_the_uninterrupted_one_bit_for_bit_in_either_precisi
     whole, resumed = (model.state_dict() for model in models)
     for key, value in whole.items():
         assert torch.equal(value, resumed[key]), key
-    assert models[0].calibration.precision == name
+    assert models[0].calibration.precision == "float32"  # whatever the training, unless asked
 
 
 def test_training_in_bfloat16_follows_float32():

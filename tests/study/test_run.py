@@ -107,8 +107,8 @@ def test_a_damaged_result_is_named(start, tmp_path):
 def test_a_budget_is_picked_once_after_the_fitted_models(start, tmp_path, monkeypatch):
     monkeypatch.setattr(plan_module, "_cost", lambda *_: (1.0, 1.0, 0.1))
     text = start(plan=None, minutes=1e-6)
-    assert "width 4, 1 epochs" in text and "picked for" in text
-    assert start.lines[1].startswith("width 4, 1 epochs")
+    assert "width 4, 1 epoch, learning" in text and "picked for" in text
+    assert start.lines[1].startswith("width 4, epochs: 1, picked for")
     monkeypatch.setattr("simsid.study.run.choose_plan", None)
     assert start(plan=None, minutes=1e-6) == text
 
