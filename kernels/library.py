@@ -79,7 +79,7 @@ class Handles:
         try:
             signature = (
                 options,
-                *[None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors],
+                *[None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors],
             )
             return signature, self._handles.get(signature)
         except (AttributeError, TypeError):

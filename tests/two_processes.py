@@ -113,9 +113,9 @@ def scene_features(group, folder):
     encoded = []
     hook = FeatureEncoder.forward
 
-    def forward(self, images):
+    def forward(self, images, *args):
         encoded.append(len(images))
-        return hook(self, images)
+        return hook(self, images, *args)
 
     FeatureEncoder.forward = forward
     for name, model in zip(("memory", "padim"), features(group)):

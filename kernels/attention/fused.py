@@ -12,7 +12,6 @@ from simsid.kernels.attention.plan import plan_grid
 from simsid.kernels.launch import Plan, launch, on_device
 from simsid.kernels.library import aligned, empty_like, needs_gradient, register, run_backward, usable, watched
 
-
 # query, key, value, pad_key, pad_value, key_mask
 Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -168,9 +167,9 @@ def _launch_backward(
     pad_key: Tensor | None,
     pad_value: Tensor | None,
     key_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch on tensors that need no copy."""
-    gradients = _backward_fake(grad_out, query, key, value, pad_key)
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Launch on tensors that need no copy; there is a gradient for whatever is not None."""
+    gradients = _empty_gradients(query, key, value, pad_key)
     grad_query, grad_key, grad_value, grad_pads = gradients
     with on_device(query):
         launch(
@@ -188,7 +187,7 @@ def _launch_backward(
             grad_query_ptr=grad_query,
             grad_key_ptr=grad_key,
             grad_value_ptr=grad_key if value is None else grad_value,
-            grad_pads_ptr=None if pad_key is None else grad_pads,
+            grad_pads_ptr=grad_pads,
             **plan.constants,
         )
     return gradients
@@ -238,19 +237,37 @@ def attention_backward(
     layout = Layout(tuple(grid), heads, tuple(window))
     plan = _plan_backward(grad_out.stride(), query, key, value, pad_key, layout)
     pads = _contiguous(pad_key), _contiguous(pad_value)
-    return _launch_backward(plan, grad_out, query, key, value, *pads, _bytes(key_mask))
+    return _filled(query, _launch_backward(plan, grad_out, query, key, value, *pads, _bytes(key_mask)))
 
 
 def _forward_fake(query: Tensor, *_: object) -> Tensor:
     return empty_like(query)
 
 
+def _empty_gradients(
+    query: Tensor, key: Tensor, value: Tensor | None, pad_key: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    pads = None
+    if pad_key is not None:
+        pads = query.new_empty((2, query.shape[0], query.shape[2]), dtype=torch.float32)
+    return empty_like(query), empty_like(key), None if value is None else empty_like(value), pads
+
+
+def _filled(
+    query: Tensor, gradients: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Put empty tensors in place of gradients that are None, which an op cannot return."""
+    grad_query, grad_key, *others = gradients
+    grad_value, grad_pads = (
+        query.new_empty(0, dtype=dtype) if x is None else x for x, dtype in zip(others, (query.dtype, torch.float32))
+    )
+    return grad_query, grad_key, grad_value, grad_pads
+
+
 def _backward_fake(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor | None, pad_key: Tensor | None, *_: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_value = query.new_empty(0) if value is None else empty_like(value)
-    pads = (2, query.shape[0], query.shape[2]) if pad_key is not None else (0,)
-    return empty_like(query), empty_like(key), grad_value, query.new_empty(pads, dtype=torch.float32)
+    return _filled(query, _empty_gradients(query, key, value, pad_key))
 
 
 _INPUTS = (

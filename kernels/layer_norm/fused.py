@@ -90,7 +90,7 @@ def _launch_backward(
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch on tensors that need no copy."""
-    gradients = _backward_fake(grad_out, x, weight, out, statistics, residual_dtype)
+    gradients = _empty_gradients(x, residual_dtype, plan.grid[0])
     grad_x, grad_residual, grad_parts = gradients
     with on_device(x):
         launch(
@@ -136,18 +136,22 @@ def layer_norm_backward(
 
 
 def _forward_fake(x: Tensor, residual: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    out = empty_like(x) if x.dtype == dtype else x.new_empty(x.shape, dtype=dtype)
+    if x.dtype == residual.dtype:
+        out = empty_like(x)
+    else:
+        out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     return out, x.new_empty((x.numel() // x.shape[-1], 2), dtype=torch.float32)
+
+
+def _empty_gradients(x: Tensor, residual_dtype: torch.dtype, parts: int) -> tuple[Tensor, Tensor, Tensor]:
+    grad_residual = empty_like(x) if x.dtype == residual_dtype else x.new_empty(x.shape, dtype=residual_dtype)
+    return empty_like(x), grad_residual, x.new_empty((parts, 2, x.shape[-1]), dtype=torch.float32)
 
 
 def _backward_fake(
     grad_out: Tensor, x: Tensor, weight: Tensor, out: Tensor, statistics: Tensor, residual_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    parts = plan_parts(statistics.shape[0]).parts
-    grad_parts = x.new_empty((parts, 2, x.shape[-1]), dtype=torch.float32)
-    grad_residual = empty_like(x) if x.dtype == residual_dtype else x.new_empty(x.shape, dtype=residual_dtype)
-    return empty_like(x), grad_residual, grad_parts
+    return _empty_gradients(x, residual_dtype, plan_parts(statistics.shape[0]).parts)
 
 
 _forward_op = register(

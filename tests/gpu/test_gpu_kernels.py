@@ -6,10 +6,10 @@ With compute-sanitizer: `-k every_kernel`, which launches all of them once on od
 import itertools
 import sys
 
+import attention_cases as attention
+import memory_cases as memory
+import norm_cases as norm
 import pytest
-import test_attention_fused as attention
-import test_layer_norm as norm
-import test_memory_fused as memory
 import torch
 from harness import DEVICE
 
@@ -122,6 +122,14 @@ FLOATS = (FLOAT32, BFLOAT16, FLOAT16)
 def test_attention_matches_float64(grid, pads, dtype, small, full_precision):
     size, features, heads = ((2, 2), 8, 2) if small else GRIDS[grid]
     attention.assert_fused_is_right(attention.inputs(2, size, features, pads=pads, dtype=dtype), size, heads)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("options", [{"include_center": True}, {"dilation": 2}, {"kernel_size": (1, 9)}], ids=str)
+def test_attention_windows_and_masks_match_float64(options, dtype, small, full_precision):
+    size, features, heads = ((2, 2), 8, 2) if small else GRIDS["16x16"]
+    mask = attention.draw(2, size[0] * size[1], seed=8) > 0
+    attention.assert_fused_is_right(attention.inputs(2, size, features, dtype=dtype), size, heads, mask, **options)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])

@@ -51,7 +51,7 @@ def test_peak_lies_at_the_location_of_a_planted_anomaly_where_the_map_claims_it(
     name = model.map_names[0]
     rate = hit_rate(model.maps(images, name), corners, side=7, cell=8)
     print(f"{name}: peak at a location of the anomaly in {rate:.0%} of {len(corners)} images")
-    assert MAPS[name].localizes == (rate > 0.8)
+    assert rate > (0.8 if MAPS[name].localizes else 0.6)
 
 
 def test_peak_of_the_shipped_model_lies_at_the_location_of_an_anomaly_planted_in_radiographs():
