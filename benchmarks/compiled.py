@@ -135,10 +135,9 @@ def specialize(name: str, launched: Launch, architectures: tuple[int, ...]) -> V
     )
 
 
-def compile_ahead(variant: Variant, arch: int) -> Report:
-    """Compile `variant` for compute capability `arch` (80, 90, 100) and read the result."""
+def compile_variant(variant: Variant, arch: int) -> Any:
+    """Compile `variant` for compute capability `arch` (80, 90, 100)."""
     import triton
-    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -150,13 +149,33 @@ def compile_ahead(variant: Variant, arch: int) -> Report:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible},
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    tool = knobs.nvidia.cuobjdump.path
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def dump(cubin: bytes, what: str) -> str:
+    """Return what `cuobjdump` prints of a compiled kernel."""
+    from triton import knobs
+
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "kernel.cubin")
-        path.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, what, path]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def loops(sass: str) -> list[int]:
+    """Return how many instructions each loop has, from a branch back to its target."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass, re.M)
+    code = [(int(address, 16), text) for address, text in lines if not text.startswith("NOP")]
+    jumps = [(address, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for address, text in code]
+    spans = [(int(jump[1], 16), address) for address, jump in jumps if jump]
+    return [sum(start <= address <= end for address, _ in code) for start, end in spans if start < end]
+
+
+def compile_ahead(variant: Variant, arch: int) -> Report:
+    """Compile `variant` for compute capability `arch` (80, 90, 100) and read the result."""
+    compiled = compile_variant(variant, arch)
+    usage, sass = dump(compiled.asm["cubin"], "-res-usage"), dump(compiled.asm["cubin"], "-sass")
     code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.M)
 
     def used(resource: str) -> int:
@@ -251,8 +270,10 @@ def as_json(reports: dict[str, Report]) -> str:
 
 
 def load(path: str) -> dict[str, Report]:
-    """Read what `as_json` wrote."""
-    return {key: Report(**fields) for key, fields in json.loads(pathlib.Path(path).read_text())["reports"].items()}
+    """Read what `as_json` wrote, without reports of an older form, which lack a count."""
+    names = {field.name for field in dataclasses.fields(Report)}
+    stored = json.loads(pathlib.Path(path).read_text())["reports"]
+    return {key: Report(**fields) for key, fields in stored.items() if fields.keys() == names}
 
 
 def problems(report: Report) -> list[str]:
@@ -289,6 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--known", metavar="FILE", help="take the reports of unchanged variants from this JSON")
     parser.add_argument("--update", metavar="FILE", help="like --known, and write the reports back to it")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--loops", action="store_true", help="print the instructions of each loop instead, and stop")
     chosen = parser.parse_args(arguments)
     if interpreter_on():
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
@@ -300,6 +322,10 @@ def main(arguments: list[str] | None = None) -> int:
         for arch in chosen.arch or ARCHITECTURES
         if arch in variant.architectures
     ]
+    if chosen.loops:
+        for variant, arch in wanted:
+            print(f"{variant.name} sm_{arch}:", *loops(dump(compile_variant(variant, arch).asm["cubin"], "-sass")))
+        return 0
     file = chosen.known or chosen.update
     known = load(file) if file and pathlib.Path(file).exists() else {}
     reports = report_all(wanted, known)

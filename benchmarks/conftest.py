@@ -2,11 +2,16 @@
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 
 import pytest
 import report
 import torch
+
+# PyTorch reads it at its first allocation. As on the command line, for every variant alike: otherwise page faults
+# decide between them on a busy machine.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 ROWS, SKIPPED, NOTES = pytest.StashKey[list](), pytest.StashKey[dict](), pytest.StashKey[dict]()
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simsid.kernels import backend, neighbor_attention, residual_layer_norm, space_aware_memory
+from simsid.kernels import backend, launch, neighbor_attention, residual_layer_norm, space_aware_memory
 
 BLOCKS, CALLS = 400, 20  # the fastest block counts: what disturbs a block makes it slower
 
@@ -26,16 +26,21 @@ def without_launches() -> Iterator[None]:
     """Let `backend="triton"` take tensors on the CPU, and launch nothing."""
     names = ("memory.launchers", "attention.fused", "layer_norm.fused")
     modules = [importlib.import_module(f"simsid.kernels.{name}") for name in names]
-    before = backend.interpreter_on, [module.launch for module in modules]
+    before, real = backend.interpreter_on, launch.launch
+
+    def record_only(*plan: Any, **arguments: Any) -> None:
+        if launch._recorders:
+            real(*plan, **arguments)
+
     backend.interpreter_on = lambda: True
     for module in modules:
-        module.launch = lambda *_, **__: None
+        module.launch = record_only
     try:
         yield
     finally:
-        backend.interpreter_on = before[0]
-        for module, launch in zip(modules, before[1]):
-            module.launch = launch
+        backend.interpreter_on = before
+        for module in modules:
+            module.launch = real
 
 
 class _Least(torch.autograd.Function):
@@ -61,9 +66,17 @@ def calls() -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
         pads = {"pad_key": pad_key, "pad_value": pad_value}
         return neighbor_attention(query, key, value, (2, 2), 2, **pads, backend="triton")
 
+    def packed(query: Tensor, key_value: Tensor, pads: Tensor) -> Tensor:
+        return neighbor_attention(query, key_value, None, (2, 2), 2, pad_key=pads, backend="triton")
+
     return {
         "space_aware_memory": (lambda *x: space_aware_memory(*x, backend="triton"), (query, items)),
         "neighbor_attention": (attention, (query, key, value, pad_key, pad_value)),
+        "the same without pads": (
+            lambda *x: neighbor_attention(*x, (2, 2), 2, backend="triton"),
+            (query, key, value),
+        ),
+        "the same, packed": (packed, (query, torch.randn(2, 4, 32), torch.randn(32))),
         "residual_layer_norm": (
             lambda *x: residual_layer_norm(*x, backend="triton"),
             (query, residual, weight, bias),

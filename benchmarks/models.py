@@ -19,6 +19,7 @@ from simsid import Config, Model, TrainingConfig
 from simsid.data import Radiographs, stream_images
 from simsid.kernels.backend import why_not_triton
 from simsid.models.base import BATCH
+from simsid.precision import bfloat16_instructions
 from simsid.scoring.stream import Score, score_files
 from simsid.training.step import TrainingStep
 
@@ -30,7 +31,8 @@ Source: the comparison with SQUID in SimSID (arXiv 2403.08689).
 """
 
 BASELINE, PRODUCT = "baseline", "simsid"
-NEEDS_TENSOR_CORES = "bfloat16 is timed on CUDA"
+PRODUCT_BF16 = "simsid, bf16"
+NEEDS_BF16 = "bfloat16 is timed on CUDA and on CPUs with instructions for it"
 IMAGE_SIZE = (1200, 1000)  # columns and rows of a generated image
 
 Step = Callable[[Tensor, int], None]
@@ -57,30 +59,35 @@ VARIANTS = {
     "eager, torch.compile": Variant(False, COMPILED, COMPILES_SLOWLY),
     "fused": Variant(True, EAGER, NEEDS_CUDA),
     "fused, CUDA graph": Variant(True, GRAPH, NEEDS_CUDA),
-    "eager, bf16": Variant(False, EAGER | BF16, NEEDS_TENSOR_CORES),
-    "eager, torch.compile, bf16": Variant(False, COMPILED | BF16, NEEDS_TENSOR_CORES),
-    "fused, bf16": Variant(True, EAGER | BF16, NEEDS_TENSOR_CORES),
-    "fused, CUDA graph, bf16": Variant(True, GRAPH | BF16, NEEDS_TENSOR_CORES),
-    PRODUCT: Variant("auto"),
+    "eager, bf16": Variant(False, EAGER | BF16, NEEDS_BF16),
+    "eager, torch.compile, bf16": Variant(False, COMPILED | BF16, NEEDS_BF16),
+    "fused, bf16": Variant(True, EAGER | BF16, NEEDS_BF16),
+    "fused, CUDA graph, bf16": Variant(True, GRAPH | BF16, NEEDS_BF16),
+    PRODUCT: Variant("auto", {"precision": "float32"}),
+    PRODUCT_BF16: Variant("auto", BF16, NEEDS_BF16),
 }
 
 
 def why_skipped(variant: Variant, device: torch.device, compiles: bool) -> str | None:
     """Return why `variant` cannot be timed here, or None; `compiles` allows torch.compile on any device."""
+    has_bf16 = device.type == "cuda" or bool(bfloat16_instructions())
     if variant.needs == COMPILES_SLOWLY or variant.options.get("compile"):
         if not compiles:
             return "torch.compile of the whole model takes minutes; --compile allows it"
-        return variant.needs if variant.needs == NEEDS_TENSOR_CORES and device.type == "cpu" else None
+        return variant.needs if variant.needs == NEEDS_BF16 and not has_bf16 else None
     if device.type == "cuda":
         return why_not_triton(device) if variant.fused is True else None
-    return variant.needs
+    return None if variant.needs == NEEDS_BF16 and has_bf16 else variant.needs
 
 
-def build(method: str, width: int, device: torch.device, fused: bool | str = False) -> Model:
-    """Return an untrained model, calibrated on noise; the same weights every time."""
+def build(
+    method: str, width: int, device: torch.device, fused: bool | str = False, precision: str = "float32"
+) -> Model:
+    """Return an untrained model, calibrated on noise in `precision`; the same weights every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Model(METHODS[method](width=width), fused=fused)
+        model.precision = precision
         model.calibrate(noise(BATCH, model.config.image_size))
     return model.to(device)
 
@@ -111,10 +118,10 @@ def scorer(name: str, model: Model, batch: int) -> Scorer:
     """Return what computes every signal of `[n, 1, H, W]`, n a multiple of `batch`."""
     if name == BASELINE:
         return functools.partial(Baseline(model).signals, batch_size=batch)
-    if name == PRODUCT:
+    if name in (PRODUCT, PRODUCT_BF16):
         # The layout in which a training leaves the model and `Model.load` restores it.
         model.to(memory_format=torch.channels_last)
-        return functools.partial(model.freeze().signals, batch_size=batch)
+        return functools.partial(model.freeze(VARIANTS[name].options["precision"]).signals, batch_size=batch)
     return _vectorized(model.eval(), batch, **VARIANTS[name].options)
 
 
@@ -160,7 +167,7 @@ def folder_scorer(name: str, model: Model, batch: int) -> Callable[[list[str]], 
     if name == BASELINE:
         return lambda files: list(Baseline(model).score_files(files, batch))
     score = scorer(name, model, batch)
-    if name == PRODUCT:
+    if name in (PRODUCT, PRODUCT_BF16):
         return lambda files: list(score_files(model, files, batch_size=batch))
 
     def rows(files: list[str]) -> Iterator[Score]:

@@ -219,11 +219,9 @@ def _layer(backend: str) -> Callable[[Shape, torch.device], Call]:
         def call(f: Tensor, n: Tensor, into: Tensor, out: Tensor, into_bias: Tensor, out_bias: Tensor) -> Tensor:
             D = shape.features
             query = functional.linear(f, into[:D], into_bias[:D])
-            key, value = functional.linear(n, into[D:], into_bias[D:]).chunk(2, dim=-1)
-            _, pad_key, pad_value = into_bias.chunk(3)
-            core = neighbor_attention(
-                query, key, value, shape.grid, shape.heads, pad_key=pad_key, pad_value=pad_value, backend=backend
-            )
+            pads = into_bias[D:]
+            key_value = functional.linear(n, into[D:], pads)
+            core = neighbor_attention(query, key_value, None, shape.grid, shape.heads, pad_key=pads, backend=backend)
             return functional.linear(core, out, out_bias)
 
         return call

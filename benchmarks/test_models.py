@@ -63,7 +63,8 @@ def variants(request, wanted, skipped):
 def model_of(variant, width, method="SimSID"):
     """Build the model of a variant, once the baseline of the method has been checked against it."""
     assert_baseline_agrees(method, width)
-    return models.build(method, width, DEVICE, VARIANTS[variant].fused)
+    chosen = VARIANTS[variant]
+    return models.build(method, width, DEVICE, chosen.fused, chosen.options.get("precision", "float32"))
 
 
 @pytest.fixture(scope="session")

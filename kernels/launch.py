@@ -10,6 +10,15 @@ from torch import Tensor
 ARCHITECTURES = (80, 90, 100)  # compute capabilities, times 10, that the kernels are compiled and checked for
 
 
+class Plan(NamedTuple):
+    """What a launch needs beside its tensors: the same for all calls of the same shapes, strides and dtypes."""
+
+    grid: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+    constants: dict[str, Any]
+
+
 class Launch(NamedTuple):
     """One launch as the host code asked for it."""
 

@@ -37,12 +37,16 @@ def named_range(call: Callable[P, R]) -> Callable[P, R]:
     if nvtx is None:
         return call
     around = stage(call.__name__)
+    push, pop, attributes = around.domain.push_range, around.domain.pop_range, around.attributes
 
     @functools.wraps(call)
     def ranged(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():  # a graph cannot hold the range: profile its kernels by name
             return call(*args, **kwargs)
-        with around:
+        push(attributes)
+        try:
             return call(*args, **kwargs)
+        finally:
+            pop()
 
     return ranged

@@ -297,8 +297,8 @@ class TrainingConfig:
     scale: float = 0.05
     """Augmentation: largest relative change of scale."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of convolutions and products. `"bfloat16"` is autocast; `"auto"` is bfloat16 on a CPU with instructions
-    for it, else float32. On a CPU the model is calibrated, and then scores, in the same."""
+    """Arithmetic of convolutions and products. `"bfloat16"` is autocast; `"auto"` is bfloat16 on a CPU with
+    instructions for it, else float32. Validation and calibration have a precision of their own, that of scores."""
     cuda_graph: bool = True
     """On one GPU, capture the iterations as CUDA graphs and replay them; otherwise launch every kernel by itself."""
     compile: bool = False

@@ -2,19 +2,19 @@
 
 import functools
 import time
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch.nn import functional as F
 
 from simsid.errors import InputError
 
-Precision = Literal["auto", "float32", "bfloat16"]
+Concrete = Literal["float32", "bfloat16"]
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
-"""Instructions that multiply bfloat16 numbers and sum in float32, by PyTorch's names. Without them PyTorch converts every
-number to float32 and back, which takes longer than float32 alone."""
+"""Instructions that multiply bfloat16 numbers and sum in float32, by PyTorch's names. Without them every number is
+converted to float32 and back, which takes longer than float32 alone."""
 
 
 @functools.cache
@@ -22,7 +22,7 @@ def bfloat16_instructions() -> tuple[str, ...]:
     """Return which of `INSTRUCTIONS` this processor reports and PyTorch's convolutions can use; empty: none."""
     if not torch.backends.mkldnn.is_available():
         return ()
-    reported = getattr(torch.cpu, "get_capabilities", dict)()
+    reported: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     if not reported:  # older than PyTorch 2.11
         reported = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
     return tuple(name for name in INSTRUCTIONS if reported.get(name))
@@ -36,7 +36,7 @@ def check_precision(requested: str, known: tuple[str, ...] = PRECISIONS) -> str:
     return requested
 
 
-def choose_precision(requested: str, device: torch.device | str, weights: torch.dtype = torch.float32) -> str:
+def choose_precision(requested: str, device: torch.device | str, weights: torch.dtype = torch.float32) -> Concrete:
     """Return `"float32"` or `"bfloat16"`: what was asked for; for `"auto"`, bfloat16 on CPUs with the instructions.
 
     The processor's report decides and not a timing, which other work could turn: the same machine must choose the
@@ -46,7 +46,7 @@ def choose_precision(requested: str, device: torch.device | str, weights: torch.
         InputError: another value of `requested`.
     """
     if check_precision(requested) != "auto":
-        return requested
+        return cast("Concrete", requested)
     helps = torch.device(device).type == "cpu" and weights is torch.float32 and bfloat16_instructions()
     return "bfloat16" if helps else "float32"
 

@@ -1,5 +1,6 @@
 """The benchmark command, its options, its report and its profile."""
 
+import ast
 import functools
 import importlib.util
 import json
@@ -347,3 +348,27 @@ def test_profile_finds_convolutions_memories_and_attention_in_both_passes(naive,
     assert both["memory"] > forward["memory"] and both["attention"] > forward["attention"]
     table = profile_cpu.table({"scoring": forward, "training step": both}, {"scoring": 2, "training step": 2})
     assert cells(table)[-1][0] == "all" and cells(table)[-1][1] == "100.0"
+
+
+def imported(path):
+    """Return the top-level modules that a file imports when it is loaded."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def test_kernels_are_checked_on_a_gpu_with_torch_triton_and_pytest_alone():
+    folders = [ROOT / name for name in ("tests/gpu", "tests/kernels")]
+    seen, waiting = set(), [ROOT / f"tests/{name}" for name in ("gpu/test_gpu_kernels.py", "gpu/conftest.py")]
+    waiting += [ROOT / "tests/kernels/conftest.py", ROOT / "tests/conftest.py"]
+    while waiting:
+        path = waiting.pop()
+        for name in imported(path) - seen:
+            seen.add(name)
+            waiting += [folder / f"{name}.py" for folder in folders if (folder / f"{name}.py").exists()]
+    others = {name for name in seen if not any((folder / f"{name}.py").exists() for folder in folders)}
+    assert others - set(sys.stdlib_module_names) <= {"pytest", "simsid", "torch"}

@@ -148,7 +148,7 @@ def test_errors_name_field_expectation_and_value(change, message):
         ({"learning_rate": math.inf}, "learning_rate must be a number of at least 0, got inf"),
         ({"student_weight": -1.0}, "student_weight must be a number of at least 0, got -1.0"),
         ({"scale": 1.0}, "scale must be at least 0 and below 1, got 1.0"),
-        ({"precision": "float16"}, "precision must be one of 'float32', 'bfloat16', got 'float16'"),
+        ({"precision": "float16"}, "precision must be one of 'auto', 'float32', 'bfloat16', got 'float16'"),
         ({"epochs": 1.5}, "epochs must be a whole number, got 1.5"),
     ],
 )

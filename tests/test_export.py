@@ -36,6 +36,7 @@ def model():
             torch.nn.init.normal_(norm.weight, 1.0, 0.3)
             torch.nn.init.normal_(norm.bias, 0.5, 0.3)
             norm.running_var.fill_(0.01)
+    made.precision = "float32"  # the only one that can be exported
     made.calibrate(images(12), images(19, 1))
     return made
 

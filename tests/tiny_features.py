@@ -48,7 +48,7 @@ def shifted(images):
 
 def memory(**changes):
     """Return a feature memory of the tiny encoder, not fitted."""
-    return FeatureMemory(encoder=TinyEncoder(), **{**SIZES, "inputs": "gray", **changes})
+    return FeatureMemory(**{"encoder": TinyEncoder(), **SIZES, "inputs": "gray", **changes})
 
 
 def auc(low, high):

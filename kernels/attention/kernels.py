@@ -168,7 +168,7 @@ def neighbor_attention_forward_kernel(
     # Pointers
     query_ptr,  # (B, L, D)
     key_ptr,  # (B, L, D)
-    value_ptr,  # (B, L, D)
+    value_ptr,  # (B, L, D); the same as key_ptr where values lie behind their keys, and so with pads and gradients
     pad_key_ptr,  # (D), contiguous, or None
     pad_value_ptr,  # (D), contiguous, or None
     key_mask_ptr,  # (B, L), contiguous, uint8: 0 where a key takes no part; or None
@@ -192,6 +192,7 @@ def neighbor_attention_forward_kernel(
     STEP_COLUMNS: tl.constexpr,
     CENTER: tl.constexpr,
     WIDTH: tl.constexpr,  # features of a head
+    BEHIND: tl.constexpr,  # D where values lie behind their keys, and pads and gradients likewise; else 0
     HAS_PAD: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -219,11 +220,11 @@ def neighbor_attention_forward_kernel(
 
     p_q = query_ptr + i_b * stride_q_b + i_h * WIDTH + o_l * stride_q_l
     p_k = key_ptr + i_b * stride_k_b + i_h * WIDTH + o_flat_to * stride_k_l
-    p_v = value_ptr + i_b * stride_v_b + i_h * WIDTH + o_flat_to * stride_v_l
+    p_v = value_ptr + BEHIND + i_b * stride_v_b + i_h * WIDTH + o_flat_to * stride_v_l
     p_out = out_ptr + (i_b * (ROWS * COLUMNS) + o_l) * (heads * WIDTH) + i_h * WIDTH
     if HAS_PAD:  # one pointer a location: the load of a single row would have another layout and need conversions
         p_pad_k = pad_key_ptr + i_h * WIDTH + o_l * 0
-        p_pad_v = pad_value_ptr + i_h * WIDTH + o_l * 0
+        p_pad_v = pad_value_ptr + BEHIND + i_h * WIDTH + o_l * 0
         b_outside = _missing(o_l, ROWS, COLUMNS, WINDOW_ROWS, WINDOW_COLUMNS, STEP_ROWS, STEP_COLUMNS, KEYS)
         m_pad = m_l & (b_outside > 0)
     b_s = tl.zeros((SLOTS, BLOCK_L), tl.float32)
@@ -252,7 +253,7 @@ def neighbor_attention_backward_kernel(
     grad_out_ptr,  # (B, L, D)
     query_ptr,  # (B, L, D)
     key_ptr,  # (B, L, D)
-    value_ptr,  # (B, L, D)
+    value_ptr,  # (B, L, D); the same as key_ptr where values lie behind their keys, and so with pads and gradients
     pad_key_ptr,  # (D), contiguous, or None
     pad_value_ptr,  # (D), contiguous, or None
     key_mask_ptr,  # (B, L), contiguous, uint8: 0 where a key takes no part; or None
@@ -283,6 +284,7 @@ def neighbor_attention_backward_kernel(
     STEP_COLUMNS: tl.constexpr,
     CENTER: tl.constexpr,
     WIDTH: tl.constexpr,  # features of a head
+    BEHIND: tl.constexpr,  # D where values lie behind their keys, and pads and gradients likewise; else 0
     HAS_PAD: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -311,10 +313,10 @@ def neighbor_attention_backward_kernel(
     p_g = grad_out_ptr + i_b * stride_grad_out_b + i_h * WIDTH
     p_q = query_ptr + i_b * stride_q_b + i_h * WIDTH
     p_k = key_ptr + i_b * stride_k_b + i_h * WIDTH + o_flat_to * stride_k_l
-    p_v = value_ptr + i_b * stride_v_b + i_h * WIDTH + o_flat_to * stride_v_l
+    p_v = value_ptr + BEHIND + i_b * stride_v_b + i_h * WIDTH + o_flat_to * stride_v_l
     if HAS_PAD:
         p_pad_k = pad_key_ptr + i_h * WIDTH + o_l * 0
-        p_pad_v = pad_value_ptr + i_h * WIDTH + o_l * 0
+        p_pad_v = pad_value_ptr + BEHIND + i_h * WIDTH + o_l * 0
         b_outside = _missing(o_l, ROWS, COLUMNS, WINDOW_ROWS, WINDOW_COLUMNS, STEP_ROWS, STEP_COLUMNS, KEYS)
         m_pad = m_l & (b_outside > 0)
     b_s = tl.zeros((SLOTS, BLOCK_L), tl.float32)
@@ -363,4 +365,8 @@ def neighbor_attention_backward_kernel(
         b_q_from = _load(p_q + o_flat_from * stride_q_l + o_w, m_flat_from & m_w, SLOTS)
         _store(grad_key_ptr + o_key + o_w, tl.sum(b_ds_from[:, :, None] * b_q_from, axis=0)[None, :, :], m_l & m_w)
         b_g_from = _load(p_g + o_flat_from * stride_grad_out_l + o_w, m_flat_from & m_w, SLOTS)
-        _store(grad_value_ptr + o_key + o_w, tl.sum(b_w_from[:, :, None] * b_g_from, axis=0)[None, :, :], m_l & m_w)
+        _store(
+            grad_value_ptr + BEHIND + o_key + o_w,
+            tl.sum(b_w_from[:, :, None] * b_g_from, axis=0)[None, :, :],
+            m_l & m_w,
+        )

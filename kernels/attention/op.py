@@ -9,7 +9,10 @@ from simsid.kernels.attention.plan import Window, refuse
 from simsid.kernels.attention.reference import NEIGHBORS, neighbor_attention_reference
 from simsid.kernels.backend import choose_backend
 from simsid.kernels.checks import check_integer, check_tensor
+from simsid.kernels.library import Handles
 from simsid.kernels.ranges import named_range
+
+_handles = Handles()
 
 
 @named_range
@@ -69,6 +72,10 @@ def neighbor_attention(
         ValueError: a shape, device, grid, `heads`, window or `backend` that does not fit, or one pad without the other.
         RuntimeError: `backend="triton"` where the kernels cannot run, with the reason.
     """
+    tensors = (query, key, value, pad_key, pad_value, key_mask)
+    signature, handle = _handles.find(tensors, (grid, heads, kernel_size, dilation, include_center, backend))
+    if handle is not None:
+        return handle.launch(tensors)
     check_tensor("query", query, ("B", "L", "D"))
     batch, locations, features = query.shape
     _check_keys(query, key, value, pad_key, pad_value)
@@ -80,9 +87,12 @@ def neighbor_attention(
     if key_mask is not None:
         check_tensor("key_mask", key_mask, (batch, locations), like=("the query", query), boolean=True)
     if choose_backend(backend, query.device, refuse(query.dtype, locations, window)).backend == "triton":
-        from simsid.kernels.attention.fused import neighbor_attention_fused
+        from simsid.kernels.attention import fused
 
-        return neighbor_attention_fused(query, key, value, pad_key, pad_value, key_mask, grid, heads, window)
+        layout = fused.Layout(grid, heads, window)
+        if signature is not None:
+            _handles.keep(signature, fused.make_handle(tensors, layout))
+        return fused.neighbor_attention_fused(tensors, layout)
     if value is None:
         key, value = key.chunk(2, -1)
         pad_key, pad_value = (None, None) if pad_key is None else pad_key.chunk(2)

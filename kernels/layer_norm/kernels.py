@@ -12,6 +12,8 @@ fits the registers of one program (`MAX_FEATURES`).
 import triton
 import triton.language as tl
 
+_SHRINK = tl.constexpr(2.0**-70)  # exact; squares of the largest float32 numbers then stay below 2^116
+
 
 @triton.jit
 def _load(p, m):
@@ -47,9 +49,19 @@ def residual_layer_norm_forward_kernel(
     m_d = o_d < D
     b_x = _load(x_ptr + i_row * stride_x_r + o_d, m_d)
     mean = tl.sum(b_x, axis=0) / D
-    b_x = tl.where(m_d, b_x - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(b_x * b_x, axis=0) / D + eps)
-    b_y = b_x * rstd * _load(weight_ptr + o_d, m_d) + _load(bias_ptr + o_d, m_d)
+    b_deviation = tl.where(m_d, b_x - mean, 0.0)
+    variance = tl.sum(b_deviation * b_deviation, axis=0) / D
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    b_n = b_deviation * rstd
+    if variance > 1e37:  # a sum or a square overflowed, or is about to: do it again on a smaller scale, without eps
+        b_x *= _SHRINK
+        mean = tl.sum(b_x, axis=0) / D
+        b_deviation = tl.where(m_d, b_x - mean, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(b_deviation * b_deviation, axis=0) / D)
+        b_n = b_deviation * rstd
+        mean /= _SHRINK
+        rstd *= _SHRINK
+    b_y = b_n * _load(weight_ptr + o_d, m_d) + _load(bias_ptr + o_d, m_d)
     b_y += _load(residual_ptr + i_row * stride_residual_r + o_d, m_d)
     b_y = tl.where(b_y <= 0.0, 0.0, b_y)  # unlike a maximum, this lets a NaN through
     tl.store(out_ptr + i_row * D + o_d, b_y.to(out_ptr.dtype.element_ty), mask=m_d)
@@ -57,7 +69,7 @@ def residual_layer_norm_forward_kernel(
     tl.store(statistics_ptr + 2 * i_row + 1, rstd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "rows_per_program"))
 def residual_layer_norm_backward_kernel(
     # Pointers
     grad_out_ptr,  # (R, D)
@@ -68,7 +80,7 @@ def residual_layer_norm_backward_kernel(
     grad_x_ptr,  # (R, D), contiguous
     grad_residual_ptr,  # (R, D), contiguous
     grad_parts_ptr,  # (programs, 2, D), contiguous, float32: each program's part of grad_weight and grad_bias
-    # Sizes
+    # Sizes, one machine code for all
     rows,  # R
     rows_per_program,
     # Strides

@@ -6,7 +6,10 @@ from simsid.kernels.backend import choose_backend
 from simsid.kernels.checks import check_positive, check_tensor
 from simsid.kernels.layer_norm.plan import refuse
 from simsid.kernels.layer_norm.reference import residual_layer_norm_reference
+from simsid.kernels.library import Handles
 from simsid.kernels.ranges import named_range
+
+_handles = Handles()
 
 
 @named_range
@@ -41,6 +44,10 @@ def residual_layer_norm(
         ValueError: a shape, device, `eps` or `backend` that does not fit.
         RuntimeError: `backend="triton"` where the kernels cannot run, with the reason.
     """
+    tensors = (x, residual, weight, bias)
+    signature, handle = _handles.find(tensors, (eps, backend))
+    if handle is not None:
+        return handle.launch(tensors, float(eps))
     check_tensor("x", x, tuple(x.shape) if isinstance(x, Tensor) and x.dim() else ("...", "D"))
     features = x.shape[-1]
     if not features:
@@ -51,7 +58,9 @@ def residual_layer_norm(
     check_positive("eps", eps)
     refusal = refuse(x.dtype, residual.dtype, features)
     if choose_backend(backend, x.device, refusal).backend == "triton":
-        from simsid.kernels.layer_norm.fused import residual_layer_norm_fused
+        from simsid.kernels.layer_norm import fused
 
-        return residual_layer_norm_fused(x, residual, weight, bias, float(eps))
+        if signature is not None:
+            _handles.keep(signature, fused.make_handle(*tensors))
+        return fused.residual_layer_norm_fused(*tensors, float(eps))
     return residual_layer_norm_reference(x, residual, weight, bias, float(eps))

@@ -127,10 +127,13 @@ def memory_scores_kernel(
         m_d = o_d < D
         b_m = tl.load(p_m + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
         b_q = tl.load(p_q + o_d[None, :], mask=m_b[:, None] & m_d[None, :], other=0.0)
-        b_s = dot(b_m, tl.trans(b_q), b_s, PRECISION)
         if query_square_ptr is not None:
+            # Where registers read a 16-bit block too, Triton 3.9 overwrites it before the tensor cores have read it.
+            b_s = dot(b_m, tl.trans(b_q), b_s, PRECISION, WIDE=True)
             b_mm += tl.sum(b_m.to(tl.float32) * b_m.to(tl.float32), 1)
             b_qq += tl.sum(b_q.to(tl.float32) * b_q.to(tl.float32), 1)
+        else:
+            b_s = dot(b_m, tl.trans(b_q), b_s, PRECISION)
     p_s = partial_ptr + ((i_split * B + o_b.to(tl.int64)[None, :]) * L + i_l) * N + o_n[:, None]
     tl.store(p_s, b_s, mask=(o_n < N)[:, None] & m_b[None, :])
     if query_square_ptr is not None:

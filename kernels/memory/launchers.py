@@ -31,7 +31,7 @@ class Target(NamedTuple):
     warp_groups: bool  # products are made by whole warp groups, for which the plans differ
 
 
-def _target(device: torch.device) -> Target:
+def target_of(device: torch.device) -> Target:
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
     on_gpu = device.type == "cuda"
     return Target(precision, not on_gpu or torch.cuda.get_device_capability(device)[0] in (9, 10))
@@ -72,7 +72,7 @@ def _scores(
     """
     B, L, D = query.shape
     N = memory.shape[1]
-    plan = plan_scores(B, L, N, D, target.warp_groups)
+    plan = plan_scores(B, L, N, D, target.warp_groups, squares)
     partial = query.new_empty(plan.splits, B, L, N, dtype=torch.float32)
     query_square = partial.new_empty(plan.splits, B, L) if squares else None
     item_square = partial.new_empty(plan.splits, L, N) if squares else None
@@ -176,7 +176,7 @@ def memory_forward(
     plan = plan_rows(N, D, min(topk, N))
     index, weight = kept or (None, None)
     with on_device(query):
-        partial, query_square, item_square = _scores(query, memory, mask, target or _target(query.device), cosine)
+        partial, query_square, item_square = _scores(query, memory, mask, target or target_of(query.device), cosine)
         if cosine:
             partial = _cosine(partial, query_square, item_square, saved[-3:])
         launch(
@@ -273,7 +273,7 @@ def memory_backward(
     shared = memory.shape[0] == 1
     grad_out, query, memory = _rows(grad_out, shared), _rows(query, shared), _rows(memory, False)
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
-    target = target or _target(query.device)
+    target = target or target_of(query.device)
     B, L, D = query.shape
     N = memory.shape[1]
     with on_device(query):

@@ -2,16 +2,21 @@
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from simsid.kernels.backend import choose_backend
 from simsid.kernels.checks import check_choice, check_integer, check_positive, check_tensor
+from simsid.kernels.library import Handles, aligned, needs_gradient
 from simsid.kernels.memory.plan import refuse
 from simsid.kernels.memory.reference import space_aware_memory_reference
 from simsid.kernels.ranges import named_range
 
 THRESHOLDS = ("inclusive", "exclusive")
 SIMILARITIES = ("dot", "cosine")
+
+
+_handles = Handles()
 
 
 @overload
@@ -83,7 +88,7 @@ def space_aware_memory(
     numbers by three TF32 products, which select as float32 does, or by one where PyTorch is allowed TF32
     (`torch.set_float32_matmul_precision("high")`); they multiply a bfloat16 query and a float32 memory, as a pair of
     bfloat16 numbers, to 2^-16. With the kernels the output for a query is the same, bit for bit, in every run and
-    every batch. An item that is not kept adds nothing even if it is infinite; the reference multiplies it by 0.
+    every batch. An item that is not finite can make every query of its location NaN; mask it.
 
     Args:
         query: `[B, L, D]`, float16 to float64.
@@ -116,6 +121,13 @@ def space_aware_memory(
         ValueError: a shape, device, `topk`, `threshold`, `temperature`, `similarity` or `backend` outside these ranges.
         RuntimeError: `backend="triton"` where the kernels cannot run, with the reason.
     """
+    signature = handle = None
+    plain = noise is None and item_mask is None and similarity == "dot" and not return_weights
+    if plain and not torch.compiler.is_compiling():
+        settings = (torch.is_grad_enabled(), torch.backends.cuda.matmul.fp32_precision)
+        signature, handle = _handles.find((query, memory), (topk, threshold, temperature, backend, *settings))
+    if handle is not None and aligned(query, memory):
+        return handle.launch(query, memory)
     check_tensor("query", query, ("B", "L", "D"))
     _, locations, features = query.shape
     check_tensor("memory", memory, ("L or 1", "N", features), like=("the query", query))
@@ -136,8 +148,12 @@ def space_aware_memory(
     refusal = refuse(query.dtype, memory.dtype, locations, memory.shape[1], topk)
     options = (topk, threshold, noise, float(temperature), similarity, item_mask)
     if choose_backend(backend, query.device, refusal).backend == "triton":
-        from simsid.kernels.memory.fused import space_aware_memory_fused
+        from simsid.kernels.memory.fused import make_handle, space_aware_memory_fused
 
+        if signature is not None and handle is None:
+            gradient = needs_gradient(query, memory)
+            exclusive = threshold == "exclusive"
+            _handles.keep(signature, make_handle(query, memory, topk, exclusive, float(temperature), gradient))
         return space_aware_memory_fused(query, memory, *options, return_weights)
     out, w, index = space_aware_memory_reference(query, memory, *options)
     return (out, index, w.gather(-1, index)) if return_weights else out

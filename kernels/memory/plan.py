@@ -62,7 +62,9 @@ class GradientPlan:
     num_stages: int
 
 
-def plan_scores(batch: int, locations: int, items: int, features: int, warp_groups: bool) -> ScorePlan:
+def plan_scores(
+    batch: int, locations: int, items: int, features: int, warp_groups: bool, squares: bool = False
+) -> ScorePlan:
     """Plan the score kernel; whatever decides the order of summation depends on the memory's shape alone.
 
     Args:
@@ -72,6 +74,7 @@ def plan_scores(batch: int, locations: int, items: int, features: int, warp_grou
         features: D.
         warp_groups: a whole warp group multiplies (sm_90, sm_100), out of shared memory. Single warps multiply out of
             registers: 64 features a step take 252 of them with 32 queries, and spill with 64.
+        squares: the squares of both sides are added up too, which spills with 64 queries.
     """
     block_n = 64  # the M side of a warp-group MMA; dividing the items does not read M twice
     step = min(64, max(16, power_of_two(features)))
@@ -81,7 +84,7 @@ def plan_scores(batch: int, locations: int, items: int, features: int, warp_grou
     splits = min(power_of_two(ceil_div(256, programs)), 32, ceil_div(features, 128))
     chunk = ceil_div(ceil_div(features, splits), step) * step
     # Each tile of queries reads all of M again, from the L2 cache at best.
-    block_b = min(64, max(16, power_of_two(batch)))
+    block_b = min(32 if squares else 64, max(16, power_of_two(batch)))
     block_d = step if warp_groups else min(32, step)
     return ScorePlan(block_n, block_b, block_d, chunk, ceil_div(features, chunk), num_warps=4, num_stages=3)
 

@@ -32,20 +32,24 @@ def _split(b_x):
 
 
 @triton.jit
-def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
-    """Add a @ b to the accumulator, nearly as exactly as float32 does where a is float32 and b has 16 bits."""
-    if b_a.dtype == b_b.dtype and (b_a.dtype != tl.float32 or PRECISION == "tf32"):
-        return _multiply(b_a, b_b, b_acc)
-    if b_b.dtype == tl.bfloat16:
-        b_high = b_a.to(tl.bfloat16)
-        b_low = (b_a - b_high.to(tl.float32)).to(tl.bfloat16)
-        return _multiply(b_high, b_b, _multiply(b_low, b_b, b_acc))
+def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr, WIDE: tl.constexpr = False):
+    """Add a @ b to the accumulator, nearly as exactly as float32 does where a is float32 and b has 16 bits.
+
+    WIDE multiplies numbers of 16 bits as TF32, which holds them all, and for which operands go through registers.
+    """
+    if not WIDE:
+        if b_a.dtype == b_b.dtype and b_a.dtype != tl.float32:
+            return _multiply(b_a, b_b, b_acc)
+        if b_b.dtype == tl.bfloat16:
+            b_high = b_a.to(tl.bfloat16)
+            b_low = (b_a - b_high.to(tl.float32)).to(tl.bfloat16)
+            return _multiply(b_high, b_b, _multiply(b_low, b_b, b_acc))
     b_first, b_second = b_a.to(tl.float32), b_b.to(tl.float32)
-    if _INTERPRETED or PRECISION == "tf32":
+    if _INTERPRETED or PRECISION == "tf32" or b_a.dtype != tl.float32:
         return _multiply(b_first, b_second, b_acc)
     b_high, b_low = _split(b_first)
     b_sum = tl.zeros(b_acc.shape, tl.float32)
-    if b_b.dtype == tl.float16:  # TF32 holds every float16, while a float16 pair would lose small rests to underflow
+    if b_b.dtype != tl.float32:  # a float16 pair would lose small rests to underflow, so both float16 and WIDE end here
         b_sum = _multiply(b_low, b_second, b_sum)
         return b_acc + _multiply(b_high, b_second, b_sum)
     b_second_high, b_second_low = _split(b_second)

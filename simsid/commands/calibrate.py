@@ -45,7 +45,7 @@ class Calibrate:
     exclude: Exclude = ()
     """Files to leave out, as patterns of their path below the folder, such as masks/*."""
     precision: PrecisionName = "auto"
-    """Arithmetic of the scores from now on; auto is bfloat16 on a CPU with instructions for it, else float32."""
+    """Arithmetic of the scores from now on; auto is float32. bfloat16 is faster, and changes small differences."""
     machine: OmitArgPrefixes[Machine] = field(default_factory=Machine)
 
     def run(self) -> int:

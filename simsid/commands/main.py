@@ -28,6 +28,10 @@ from simsid.commands.train import Train
 from simsid.config import PRESETS, Config
 from simsid.errors import ConfigError, IncompleteError, SimsidError, UsageError, printable
 
+# PyTorch reads it at its first allocation: memory in pages of 2 MB costs fewer page faults, which took a fifth of the
+# time of a pretrained encoder on a CPU.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 RESEARCH = "For research use only; not a medical device."
 
 RESUMABLE = ("resume", "device", "threads", "workers", "help")

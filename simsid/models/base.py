@@ -20,7 +20,7 @@ from simsid.errors import CalibrationError, CheckpointError, InputError
 from simsid.models.calibration import Calibration, LocationUnits, location_statistics
 from simsid.models.memory_contents import MemoryContents
 from simsid.models.signals import MAPS, SIGNALS, check_signals, upsampled
-from simsid.precision import check_precision, choose_precision
+from simsid.precision import check_precision
 
 BATCH = 16
 """Images of a forward pass. Fewer are padded to it: libraries sum in another order for another batch size, which would
@@ -55,7 +55,7 @@ class Scorer(abc.ABC):
     calibration: Calibration | None = None
 
     precision: str = "auto"
-    """The arithmetic asked for, one of `simsid.precision.PRECISIONS`; see `scoring_precision`."""
+    """The arithmetic of signals asked for, one of `simsid.precision.PRECISIONS`; see `scoring_precision`."""
 
     @property
     def scoring_precision(self) -> str:
@@ -193,7 +193,11 @@ class Scorer(abc.ABC):
         return {name: torch.cat(parts) for name, parts in found.items()}
 
     def calibrated(self) -> Calibration:
-        """Return the calibration; raise `CalibrationError` with the remedy where it is missing or of another precision."""
+        """Return the calibration.
+
+        Raises:
+            CalibrationError: there is none, or one of another precision than `scoring_precision`; with the remedy.
+        """
         if self.calibration is None:
             raise CalibrationError(
                 "the model is not calibrated: call calibrate(images) with normal images, or finish its training"
@@ -286,7 +290,7 @@ class AnomalyModel(Scorer):
             images: normal images that the model was trained on; see the class.
             holdout: normal images that it was not trained on, for thresholds at a chosen false positive rate.
         """
-        precision = self._best_precision()
+        precision = self._calibration_precision()
         frozen = self.freeze(precision)
         held = {} if holdout is None else frozen.location_values(holdout)
         units = location_statistics(held, lambda: frozen.location_values(images))
@@ -294,11 +298,13 @@ class AnomalyModel(Scorer):
         kept = None if holdout is None else frozen.signals(holdout)
         self.calibration = Calibration.fit(frozen.signals(images), kept, precision, units)
 
-    def _best_precision(self) -> str:
-        """Return the precision to calibrate in: the one asked for, or for `"auto"` the best on the model's device."""
-        if "bfloat16" not in self.precisions:
-            return "float32"
-        return choose_precision(self.precision, self.device, self._input_dtype)
+    def _calibration_precision(self) -> str:
+        """Return the precision to calibrate in: the one asked for, and float32 for `"auto"`.
+
+        bfloat16 is twice as fast on a CPU with instructions for it, but rounding the reconstruction changes the
+        discriminator's logit about as much as another normal image does: benchmarks/precision.py has the table.
+        """
+        return "float32" if self.precision == "auto" else self.precision
 
     def adapt(self, images: object, *, progress: bool = False) -> Adaptation:  # noqa: ARG002
         """Add a site's own normal images to the model and recalibrate on them, where its class can.

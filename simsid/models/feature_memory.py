@@ -177,7 +177,7 @@ class FeatureMemory(FeatureModel):
             images: normal images; see `AnomalyModel`.
             holdout: normal images that the model was not fitted to, for thresholds.
         """
-        precision = self._best_precision()
+        precision = self._calibration_precision()
         # Images held out may be in the memory too, as those that the model was adapted to are.
         held = None if holdout is None else self._judged_without_itself(holdout)
         self.calibration = Calibration.fit(self._judged_without_itself(images), held, precision)

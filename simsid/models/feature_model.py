@@ -19,7 +19,6 @@ from simsid.models.feature_encoder import FeatureEncoder
 from simsid.models.feature_inpainting import to_grid
 from simsid.models.feature_pooled import pool
 from simsid.models.feature_sample import FeatureSample, gather
-from simsid.precision import choose_precision
 
 FEWEST = 8
 """Normal images that fitting and adapting need: means, deviations and two folds of fewer say nothing."""
@@ -122,7 +121,7 @@ class FeatureModel(AnomalyModel):
         group: ProcessGroup | None = None,
     ) -> FeatureSample:
         """Return the sample of training images; fewer than 8 are an `InputError`."""
-        precision = choose_precision(self.precision, self.device)
+        precision = super()._calibration_precision()
         sample = self.sample(train, copies, progress=progress, group=group, precision=precision)
         if sample.count < FEWEST:
             raise InputError(f"train must have at least {FEWEST} normal images, got {sample.count}")
@@ -131,7 +130,7 @@ class FeatureModel(AnomalyModel):
     def calibrate_fitted(self, signals: dict[str, np.ndarray], val: object, group: ProcessGroup | None = None) -> None:
         """Calibrate on the training images' signals; the normal images of `val`, or the same, set thresholds."""
         group = group or ProcessGroup()
-        held, precision = signals, choose_precision(self.precision, self.device)
+        held, precision = signals, super()._calibration_precision()
         # The images held out must be encoded as those that the model was fitted to.
         self.calibration = Calibration.fit(signals, held, precision)
         if val is not None:
@@ -142,9 +141,9 @@ class FeatureModel(AnomalyModel):
                 held = group.interleave(own, len(normal))
         self.calibration = Calibration.fit(signals, held, precision)
 
-    def _best_precision(self) -> str:
+    def _calibration_precision(self) -> str:
         """Return the precision of the features that the model was fitted to; refuse another one."""
-        return self.calibrated().precision if self.calibration is not None else super()._best_precision()
+        return self.calibrated().precision if self.calibration is not None else super()._calibration_precision()
 
     def document(self) -> dict[str, object]:
         """Return what `model.json` says of configuration and encoder."""

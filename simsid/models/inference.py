@@ -191,11 +191,12 @@ class FrozenModel(ConfiguredNetwork):
 
     def _narrow(self) -> None:
         """Keep weights of convolutions and linear layers in bfloat16, except where an output needs float32."""
-        wide = [self.student.output]
-        if self.student.inpainting is not None:
-            wide.append(self.student.inpainting.entry)
-            self.student.inpainting.entry = _Wide(self.student.inpainting.entry)
-        self.student.output = _Wide(self.student.output)
+        student: Any = self.student
+        wide = [student.output]
+        student.output = _Wide(student.output)
+        if student.inpainting is not None:
+            wide.append(student.inpainting.entry)
+            student.inpainting.entry = _Wide(student.inpainting.entry)
         for part in (self.encoder, self.student):
             for module in part.modules():
                 if isinstance(module, (nn.Conv2d, nn.Linear)) and module not in wide:

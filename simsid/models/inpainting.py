@@ -44,12 +44,10 @@ class NeighborAttention(nn.Module):
 
     def forward(self, query: Tensor, memory: Tensor) -> Tensor:
         """Attend from `query` to `memory`, both `[B, L, D]`; returns `[B, L, D]`."""
-        q = self.query(query)
-        k, v = self.key_value(memory).chunk(2, dim=-1)
-        pad_key, pad_value = self.key_value.bias.chunk(2) if self.border == "zero" else (None, None)
-        attended = neighbor_attention(
-            q, k, v, self.grid, self.heads, pad_key=pad_key, pad_value=pad_value, backend=self.backend
-        )
+        pads = self.key_value.bias if self.border == "zero" else None
+        # Keys and values stay side by side as their product wrote them: so does their gradient, without a copy.
+        q, k_and_v = self.query(query), self.key_value(memory)
+        attended = neighbor_attention(q, k_and_v, None, self.grid, self.heads, pad_key=pads, backend=self.backend)
         return self.output(attended)
 
 

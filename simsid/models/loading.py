@@ -34,13 +34,16 @@ def shipped_models() -> tuple[str, ...]:
     return tuple(sorted(file.parent.name for file in SHIPPED.glob("*/model.json")))
 
 
-def load(folder: str | os.PathLike, *, device: torch.device | str = "cpu", **options: object) -> AnomalyModel:
+def load(
+    folder: str | os.PathLike, *, device: torch.device | str = "cpu", precision: str = "auto", **options: object
+) -> AnomalyModel:
     """Read a saved model, a training run's best model or one that comes with simsid; nothing in it is executed.
 
     Args:
         folder: the model's folder, or the name of a shipped model, as in `load("zhanglab")`. A folder of that name is
             meant by a path (`"./zhanglab"`, or a `pathlib.Path`).
         device: where it will compute.
+        precision: `"float32"`, `"bfloat16"`, or `"auto"`, that of the model's calibration.
         **options: keyword arguments of the model's class that are not saved, such as `backend` of `Model`.
 
     Raises:
@@ -56,4 +59,4 @@ def load(folder: str | os.PathLike, *, device: torch.device | str = "cpu", **opt
     found = KINDS.get(kind) if isinstance(kind, str) else None
     if found is None:
         raise CheckpointError(f"{path / 'model.json'}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    return found.load(path, device=device, **options)
+    return found.load(path, device=device, precision=precision, **options)

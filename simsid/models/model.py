@@ -168,7 +168,7 @@ class Model(ConfiguredNetwork, AnomalyModel):
 
     def memories(self, images: object) -> tuple[MemoryContents, ...]:
         """Return the contents of the in-painting block's memory and of the decoder's, and what `images` use of them."""
-        return network_memories(self.freeze(), images)
+        return network_memories(self.freeze("float32"), images)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Return weights and buffers, and configuration and memory layout."""

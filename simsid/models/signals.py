@@ -123,11 +123,11 @@ _RESIDUAL_MAP: dict[str, Any] = {
 }
 
 
-def _of_locations(name: str, description: str) -> Signal:
+def _of_locations(name: str, description: str, *, localizes: bool = True) -> Signal:
     """Return the signal of a baseline on features, which has a distance for each location."""
     entries = (name, f"{name}_map")
     value, where = (lambda outputs: outputs[name]), (lambda outputs: outputs[f"{name}_map"])
-    return Signal(name, description, entries, value, where, unit="distance of features", localizes=False)
+    return Signal(name, description, entries, value, where, "distance of features", localizes)
 
 
 def _standardized(
@@ -264,7 +264,6 @@ SIGNALS: dict[str, Signal] = {
             lambda outputs: outputs["inpainting"],
             map=_inpainting_map,
             unit=_INPAINTING_UNIT,
-            localizes=False,
         ),
         Signal(
             "synthetic",
@@ -279,7 +278,6 @@ SIGNALS: dict[str, Signal] = {
             lambda outputs: outputs["combined"],
             map=_inpainting_map,
             unit=_INPAINTING_UNIT,
-            localizes=False,
         ),
         Signal(
             "feature_knn",
@@ -289,7 +287,9 @@ SIGNALS: dict[str, Signal] = {
         ),
         _of_locations("location_knn", "distance of each location's features to the nearest normal ones there"),
         _of_locations("padim", "Mahalanobis distance of each location's features from the normal distribution there"),
-        _of_locations("patchcore", "largest distance of a location's features from a coreset of normal ones"),
+        _of_locations(
+            "patchcore", "largest distance of a location's features from a coreset of normal ones", localizes=False
+        ),
     )
 }
 

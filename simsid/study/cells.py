@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from simsid import checkpoint
+from simsid.config import TrainingConfig
 from simsid.errors import CheckpointError, RunError
 from simsid.evaluation import evaluate
-from simsid.models.base import AnomalyModel
+from simsid.models.base import BATCH, AnomalyModel
 from simsid.models.loading import load
 from simsid.models.presets import seeded_model
 from simsid.study.images import StudyImages
@@ -22,8 +23,8 @@ from simsid.training import Trainer
 from simsid.training.run_folder import RunFolder, fit_in_folder, open_run
 
 RESULT = "result.json"
-TIMED_IMAGES = 64
-"""Images whose scoring is timed."""
+TIMED_BATCHES = 4
+"""Batches whose scoring is timed."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Result:
     epoch_seconds: float | None
     """Median time of an epoch with its validation; None where nothing is trained."""
     image_seconds: float
-    """Time of scoring one image by the model's own signal."""
+    """Time of scoring one image of a batch by the model's own signal, the median of some batches."""
     seconds: float
     """Time of this cell as it was last started, with the evaluation; a resumed cell counts from its resumption."""
 
@@ -73,9 +74,10 @@ def run_cell(
         "normal_share": cell.normal_share,
         "seed": seed,
     }
-    request = json.loads(json.dumps(request))
+    defaults = {"model": dataclasses.asdict(type(config)()), "training": TrainingConfig().to_dict()}
+    request, defaults = json.loads(json.dumps([request, defaults]))
     path = cell_folder(folder, cell, seed)
-    resume = _check_request(path, request)
+    resume = _check_request(path, request, defaults)
     if (path / RESULT).exists():
         return read_result(path / RESULT)
     began = time.monotonic()
@@ -125,13 +127,17 @@ def _train(model: Any, training: Any, run: RunFolder, parts: tuple[Any, Any], re
     return statistics.median(epoch["seconds"] for epoch in history.epochs)
 
 
-def _check_request(path: pathlib.Path, request: dict[str, Any]) -> bool:
+def _check_request(path: pathlib.Path, request: dict[str, Any], defaults: dict[str, Any]) -> bool:
     """Return whether the folder holds a run of this request; another one is refused."""
     if not (path / "run.json").exists():
         return False
     found = checkpoint.read_json(path / "run.json")
     for name, value in request.items():
-        if found.get(name) != value:
+        settings: Any = found.get(name)
+        # An older version had fewer settings; those it did not have were at their defaults.
+        if isinstance(settings, dict):
+            settings = {**defaults.get(name, {}), **settings}
+        if settings != value:
             raise RunError(f"{path} holds a run with another {name}; choose another folder with -o")
     return True
 
@@ -140,10 +146,11 @@ def _measure(model: AnomalyModel, images: StudyImages, epoch_seconds: float | No
     evaluated = images.evaluated(model.preprocessing)
     totals = {row.signal: row for row in evaluate(model, evaluated).rows() if row.finding is None}
     own = totals[model.signal]
-    timed = evaluated.select(slice(0, TIMED_IMAGES))
-    before = time.perf_counter()
-    model.signals(timed, [model.signal])
-    image_seconds = (time.perf_counter() - before) / len(timed)
+    batch, passes = evaluated.select(slice(0, BATCH)), []
+    for _ in range(TIMED_BATCHES):
+        before = time.perf_counter()
+        model.signals(batch, [model.signal])
+        passes.append(time.perf_counter() - before)
     return Result(
         signal=model.signal,
         auc={name: row.auc for name, row in totals.items()},
@@ -152,6 +159,6 @@ def _measure(model: AnomalyModel, images: StudyImages, epoch_seconds: float | No
         best_accuracy=own.best_accuracy,
         best_f1=own.best_f1,
         epoch_seconds=epoch_seconds,
-        image_seconds=image_seconds,
+        image_seconds=statistics.median(passes) / len(batch),
         seconds=time.monotonic() - began,
     )

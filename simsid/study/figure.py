@@ -55,7 +55,7 @@ def _bars(axes: Axes, rows: Sequence[Summary]) -> None:
     axes.barh(places, values[:, 0], xerr=np.nan_to_num(values[:, 1]), color=colors, height=0.7, capsize=3)
     axes.axvline(0.5, color=FAINT, linewidth=0.9)
     axes.set_yticks(places, [row.cell.label for row in rows])
-    axes.set_xlim(min(0.4, float(values[:, 0].min()) - 0.05), 1)
+    axes.set_xlim(min(0.4, float((values[:, 0] - np.nan_to_num(values[:, 1])).min()) - 0.02), 1)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
 

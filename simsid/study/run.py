@@ -71,7 +71,7 @@ class StudyRun:
                 spent = sum(result.seconds for found in results.values() for result in found) / 60
                 left = max((self.minutes or 0.0) - spent, 0.0)
                 plan = choose_plan(left, trained, self.seeds, self.images, self.device)
-                self.report(f"width {plan.width}, {plan.epochs} epochs, {plan.measured}")
+                self.report(f"width {plan.width}, epochs: {plan.epochs}, {plan.measured}")
             checkpoint.write_json(
                 self.folder / REQUEST,
                 {**document, "minutes": self.minutes, "plan": dataclasses.asdict(plan) if plan else None},
@@ -142,7 +142,7 @@ class StudyRun:
 
         rows = table.summarize(self.study, cells, results, self.images)
         parts = [table.main_table(rows, with_paper=not self.images.digits), table.signal_table(rows)]
-        if all(len(row.values) == 1 for row in rows):
+        if not parts[1][1]:
             del parts[1]
         title = f"{self.name}: {self.study.title}"
         said = table.notes(rows, self.images, plan, self.seeds)

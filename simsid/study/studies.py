@@ -126,7 +126,7 @@ STUDIES: dict[str, Study] = {
             Cell("except_items", training={"generator_weight_decay": 1e-5, "decay": "except_items"}),
             Cell("decoupled", training={"generator_weight_decay": 1e-2, "decay": "decoupled"}),
         ),
-        reference=None,
+        reference="coupled",
     ),
     "speed": Study(
         "seconds of an epoch and of a pass, SimSID against SQUID",

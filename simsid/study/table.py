@@ -36,7 +36,9 @@ class Summary:
     best_accuracy: float
     best_f1: float
     epoch_seconds: float | None
+    """Of the fastest seed: other work on the machine makes times longer, never shorter."""
     image_seconds: float
+    """Likewise."""
 
 
 def p_value(values: Sequence[float], reference: Sequence[float]) -> float:
@@ -72,8 +74,8 @@ def summarize(study: Study, cells: Sequence[Cell], results: Results, images: Stu
                 verdict=verdict,
                 best_accuracy=float(np.mean([result.best_accuracy for result in found])),
                 best_f1=float(np.mean([result.best_f1 for result in found])),
-                epoch_seconds=float(np.mean(epochs)) if epochs else None,
-                image_seconds=float(np.mean([result.image_seconds for result in found])),
+                epoch_seconds=min(epochs, default=None),
+                image_seconds=min(result.image_seconds for result in found),
             )
         )
     return rows
@@ -92,13 +94,14 @@ def main_table(rows: Sequence[Summary], with_paper: bool) -> tuple[list[str], li
         line += [row.signal, _with_deviation(row.values[row.signal]), "{:.3f} to {:.3f}".format(*row.interval)]
         line += ["" if math.isnan(row.p_value) else f"{row.p_value:.3f}", row.verdict]
         line += [f"{row.best_accuracy:.3f}", f"{row.best_f1:.3f}"]
-        line += ["" if row.epoch_seconds is None else f"{row.epoch_seconds:.3g}", f"{1000 * row.image_seconds:.3g}"]
+        line += ["" if row.epoch_seconds is None else f"{row.epoch_seconds:.2f}", f"{1000 * row.image_seconds:.1f}"]
         lines.append(line)
     return head, lines
 
 
 def signal_table(rows: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
-    """Return head and cells of the table of all signals."""
+    """Return head and cells of the table of all signals; a model with one signal has it in the main table."""
+    rows = [row for row in rows if len(row.values) > 1]
     names = list(dict.fromkeys(name for row in rows for name in row.values))
     lines = [[row.cell.label, *(_with_deviation(row.values.get(name)) for name in names)] for row in rows]
     return ["AUC of", *names], lines
@@ -127,13 +130,15 @@ def notes(rows: Sequence[Summary], images: StudyImages, plan: Plan | None, seeds
     if plan is not None and any(is_network(row.cell) for row in rows):
         width = "each preset's width" if plan.width is None else f"width {plan.width}"
         rates = plan.training(rows[0].cell, 0, "auto")
+        epochs = f"{plan.epochs} epoch{'s' if plan.epochs > 1 else ''}"
         lines.append(
-            f"Networks: {width}, {plan.epochs} epochs, learning rate {rates.learning_rate:g} to "
+            f"Networks: {width}, {epochs}, learning rate {rates.learning_rate:g} to "
             f"{rates.final_learning_rate:g}{', ' + plan.measured if plan.measured else ''}."
         )
     lines.append("AUC: mean and standard deviation over seeds. Interval: DeLong, of the first seed.")
     if any(row.verdict == "reference" for row in rows):
         lines.append("p: two-sample t-test against the reference; a difference is named where p is below 0.05.")
+    lines.append("Times: medians, of the fastest seed; other work on the machine makes them longer.")
     lines.append("* at the threshold of highest accuracy on these very images, as in the papers: optimistic.")
     if any(row.cell.paper is not None for row in rows) and not images.digits:
         lines.append("paper: on ZhangLab's official test set after 200 epochs; other images than these.")

@@ -181,7 +181,7 @@ class Trainer:
             if self._epochs(training, interrupt):
                 self._load_best(folder)
                 progress.finished = True
-                calibrate(self.model, self.group, training.train, training.val, self._scoring_precision)
+                calibrate(self.model, self.group, training.train, training.val)
                 if folder is not None:
                     self._save_model(folder)
                 self._save(training)
@@ -254,7 +254,7 @@ class Trainer:
             "step": progress.step,
             "learning_rate": learning_rate(self.config, progress.epoch),
             **losses,
-            **validate(self.model, self.group, training.val, training.pasted, self._scoring_precision),
+            **validate(self.model, self.group, training.val, training.pasted),
             **measure_items(self.model),
             "seconds": round(time.monotonic() - began, 3),
         }
@@ -268,13 +268,6 @@ class Trainer:
             training.folder.append_metrics(epoch)
         self._save_if_due(training)
         return epoch, better
-
-    @property
-    def _scoring_precision(self) -> str:
-        """The precision to validate and calibrate in: on a CPU that of the training, on a GPU float32."""
-        if self.model.precision != "auto":
-            return self.model.precision
-        return self.config.precision if self.model.device.type == "cpu" else "float32"
 
     def _keep(self, folder: RunFolder | None) -> None:
         """Keep the model as the best so far."""

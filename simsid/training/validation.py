@@ -75,11 +75,7 @@ def paste_patches(images: ImageSet, seed: int = 0) -> ImageSet:
 
 
 def validate(
-    model: Model,
-    group: ProcessGroup,
-    val: ImageSet | None,
-    pasted: ImageSet | None = None,
-    precision: str = "float32",
+    model: Model, group: ProcessGroup, val: ImageSet | None, pasted: ImageSet | None = None
 ) -> dict[str, float]:
     """Return reconstruction error and memory distance of normal images, and AUCs where there are anomalies too.
 
@@ -90,13 +86,12 @@ def validate(
         group: the ranks, each of which measures a shard.
         val: images to validate on; None measures nothing.
         pasted: synthetic anomalies; with them each signal's AUC between the normal images of `val` and these too.
-        precision: of the signals.
     """
     if val is None:
         return {}
     group.broadcast_tensors(model.buffers())
     # Leave out signals that are not finite: they have no AUC, and JSON has no NaN.
-    frozen = model.freeze(precision)
+    frozen = model.freeze(model._calibration_precision())
     signals = _finite(measure_signals(frozen, group, val))
     abnormal = val.labels == 1
     result: dict[str, float] = {}
@@ -125,14 +120,10 @@ def _finite(signals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: values for name, values in signals.items() if np.isfinite(values).all()}
 
 
-def calibrate(
-    model: Model, group: ProcessGroup, train: ImageSet, val: ImageSet | None, precision: str = "float32"
-) -> None:
-    """Calibrate a model on its training images, with the normal images of `val` held out for thresholds.
-
-    `precision` is that of the signals, in which the model will then score.
-    """
+def calibrate(model: Model, group: ProcessGroup, train: ImageSet, val: ImageSet | None) -> None:
+    """Calibrate a model on its training images, with the normal images of `val` held out for thresholds."""
     normal = np.flatnonzero(val.labels != 1) if val is not None else np.zeros(0, np.int64)
+    precision = model._calibration_precision()
     frozen = model.freeze(precision)
     held = val.select(normal) if val is not None and len(normal) else None
     units = location_statistics(

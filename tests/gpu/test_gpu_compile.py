@@ -1,8 +1,8 @@
 """torch.compile on a GPU, where Inductor generates code around the kernels."""
 
+import attention_cases as attention
+import norm_cases as norm
 import pytest
-import test_attention_fused as attention
-import test_layer_norm as norm
 import torch
 from gpu_training import assert_close, train_tiny
 from test_gpu_kernels import draw_with_gap

@@ -3,8 +3,8 @@
 import subprocess
 import sys
 
+import memory_cases as memory
 import pytest
-import test_memory_fused as memory
 import torch
 from gpu_training import CHANGES, METHODS, assert_close, assert_same, captured, train_published, train_tiny
 from test_gpu_kernels import draw_with_gap, memory_results

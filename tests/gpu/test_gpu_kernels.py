@@ -6,10 +6,10 @@ With compute-sanitizer: `-k every_kernel`, which launches all of them once on od
 import itertools
 import sys
 
+import attention_cases as attention
+import memory_cases as memory
+import norm_cases as norm
 import pytest
-import test_attention_fused as attention
-import test_layer_norm as norm
-import test_memory_fused as memory
 import torch
 from harness import DEVICE
 
@@ -33,11 +33,11 @@ def names(dtypes):
     return "-".join(str(dtype)[6:] for dtype in dtypes)
 
 
-def draw_with_gap(shape, k, dtypes=memory.PAIRS[0], exclusive=False, **options):
+def draw_with_gap(shape, k, dtypes=memory.PAIRS[0], exclusive=False, similarity="dot", **options):
     """Draw inputs whose top-k set no rounding can change: the selection is discontinuous."""
     for seed in range(50):
         z, M, g, noise = memory.draw(*shape, *dtypes, seed=seed, **options)
-        if memory.gap(z, M, k, noise, 1.0, exclusive) > 2e-5:
+        if memory.gap(z, M, k, noise, 1.0, exclusive, similarity) > 2e-5:
             return z, M, g, noise
     raise AssertionError(f"no seed gives a gap at the {k}-th of {shape[2]} items")
 
@@ -72,6 +72,8 @@ OPTIONS = {
     "k is N": {"k": 64},
     "shared items": {"shared": True},
     "batch 33": {"batch": 33},
+    "cosine": {"similarity": "cosine"},
+    "cosine, batch 33": {"similarity": "cosine", "batch": 33},
 }
 
 
@@ -81,7 +83,15 @@ def test_memory_options_match_float64(option, small, full_precision):
     k, threshold, batch = choice.pop("k", 5), choice.pop("threshold", "inclusive"), choice.pop("batch", ODD[0])
     shape = (batch, *ODD[1:])
     z, M, g, noise = draw_with_gap(shape, min(k, shape[2]), exclusive=threshold == "exclusive", **choice)
-    memory.compare(z, M, g, k, noise, threshold)
+    memory.compare(z, M, g, k, noise, threshold, similarity=choice.get("similarity", "dot"))
+
+
+@pytest.mark.parametrize("batch", [3, 33], ids=lambda batch: f"batch{batch}")
+def test_masked_items_of_the_memory_match_float64(batch, small, full_precision):
+    z, M, g, _ = memory.draw(min(batch, 3) if small else batch, *ODD[1:])
+    mask = torch.zeros(M.shape[:2], dtype=torch.bool, device=M.device)
+    mask[:, ::9] = True  # no more than are kept, so that no rounding changes the selection
+    memory.compare(z, torch.where(mask[..., None], M, torch.nan), g, 5, item_mask=mask)
 
 
 def test_memory_of_more_items_than_one_tile_matches_float64(small, full_precision):
@@ -112,6 +122,14 @@ FLOATS = (FLOAT32, BFLOAT16, FLOAT16)
 def test_attention_matches_float64(grid, pads, dtype, small, full_precision):
     size, features, heads = ((2, 2), 8, 2) if small else GRIDS[grid]
     attention.assert_fused_is_right(attention.inputs(2, size, features, pads=pads, dtype=dtype), size, heads)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("options", [{"include_center": True}, {"dilation": 2}, {"kernel_size": (1, 9)}], ids=str)
+def test_attention_windows_and_masks_match_float64(options, dtype, small, full_precision):
+    size, features, heads = ((2, 2), 8, 2) if small else GRIDS["16x16"]
+    mask = attention.draw(2, size[0] * size[1], seed=8) > 0
+    attention.assert_fused_is_right(attention.inputs(2, size, features, dtype=dtype), size, heads, mask, **options)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])

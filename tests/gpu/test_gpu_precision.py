@@ -1,7 +1,7 @@
 """Autocast and TensorFloat-32: what they may change, and what they must leave alone."""
 
+import memory_cases as memory
 import pytest
-import test_memory_fused as memory
 import tiny
 import torch
 from gpu_training import METHODS, published_step, smooth_images

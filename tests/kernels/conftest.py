@@ -8,7 +8,6 @@ import importlib.metadata
 import os
 import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -20,6 +19,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") is None:
     os.environ["TRITON_INTERPRET"] = "1"
 
 if interpreter_on() and TRITON_INSTALLED:
+    import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

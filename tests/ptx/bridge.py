@@ -170,8 +170,8 @@ class Interpreter:
         names = [f"{op}.launchers" if op == "memory" else f"{op}.fused" for op in OPS]
         modules = [importlib.import_module(f"simsid.kernels.{name}") for name in names]
         memory = modules[OPS.index("memory")]
-        before = memory._target, backend.interpreter_on
-        memory._target = lambda device: memory.Target("tf32x3", warp_groups=self.arch == 90)
+        before = memory.target_of, backend.interpreter_on
+        memory.target_of = lambda device: memory.Target("tf32x3", warp_groups=self.arch == 90)
         backend.interpreter_on = lambda: True
         launch = modules[0].launch
         for module in modules:
@@ -179,7 +179,7 @@ class Interpreter:
         try:
             yield self
         finally:
-            memory._target, backend.interpreter_on = before
+            memory.target_of, backend.interpreter_on = before
             for module in modules:
                 module.launch = launch
 

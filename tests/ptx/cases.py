@@ -64,22 +64,22 @@ def _attention(
     **window: object,
 ) -> Callable[[], None]:
     def run() -> None:
-        import test_attention_fused
+        import attention_cases
         import torch
 
-        tensors = test_attention_fused.inputs(2, grid, features, pads=pads, dtype=getattr(torch, dtype))
-        mask = test_attention_fused.draw(2, grid[0] * grid[1]) > 0 if masked else None
-        test_attention_fused.assert_fused_is_right(tensors, grid, heads, mask, **window)
+        tensors = attention_cases.inputs(2, grid, features, pads=pads, dtype=getattr(torch, dtype))
+        mask = attention_cases.draw(2, grid[0] * grid[1]) > 0 if masked else None
+        attention_cases.assert_fused_is_right(tensors, grid, heads, mask, **window)
 
     return run
 
 
 def _layer_norm(rows: int, features: int, dtype: str = "float32") -> Callable[[], None]:
     def run() -> None:
-        import test_layer_norm
+        import norm_cases
         import torch
 
-        test_layer_norm.assert_fused_is_right(test_layer_norm.inputs((rows, features), getattr(torch, dtype)))
+        norm_cases.assert_fused_is_right(norm_cases.inputs((rows, features), getattr(torch, dtype)))
 
     return run
 
@@ -99,6 +99,35 @@ def _invariant(batches: tuple[int, ...], dtypes: str, similarity: str = "dot") -
         outputs = {B: space_aware_memory(z[:B], memory, 5, **options) for B in batches}
         for B, output in outputs.items():
             assert torch.equal(output, outputs[max(batches)][:B]), f"the bits in a batch of {B} differ"
+
+    return run
+
+
+def _invariant_rows(batches: tuple[int, ...], dtype: str) -> Callable[[], None]:
+    """Compare, bit for bit, outputs and gradients of attention and layer norm in batches of several sizes."""
+
+    def run() -> None:
+        import attention_cases as attention
+        import norm_cases as norm
+        import torch
+
+        total, kind = max(batches), getattr(torch, dtype)
+        images, g = attention.inputs(total, (2, 2), 16, dtype=kind), attention.draw(total, 4, 16, dtype=kind, seed=9)
+        rows, h = norm.inputs((total, 40), kind), norm.draw(total, 40, dtype=kind, seed=9)
+
+        def results(batch: int) -> dict[str, torch.Tensor]:
+            first = {name: x[:batch] if x.dim() == 3 else x for name, x in images.items()}
+            some = {name: x[:batch] if x.dim() == 2 else x for name, x in rows.items()}
+            attended = attention.run(first, (2, 2), 2, g[:batch])
+            normed = norm.run(some, h[:batch])
+            return {name: attended[name] for name in ("out", "query", "key", "value")} | {
+                f"norm {name}": normed[name] for name in ("out", "x", "residual")
+            }
+
+        whole = results(total)
+        for batch in batches:
+            for name, result in results(batch).items():
+                assert torch.equal(result, whole[name][:batch]), f"the bits of {name} in a batch of {batch} differ"
 
     return run
 
@@ -130,7 +159,9 @@ def _cases() -> list[Case]:
         add("memory fp32 k=64", _memory((2, 1, 70, 40), k=64), True)
         for suffix, sizes in (("", one), (" batch 33", two)):
             add(f"memory fp32 cosine masked{suffix}", _memory(sizes, similarity="cosine", masked=True), bool(suffix))
-            add(f"memory bf16 cosine{suffix}", _memory(sizes, "bf16", similarity="cosine"), True)
+            for dtypes in ("bf16", "bf16 memory too", "fp16", "fp16 memory too"):
+                long = (dtypes, suffix, arch) != ("bf16", "", 90)
+                add(f"memory {dtypes} cosine{suffix}", _memory(sizes, dtypes, similarity="cosine"), long)
             add(f"memory bf16 masked{suffix}", _memory(sizes, "bf16", masked=True), True)
         add("memory weights", _weights, arch == 80)
         add("attention 4x4 pads", _attention((4, 4), 64, 2), arch == 90)
@@ -147,6 +178,8 @@ def _cases() -> list[Case]:
         add("layer_norm D=8192", _layer_norm(2, 8192), True)
         add("layer_norm D=1000 fp16", _layer_norm(5, 1000, "float16"), True)
         add("invariance 1 16 33", _invariant((1, 16, 33), "fp32"))
+        add("invariance of rows", _invariant_rows((1, 16, 17, 32, 33, 64, 256), "float32"), True)
+        add("invariance of rows bf16", _invariant_rows((1, 16, 17, 32, 33, 64, 256), "bfloat16"), True)
         for dtypes in ("fp32", "bf16", "fp16", "bf16 memory too", "fp16 memory too"):
             every = (1, 16, 17, 32, 33, 64, 256)
             add(f"invariance {dtypes}", _invariant(every, dtypes), True)

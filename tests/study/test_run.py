@@ -82,6 +82,20 @@ def test_a_folder_with_another_request_is_refused(start):
             start(study=study, **{"plan": Plan(4, 1), **changes})
 
 
+def test_a_cell_of_a_version_with_fewer_settings_is_read(start, tmp_path):
+    only = dataclasses.replace(STUDY, cells=STUDY.cells[1:])
+    text = start(study=only)
+    file = tmp_path / "study" / "pixel_knn" / "seed-0" / "run.json"
+    request = checkpoint.read_json(file)
+    del request["model"]["neighbors"]
+    checkpoint.write_json(file, request)
+    assert start(study=only) == text
+    request["model"]["aspect"] = "pad"
+    checkpoint.write_json(file, request)
+    with pytest.raises(RunError, match="holds a run with another model"):
+        start(study=only)
+
+
 def test_a_damaged_result_is_named(start, tmp_path):
     only = dataclasses.replace(STUDY, cells=STUDY.cells[1:])
     start(study=only)
@@ -93,8 +107,8 @@ def test_a_damaged_result_is_named(start, tmp_path):
 def test_a_budget_is_picked_once_after_the_fitted_models(start, tmp_path, monkeypatch):
     monkeypatch.setattr(plan_module, "_cost", lambda *_: (1.0, 1.0, 0.1))
     text = start(plan=None, minutes=1e-6)
-    assert "width 4, 1 epochs" in text and "picked for" in text
-    assert start.lines[1].startswith("width 4, 1 epochs")
+    assert "width 4, 1 epoch, learning" in text and "picked for" in text
+    assert start.lines[1].startswith("width 4, epochs: 1, picked for")
     monkeypatch.setattr("simsid.study.run.choose_plan", None)
     assert start(plan=None, minutes=1e-6) == text
 

@@ -100,10 +100,10 @@ def test_text_and_markdown_of_a_table(digits):
         "s an epoch  ms an image",
         "----------  -----  --------------  -------------  --------------  -----  ----------  ---------  -----  "
         "----------  -----------",
-        "full model  0.900  focal_residual  0.820 ± 0.020  0.700 to 0.900         reference   0.700      0.750  2"
-        "           10",
-        "less               focal_residual  0.620 ± 0.026  0.500 to 0.700  0.000  worse       0.700      0.750  2"
-        "           10",
+        "full model  0.900  focal_residual  0.820 ± 0.020  0.700 to 0.900         reference   0.700      0.750  2.00"
+        "        10.0",
+        "less               focal_residual  0.620 ± 0.026  0.500 to 0.700  0.000  worse       0.700      0.750  2.00"
+        "        10.0",
     ]
     assert table.as_markdown(*table.signal_table(rows)).splitlines() == [
         "| AUC of | focal_residual | residual |",

@@ -20,8 +20,8 @@ from simsid.training import step as step_module
 from simsid.training import trainer as trainer_module
 from simsid.training.step import TrainingStep
 
-PLAIN = {"translate": 0.0, "scale": 0.0, "batch_size": 4}
-"""No augmentation: what a step computes is then a function of the images alone."""
+PLAIN = {"translate": 0.0, "scale": 0.0, "batch_size": 4, "precision": "float32"}
+"""No augmentation, and float32: what a step computes is then a function of the images alone."""
 
 
 def fit(model, images, val=None, run=None, resume=False, **options):
