@@ -9,6 +9,7 @@ import documents
 import pytest
 import tiny
 
+from simsid import robustness
 from simsid.commands import main as command_line
 from simsid.report import embedding, figures
 
@@ -64,6 +65,7 @@ def coarse(monkeypatch):
     draw = figures.png
     monkeypatch.setattr(figures, "png", lambda figure, dpi=0: draw(figure, dpi=20))
     monkeypatch.setattr(embedding, "POINTS", 20)
+    monkeypatch.setattr(robustness, "SHIFTS", robustness.SHIFTS[:1])
 
 
 def run_simsid(words, capsys):
