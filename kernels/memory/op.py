@@ -122,7 +122,8 @@ def space_aware_memory(
         RuntimeError: `backend="triton"` where the kernels cannot run, with the reason.
     """
     signature = handle = None
-    if noise is None and item_mask is None and similarity == "dot" and not return_weights:
+    plain = noise is None and item_mask is None and similarity == "dot" and not return_weights
+    if plain and not torch.compiler.is_compiling():
         settings = (torch.is_grad_enabled(), torch.backends.cuda.matmul.fp32_precision)
         signature, handle = _handles.find((query, memory), (topk, threshold, temperature, backend, *settings))
     if handle is not None and aligned(query, memory):
