@@ -111,7 +111,7 @@ def describe(model: AnomalyModel, false_positive_rate: float = 0.05) -> dict[str
         "signal": model.signal,
         "signals": {name: SIGNALS[name].description for name in model.signal_names},
         "calibration": calibration.to_dict(),
-        "thresholds": {name: calibration.threshold(name, false_positive_rate) for name in model.signal_names},
+        "thresholds": {name: calibration.threshold(name, false_positive_rate) for name in calibration.mean},
         "false_positive_rate": false_positive_rate,
     }
 

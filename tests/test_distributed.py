@@ -92,8 +92,8 @@ def test_rank_0_writes_the_model_that_all_ranks_have(folder):
     assert about["calibration"] == about_second["calibration"] == model.calibration.to_dict()
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines == about["epochs"] and len(lines) == 2
-    # As measured by one process: every image once, in the same order.
-    model.calibrate(tiny.images(12), tiny.images(5, 1))
+    # As measured by one process: every image once, in the same order; of 31, each is judged by the others.
+    model.calibrate(tiny.images(12), tiny.images(31, 1))
     assert about["calibration"]["holdout"] == model.calibration.to_dict()["holdout"]
     assert about["calibration"]["mean"] == pytest.approx(model.calibration.mean, rel=1e-12)
     assert about["calibration"]["count"] == 12

@@ -44,7 +44,7 @@ def steps(group, dtype, changes=CHANGES, count=3):
     return tensors | {f"loss {name}": torch.tensor(value) for name, value in step.means().items()}
 
 
-def fit(group, run, resume=False, images=None, val=5, **options):
+def fit(group, run, resume=False, images=None, val=31, **options):
     """Train as every rank does; only rank 0 sees the run folder."""
     model = tiny.model()
     config = TrainingConfig(**{"batch_size": 4, "epochs": 2, "checkpoint_seconds": 0.0, **options})

@@ -17,7 +17,7 @@ from simsid.arguments import require_device, require_path, require_whole_number
 from simsid.data import Preprocessing, as_batches
 from simsid.distributed import ProcessGroup
 from simsid.errors import CalibrationError, CheckpointError, InputError
-from simsid.models.calibration import Calibration, LocationUnits, location_statistics
+from simsid.models.calibration import Calibration, LocationUnits, location_statistics, standardize_locations
 from simsid.models.memory_contents import MemoryContents
 from simsid.models.signals import MAPS, SIGNALS, check_signals, upsampled
 from simsid.precision import check_precision
@@ -107,8 +107,7 @@ class Scorer(abc.ABC):
 
     @torch.inference_mode()
     def location_values(self, images: object) -> dict[str, np.ndarray]:
-        """Return the values that a calibration standardizes at each location, name to `[n, L]`, for the signals that
-        have them."""
+        """Return the values that a calibration standardizes at each location, by signal that has them: `[n, L]`."""
         names = [name for name in self.signal_names if SIGNALS[name].locations is not None]
         found: dict[str, list[Tensor]] = {}
         for batch, count in self._padded_batches(images, BATCH) if names else ():
@@ -120,6 +119,11 @@ class Scorer(abc.ABC):
 
     def set_location_units(self, units: LocationUnits) -> None:  # noqa: B027  # most classes have no such signal
         """Standardize locations by these means and deviations."""
+
+    def check_locations(self, units: LocationUnits) -> None:
+        """Raise `InputError` for means and deviations of signals or locations that the model does not have."""
+        if units:
+            raise InputError(f"calibration: locations must be of the model's signals, got {', '.join(units)}")
 
     @property
     def map_names(self) -> tuple[str, ...]:
@@ -288,15 +292,24 @@ class AnomalyModel(Scorer):
 
         Args:
             images: normal images that the model was trained on; see the class.
-            holdout: normal images that it was not trained on, for thresholds at a chosen false positive rate.
+            holdout: normal images that it was not trained on, for thresholds at a chosen false positive rate, and where
+                there are at least 30 for the statistics at each location. With fewer these come from `images`, or stay
+                as they were where `holdout` is `images` itself: the images of another site.
         """
+        local = holdout is images
+        # Both are read twice, which an iterator cannot be.
+        images, holdout = (list(source) if isinstance(source, Iterator) else source for source in (images, holdout))
         precision = self._calibration_precision()
         frozen = self.freeze(precision)
+        former = self.calibration.locations if self.calibration else {}
         held = {} if holdout is None else frozen.location_values(holdout)
-        units = location_statistics(held, lambda: frozen.location_values(images))
+        units, judged = standardize_locations(
+            held, lambda: former if local else location_statistics(frozen.location_values(images))
+        )
         frozen.set_location_units(units)
-        kept = None if holdout is None else frozen.signals(holdout)
-        self.calibration = Calibration.fit(frozen.signals(images), kept, precision, units)
+        kept = None if holdout is None else {**frozen.signals(holdout), **judged}
+        signals = {**frozen.signals(images), **(judged if local else {})}
+        self.calibration = Calibration.fit(signals, kept, precision, units)
 
     def _calibration_precision(self) -> str:
         """Return the precision to calibrate in: the one asked for, and float32 for `"auto"`.
@@ -371,6 +384,7 @@ class AnomalyModel(Scorer):
             model.calibration = Calibration.from_dict(calibration) if calibration else None
             if model.calibration is not None and model.signal not in model.calibration.mean:
                 raise InputError(f"calibration lacks the model's signal {model.signal!r}")
+            model.check_locations(model.calibration.locations if model.calibration else {})
         except KeyError as error:
             raise CheckpointError(f"{source} is not a model: it has no {error}") from None
         except InputError as error:

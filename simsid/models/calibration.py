@@ -45,7 +45,7 @@ class Calibration:
     ) -> "Calibration":
         """Measure the signals (`[n]` each, float64) of normal images, which were computed in `precision`.
 
-        `locations` is what the signals were standardized by, of `location_statistics`.
+        `locations` is what the signals were standardized by, of `standardize_locations`.
 
         Raises:
             InputError: no image, or a signal that is not finite.
@@ -66,7 +66,12 @@ class Calibration:
         )
 
     def standardize(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Return `(values - mean) / std` of signal `name`; 0 is an average normal image."""
+        """Return `(values - mean) / std` of signal `name`; 0 is an average normal image.
+
+        Raises:
+            InputError: a signal that was not measured, as in a calibration of an older version.
+        """
+        self._check_measured(name)
         return (values - self.mean[name]) / max(self.std[name], math.ulp(abs(self.mean[name]) or 1.0))
 
     def probability(self, name: str, values: np.ndarray) -> np.ndarray:
@@ -82,10 +87,13 @@ class Calibration:
             InputError: a rate that does not lie strictly between 0 and 1.
         """
         metrics.check_rate("false_positive_rate", false_positive_rate)
-        if name not in self.mean:
-            raise InputError(f"signal must be one of the calibration's {', '.join(self.mean)}, got {name!r}")
+        self._check_measured(name)
         held = self.holdout.get(name)
         return metrics.normal_threshold(np.asarray(held), false_positive_rate) if held else None
+
+    def _check_measured(self, name: str) -> None:
+        if name not in self.mean:
+            raise InputError(f"signal must be one of the calibration's {', '.join(self.mean)}, got {name!r}")
 
     def to_dict(self) -> dict[str, object]:
         """Return plain values for JSON."""
@@ -134,17 +142,40 @@ class Calibration:
         return cls(mean, std, count, holdout, precision, _checked_locations(values.get("locations", {})))
 
 
-def location_statistics(held: dict[str, np.ndarray], trained: Callable[[], dict[str, np.ndarray]]) -> LocationUnits:
-    """Return mean and deviation at each location of normal images' values, name to `[n, L]`.
+def location_statistics(values: dict[str, np.ndarray]) -> LocationUnits:
+    """Return mean and deviation at each location over images, of values by signal, `[n, L]` float64 each."""
+    return {name: (found.mean(0).tolist(), _least(found, found.std(0)).tolist()) for name, found in values.items()}
 
-    Those of `held`, images that the model was not trained on, where there are at least 30: fewer would look more normal
-    by their own deviations than new images do. Else those of the training images, which `trained` returns.
+
+def standardize_locations(
+    held: dict[str, np.ndarray], fallback: Callable[[], LocationUnits]
+) -> tuple[LocationUnits, dict[str, np.ndarray]]:
+    """Return what locations are standardized by, and the standardized signals of the held-out images, `[n]` each.
+
+    Both come from `held`, the values `[n, L]` by signal of images that the model was not trained on, where there are at
+    least 30; fewer would look more normal by their own deviations than new images do, so `fallback` returns others, and
+    no signals are returned.
     """
-    enough = held and min(map(len, held.values())) >= FEWEST_HELD
-    return {
-        name: (values.mean(0).tolist(), np.maximum(values.std(0), 1e-12 + 1e-6 * np.abs(values).max()).tolist())
-        for name, values in (held if enough else trained()).items()
-    }
+    if not held or min(map(len, held.values())) < FEWEST_HELD:
+        return fallback(), {}
+    return location_statistics(held), {name: judged_by_others(values) for name, values in held.items()}
+
+
+def judged_by_others(values: np.ndarray) -> np.ndarray:
+    """Return each image's mean squared deviation in the units of the other images: `[n, L]` to `[n]`, n at least 2.
+
+    By units that it had a part in, an image would look more normal than a new one, and a threshold be too low.
+    """
+    n = len(values)
+    offset = values - values.mean(0)
+    variance = (values.var(0) - offset**2 / (n - 1)) * n / (n - 1)
+    deviation = _least(values, np.sqrt(np.maximum(variance, 0)))
+    return np.square(offset * n / (n - 1) / deviation).mean(1)
+
+
+def _least(values: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    """Raise deviations that are rounding errors, or 0, to a millionth of the largest of the values."""
+    return np.maximum(deviation, 1e-12 + 1e-6 * np.abs(values).max())
 
 
 def _checked_locations(values: object) -> LocationUnits:

@@ -14,14 +14,14 @@ from simsid import cuda_graph
 from simsid.arguments import require_instance
 from simsid.config import Config
 from simsid.data import Preprocessing
-from simsid.errors import ConfigError
+from simsid.errors import ConfigError, InputError
 from simsid.kernels.ranges import stage
 from simsid.models import patches
 from simsid.models.base import BATCH, Scorer
 from simsid.models.calibration import LocationUnits
 from simsid.models.discriminator import Discriminator
 from simsid.models.generator import CustomEncoder, Encoder, Generator
-from simsid.models.signals import SIGNALS, available_signals, decoder_memory_map
+from simsid.models.signals import CELLS, SIGNALS, available_signals, decoder_memory_map
 from simsid.precision import check_precision
 
 
@@ -58,6 +58,16 @@ class ConfiguredNetwork(nn.Module, Scorer):
         """The signals that have a map, and the maps of the decoder's memories."""
         levels = range(1, self.config.decoder_memories + 1)
         return (*super().map_names, *(decoder_memory_map(level) for level in levels))
+
+    def check_locations(self, units: LocationUnits) -> None:
+        """Raise `InputError` for means and deviations of signals or locations that the model does not have."""
+        counts = {"standardized_residual": CELLS**2}
+        if self.config.inpainting != "none":
+            counts["standardized_memory_distance"] = self.config.locations
+        super().check_locations({name: pair for name, pair in units.items() if name not in counts})
+        for name, (mean, _) in units.items():
+            if len(mean) != counts[name]:
+                raise InputError(f"calibration: locations of {name} must be {counts[name]}, got {len(mean)}")
 
     @property
     def _input_dtype(self) -> torch.dtype:
@@ -135,7 +145,7 @@ class FrozenModel(ConfiguredNetwork):
             "images": images,
             "reconstruction": student.images,
             "discriminator": self.discriminator,
-            "location_units": self._location_units,
+            "location_units": {name: self.get_buffer(f"{name}_units") for name in self._standardized},
         }
         if student.query is not None:
             outputs |= {"query": student.query, "retrieved": student.retrieved}
@@ -152,10 +162,11 @@ class FrozenModel(ConfiguredNetwork):
 
     def set_location_units(self, units: LocationUnits) -> None:
         """Standardize locations by these means and deviations, those of a calibration."""
-        self._location_units = {
-            name: tuple(torch.tensor(values, dtype=torch.float64, device=self.device) for values in pair)
-            for name, pair in units.items()
-        }
+        self.check_locations(units)
+        for name, pair in units.items():
+            values = torch.tensor(pair, dtype=torch.float64, device=self.device)
+            self.register_buffer(f"{name}_units", values, persistent=False)
+        self._standardized = tuple(units)
         self._graphs = {}  # which have the former units
 
     def pictures(self, images: Tensor) -> dict[str, Tensor]:

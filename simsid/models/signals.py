@@ -131,7 +131,7 @@ def _of_locations(name: str, description: str, *, localizes: bool = True) -> Sig
 
 
 def _standardized(
-    name: str, description: str, needs: tuple[str, ...], locations: Callable[[Outputs], Tensor]
+    name: str, description: str, needs: tuple[str, ...], locations: Callable[[Outputs], Tensor], **of_map: Any
 ) -> Signal:
     """Return a signal that compares each location's value with those of normal images at the same location.
 
@@ -139,25 +139,16 @@ def _standardized(
 
     mu and sigma, `[L]`, are the calibration's, which a network puts into its outputs; before a calibration 0 and 1.
     """
-
-    def deviations(outputs: Outputs) -> Tensor:
-        mean, std = outputs.get("location_units", {}).get(name, (0.0, 1.0))
-        return ((locations(outputs) - mean) / std).square()
-
-    def where(outputs: Outputs) -> Tensor:
-        values = deviations(outputs)
-        side = round(values.shape[1] ** 0.5)
-        return values.unflatten(1, (side, side))
-
     return Signal(
-        name,
-        description,
-        needs,
-        lambda outputs: deviations(outputs).mean(1),
-        map=where,
-        unit="squared deviations of normal images",
-        locations=locations,
+        name, description, needs, lambda outputs: _deviations(name, outputs).mean(1), locations=locations, **of_map
     )
+
+
+def _deviations(name: str, outputs: Outputs) -> Tensor:
+    """Return the squared deviation of each location, `[B, L]` float64, of a standardized signal."""
+    values = SIGNALS[name].locations(outputs)  # type: ignore[misc]  # a standardized signal has them
+    mean, std = outputs.get("location_units", {}).get(name, (0.0, 1.0))
+    return ((values - mean) / std).square()
 
 
 def _inpainting_map(outputs: Outputs) -> Tensor:
@@ -223,6 +214,8 @@ SIGNALS: dict[str, Signal] = {
             "difference between input and reconstruction in 16 x 16 cells, in deviations of normal images at each cell",
             ("reconstruction",),
             _of_reconstruction(cell_residual),
+            map=lambda outputs: _deviations("standardized_residual", outputs).unflatten(1, (CELLS, CELLS)),
+            unit="squared deviations of normal images",
         ),
         _standardized(
             "standardized_memory_distance",

@@ -1,6 +1,7 @@
 """What a training measures on images: checks before it, validation after an epoch, calibration at the end."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,8 +12,10 @@ from simsid.data import ImageSet, Preprocessing, as_image_set
 from simsid.distributed import ProcessGroup
 from simsid.errors import InputError
 from simsid.models.base import Scorer
-from simsid.models.calibration import Calibration, location_statistics
+from simsid.models.calibration import Calibration, location_statistics, standardize_locations
+from simsid.models.inference import FrozenModel
 from simsid.models.model import Model
+from simsid.models.signals import SIGNALS
 
 
 def to_image_set(source: object, name: str, config: Config) -> ImageSet:
@@ -51,11 +54,14 @@ def choose_batch_size(batch_size: int, group: ProcessGroup, images: int) -> int:
     return min(batch_size, images // group.size * group.size)
 
 
-def measure_signals(model: Scorer, group: ProcessGroup, images: ImageSet) -> dict[str, np.ndarray]:
-    """Return the signals of all images, `[n]` float64 each, on every rank; each rank measures a shard of them."""
+def measure_signals(
+    model: Scorer, group: ProcessGroup, images: ImageSet, names: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Return signals of all images, by default every one, `[n]` float64 each, on every rank, each of which measures a
+    shard of the images."""
     if group.size == 1:
-        return model.signals(images)
-    return group.interleave(model.signals(images.select(slice(group.rank, None, group.size))), len(images))
+        return model.signals(images, names)
+    return group.interleave(model.signals(images.select(slice(group.rank, None, group.size)), names), len(images))
 
 
 def paste_patches(images: ImageSet, seed: int = 0) -> ImageSet:
@@ -92,8 +98,14 @@ def validate(
     group.broadcast_tensors(model.buffers())
     # Leave out signals that are not finite: they have no AUC, and JSON has no NaN.
     frozen = model.freeze(model._calibration_precision())
-    signals = _finite(measure_signals(frozen, group, val))
     abnormal = val.labels == 1
+    judged = _standardize_by_normal_images(frozen, group, val)
+    # The other standardized signals would not be standardized: no calibration is there yet.
+    names = [name for name in frozen.signal_names if SIGNALS[name].locations is None or name in (*judged, model.signal)]
+    signals = measure_signals(frozen, group, val, names)
+    for name, values in judged.items():
+        signals[name][~abnormal] = values
+    signals = _finite(signals)
     result: dict[str, float] = {}
     for name, key in (("residual", "val_reconstruction"), ("memory_distance", "val_memory_distance")):
         if name in signals and not abnormal.all():
@@ -102,12 +114,26 @@ def validate(
         for name, values in signals.items():
             result[f"val_auc_{name}"] = metrics.auc(abnormal.astype(int), values).value
     if pasted is not None:
-        for name, values in _finite(measure_signals(frozen, group, pasted)).items():
+        for name, values in _finite(measure_signals(frozen, group, pasted, names)).items():
             if name in signals:
                 normal = signals[name][~abnormal]
                 labels = np.repeat([0, 1], [len(normal), len(values)])
                 result[f"val_synthetic_{name}"] = metrics.auc(labels, np.concatenate([normal, values])).value
     return result
+
+
+def _standardize_by_normal_images(frozen: FrozenModel, group: ProcessGroup, val: ImageSet) -> dict[str, np.ndarray]:
+    """Standardize locations by the normal images of `val`, and return the signals of these, each judged by the others.
+
+    Only where a standardized signal chooses the epoch, since it takes another pass over the images. Nothing is returned
+    for fewer than 30 normal images: signals are then those of a model without a calibration.
+    """
+    normal = val.labels != 1
+    if SIGNALS[frozen.signal].locations is None or not normal.any():
+        return {}
+    units, judged = standardize_locations(_location_values(frozen, group, val.select(normal)), dict)
+    frozen.set_location_units(units)
+    return judged
 
 
 def measure_items(model: Model) -> dict[str, float]:
@@ -126,15 +152,22 @@ def calibrate(model: Model, group: ProcessGroup, train: ImageSet, val: ImageSet 
     precision = model._calibration_precision()
     frozen = model.freeze(precision)
     held = val.select(normal) if val is not None and len(normal) else None
-    units = location_statistics(
-        {} if held is None else _location_values(frozen, group, held), lambda: _location_values(frozen, group, train)
+    units, judged = standardize_locations(
+        {} if held is None else _location_values(frozen, group, held),
+        lambda: location_statistics(_location_values(frozen, group, train)),
     )
     frozen.set_location_units(units)
-    holdout = None if held is None else measure_signals(frozen, group, held)
+    holdout = None if held is None else {**measure_signals(frozen, group, held), **judged}
     model.calibration = Calibration.fit(measure_signals(frozen, group, train), holdout, precision, units)
 
 
 def _location_values(model: Scorer, group: ProcessGroup, images: ImageSet) -> dict[str, np.ndarray]:
     """Return the values at each location, name to `[n, L]`, on every rank, which each measures a shard of them."""
     shards = group.all_gather_object(model.location_values(images.select(slice(group.rank, None, group.size))))
-    return {name: np.concatenate([shard[name] for shard in shards if name in shard]) for name in shards[0]}
+    joined = {}
+    for name, first in shards[0].items():
+        joined[name] = np.empty((len(images), first.shape[1]))
+        for rank, shard in enumerate(shards):
+            if name in shard:  # a rank without images has none
+                joined[name][rank :: group.size] = shard[name]
+    return joined

@@ -255,13 +255,13 @@ def test_signals_are_what_they_are_called():
     error = (batch.double() - made.student.double()).square()
     np.testing.assert_allclose(found["residual"], error.mean((1, 2, 3)).numpy(), rtol=1e-5)
     assert all(column.dtype == np.float64 and column.shape == (4,) for column in found.values())
-    assert tuple(found) == model.signal_names and len(found) == 6
+    assert tuple(found) == model.signal_names and len(found) == 8
     assert tuple(model.signals(batch, ["residual"])) == ("residual",)
 
 
 def test_signals_refuse_what_they_cannot_give():
     model = tiny.model(inpainting="none")
-    assert "memory_distance" not in model.signal_names and len(model.signals(tiny.images(1))) == 5
+    assert "memory_distance" not in model.signal_names and len(model.signals(tiny.images(1))) == 6
     for name in ("memory_distance", "nonsense"):
         with pytest.raises(ValueError, match=f"signal must be one of discriminator_per_image, .*, got '{name}'"):
             model.signals(tiny.images(1), [name])

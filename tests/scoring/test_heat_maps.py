@@ -68,6 +68,14 @@ def test_residual_map_of_trained_network_peaks_on_planted_anomaly(autoencoder, n
     assert hit_rate(autoencoder.maps(images, name), corners) > 0.8
 
 
+def test_standardized_residual_map_of_calibrated_network_peaks_on_planted_anomaly(autoencoder):
+    images, corners = planted(48, 7)
+    autoencoder.calibrate(smooth(8, 1), smooth(60, 2))
+    rate = hit_rate(autoencoder.maps(images, "standardized_residual"), corners)
+    print(f"standardized_residual: peak in the anomaly in {rate:.0%} of {len(corners)} images")
+    assert rate > 0.8
+
+
 def test_residual_map_peaks_elsewhere_without_anomaly(autoencoder):
     _, corners = planted(48, 7)
     assert hit_rate(autoencoder.maps(smooth(48, 7), "residual"), corners) < 0.3
