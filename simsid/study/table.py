@@ -136,10 +136,10 @@ def notes(rows: Sequence[Summary], images: StudyImages, plan: Plan | None, seeds
             f"{rates.final_learning_rate:g}{', ' + plan.measured if plan.measured else ''}."
         )
     lines.append("AUC: mean and standard deviation over seeds. Interval: DeLong, of the first seed.")
-    if any(row.verdict == "reference" for row in rows):
+    if not all(math.isnan(row.p_value) for row in rows):
         lines.append("p: two-sample t-test against the reference; a difference is named where p is below 0.05.")
     lines.append("Times: medians, of the fastest seed; other work on the machine makes them longer.")
-    lines.append("* at the threshold of highest accuracy on these very images, as in the papers: optimistic.")
+    lines.append("accuracy*, F1*: at the threshold of highest accuracy on these very images, as in the papers: optimistic.")
     if any(row.cell.paper is not None for row in rows) and not images.digits:
         lines.append("paper: on ZhangLab's official test set after 200 epochs; other images than these.")
     return lines
