@@ -17,7 +17,18 @@ TIERS = [
     {"evaluation", "robustness"},
     {"training", "scoring"},
     {"models", "data"},
-    {"metrics", "checkpoint", "distributed", "cuda_graph", "parallel", "config", "fields", "arguments", "errors"},
+    {
+        "metrics",
+        "checkpoint",
+        "distributed",
+        "cuda_graph",
+        "parallel",
+        "precision",
+        "config",
+        "fields",
+        "arguments",
+        "errors",
+    },
     {"kernels"},
     {"__init__"},
 ]
@@ -167,7 +178,13 @@ def test_nothing_read_is_executed(name):
     assert "joblib" not in loaders or "from joblib import cpu_count\n" in MODULES[name].read_text("utf-8")
 
 
-DRAWING = ("simsid.report.figures", "simsid.report.embedding", "simsid.study.figure", "simsid.detector")
+DRAWING = (
+    "simsid.report.figures",
+    "simsid.report.embedding",
+    "simsid.study.figure",
+    "simsid.study.reconstructions",
+    "simsid.detector",
+)
 """Modules that may import matplotlib and scikit-learn: they are imported when they are needed."""
 
 

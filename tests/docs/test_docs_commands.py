@@ -9,6 +9,7 @@ import documents
 import pytest
 import tiny
 
+from simsid import robustness
 from simsid.commands import main as command_line
 from simsid.report import embedding, figures
 
@@ -22,7 +23,7 @@ REDUCED = {
     "feature_knn": ["--components", "6"],
 }
 """Options of a command, or of a preset of `train`, that take the place of those in the page or join them."""
-STUDIED = ["no_skip", "simsid 100 %", "pixel_knn"]
+STUDIED = ["no_skip", "simsid 100 %", "pixel_knn", "coupled"]
 """Rows of a study that take the place of its own; `--budget` alone would measure every one."""
 NETWORK = [*tiny.OPTIONS, "--epochs", "1", "--batch-size", "4"]
 
@@ -64,6 +65,7 @@ def coarse(monkeypatch):
     draw = figures.png
     monkeypatch.setattr(figures, "png", lambda figure, dpi=0: draw(figure, dpi=20))
     monkeypatch.setattr(embedding, "POINTS", 20)
+    monkeypatch.setattr(robustness, "SHIFTS", robustness.SHIFTS[:1])
 
 
 def run_simsid(words, capsys):

@@ -1,0 +1,69 @@
+"""Print the cost of a training step and of scoring on a CPU, in one process, all variants in turn.
+
+    OMP_NUM_THREADS=1 python benchmarks/cpu.py --width 32
+
+In seconds of the processor, which other work on the machine changes less than wall time; --wall measures that instead.
+The best of the rounds counts. See `models.py` for the variants.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as on the command line, for all variants alike
+
+import models
+import torch
+
+from simsid.models.base import BATCH
+
+VARIANTS = (models.BASELINE, models.PRODUCT, models.PRODUCT_BF16)
+CPU = torch.device("cpu")
+
+
+def calls(work: str, width: int) -> dict[str, Callable[[int], object]]:
+    """Return one call of each variant by name; its argument counts the rounds."""
+    found: dict[str, Callable[[int], object]] = {}
+    for name in VARIANTS:
+        variant = models.VARIANTS[name]
+        model = models.build("SimSID", width, CPU, variant.fused, str(variant.options.get("precision", "float32")))
+        images = models.noise(BATCH, model.config.image_size)
+        if work == "scoring":
+            score = models.scorer(name, model, BATCH)
+            found[name] = lambda _, score=score, images=images: score(images)
+        else:
+            step = models.training_step(name, model)
+            found[name] = lambda n, step=step, images=images: (step(images, 2 * n), step(images, 2 * n + 1))
+    if work == "scoring":
+        alone = models.scorer(models.BASELINE, models.build("SimSID", width, CPU), 1)
+        found["baseline, batch 1"] = lambda _: alone(images)
+    return found
+
+
+def main() -> None:
+    """Measure and print Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=32, help="width of the model (default: 32, as in the papers)")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds after one warm-up")
+    parser.add_argument("--work", choices=("scoring", "training"), action="append", help="default: both")
+    parser.add_argument("--wall", action="store_true", help="wall time")
+    chosen = parser.parse_args()
+    clock = time.perf_counter if chosen.wall else time.process_time
+    print(f"width {chosen.width}, batch {BATCH}, threads {torch.get_num_threads()}, torch {torch.__version__}")
+    print("| | seconds | against the baseline |\n| --- | ---: | ---: |")
+    for work in chosen.work or ("scoring", "training"):
+        seconds: dict[str, list[float]] = {}
+        made = calls(work, chosen.width)
+        for number in range(chosen.rounds + 1):
+            for name, call in made.items():
+                start = clock()
+                call(number)
+                seconds.setdefault(name, []).append(clock() - start)
+        best = {name: min(values[1:]) for name, values in seconds.items()}
+        for name, value in best.items():
+            print(f"| {work}: {name} | {value:.2f} | {best[models.BASELINE] / value:.2f}x |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
