@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from simsid.models.presets import PRESETS
 from simsid.study.cells import Result
 from simsid.study.images import StudyImages
 from simsid.study.plan import Plan, configuration, is_network
@@ -136,10 +137,12 @@ def notes(rows: Sequence[Summary], images: StudyImages, plan: Plan | None, seeds
             f"{rates.final_learning_rate:g}{', ' + plan.measured if plan.measured else ''}."
         )
     lines.append("AUC: mean and standard deviation over seeds. Interval: DeLong, of the first seed.")
-    if any(row.verdict == "reference" for row in rows):
+    if not all(math.isnan(row.p_value) for row in rows):
         lines.append("p: two-sample t-test against the reference; a difference is named where p is below 0.05.")
     lines.append("Times: medians, of the fastest seed; other work on the machine makes them longer.")
-    lines.append("* at the threshold of highest accuracy on these very images, as in the papers: optimistic.")
+    lines.append(
+        "accuracy*, F1*: at the threshold of highest accuracy on these very images, as in the papers: optimistic."
+    )
     if any(row.cell.paper is not None for row in rows) and not images.digits:
         lines.append("paper: on ZhangLab's official test set after 200 epochs; other images than these.")
     return lines
@@ -164,6 +167,8 @@ def _reference(study: Study, cell: Cell, cells: Sequence[Cell], images: StudyIma
         if other.label == study.reference:
             return other
     name = study.reference or cell.preset
+    if name not in PRESETS:  # a label that --only leaves out
+        return None
     unchanged = configuration(Cell(name, name), images.digits)
     for other in cells:
         plain = other.preset == name and other.normal_share == 1.0 and not other.training

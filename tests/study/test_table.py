@@ -1,5 +1,6 @@
 """The table of a study: statistics over seeds, the t-test, the columns, the figure."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -82,6 +83,13 @@ def test_the_reference_is_the_cell_at_the_defaults_of_the_data(digits, name, lab
     cells = [cell for cell in STUDIES[name].cells if cell.label != "P = 8"]  # does not divide the image
     rows = table.summarize(STUDIES[name], cells, {cell.label: [result(0.6)] for cell in cells}, digits)
     assert [row.cell.label for row in rows if row.verdict == "reference"] == [label]
+
+
+def test_rows_without_their_reference_are_compared_with_nothing(digits):
+    study = Study("title", (Cell("less", changes={"skip_levels": 0}), Cell("more")), reference="less")
+    assert [row.verdict for row in summaries(study, digits, less=FULL, more=LESS)] == ["reference", "worse"]
+    (row,) = summaries(dataclasses.replace(study, cells=study.cells[1:]), digits, more=LESS)
+    assert row.verdict == "" and math.isnan(row.p_value)
 
 
 def test_every_preset_of_contamination_is_compared_with_itself_on_normal_images(digits):
