@@ -296,7 +296,7 @@ class TrainingConfig:
     """Augmentation: largest translation, as a fraction of the side."""
     scale: float = 0.05
     """Augmentation: largest relative change of scale."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
     """Arithmetic of convolutions and products. `"bfloat16"` is autocast; `"auto"` is bfloat16 on a CPU with
     instructions for it, else float32. Validation and calibration have a precision of their own, that of scores."""
     cuda_graph: bool = True

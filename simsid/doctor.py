@@ -87,7 +87,7 @@ def _precision() -> Finding:
 
     found = bfloat16_instructions()
     why = f"the processor has {', '.join(found)}" if found else f"the processor has none of {', '.join(INSTRUCTIONS)}"
-    text = f"{choose_precision('auto', 'cpu')} for training on this CPU, scoring in float32 unless asked: {why}"
+    text = f"{choose_precision('auto', 'cpu')} where --precision auto trains on this CPU: {why}"
     return Finding(
         "ok", "precision", f"{text}; a 3x3 convolution is {measured_speedup():.1f} times as fast in bfloat16"
     )

@@ -45,7 +45,7 @@ def test_auto_is_bfloat16_only_on_a_processor_with_instructions(
     assert precision.choose_precision(requested, device, dtype) == chosen
 
 
-@pytest.mark.parametrize(("instructions", "expected"), [(("amx_bf16",), "bfloat16 for"), ((), "float32 for")])
+@pytest.mark.parametrize(("instructions", "expected"), [(("amx_bf16",), "bfloat16 where"), ((), "float32 where")])
 def test_doctor_names_the_precision_and_the_reason(monkeypatch, instructions, expected):
     monkeypatch.setattr(precision, "bfloat16_instructions", lambda: instructions)
     (finding,) = [finding for finding in doctor.examine() if finding.subject == "precision"]

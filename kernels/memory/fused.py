@@ -138,7 +138,7 @@ def make_handle(
 ) -> Handle | None:
     """Record the passes of a call; None where a call has to prepare its tensors, or needs one gradient alone."""
     one_gradient = gradient and not (query.requires_grad and memory.requires_grad)
-    ready = query.is_contiguous() and memory.is_contiguous() and memory.shape[0] == query.shape[1]
+    ready = query.is_contiguous() and memory.is_contiguous() and memory.shape[0] == query.shape[1] > 1
     if not query.shape[0] or not ready or one_gradient:
         return None
     target = target_of(query.device)
@@ -150,9 +150,9 @@ def make_handle(
         grad_out, query, memory, p = tensors
         return memory_backward(grad_out, query, memory, None, [p], temperature, True, True, target)
 
-    first = record(forward, (query, memory))
-    if not first.steps:
-        return None
     p = query.new_empty((*query.shape[:2], memory.shape[1]), dtype=torch.float32)
+    first = record(forward, (query, memory))
     second = record(backward, (query, query, memory, p)) if gradient else None
+    if first is None or (gradient and second is None):
+        return None
     return Handle(first, second, (topk, exclusive, False, temperature, False))

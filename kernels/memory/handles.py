@@ -40,8 +40,11 @@ class Recording(NamedTuple):
         return [tensors[place] for place in self.results]
 
 
-def record(function: Any, inputs: tuple[Tensor, ...], *options: Any) -> Recording:
-    """Run a host function on meta tensors like `inputs`, without launching, and record its launches."""
+def record(function: Any, inputs: tuple[Tensor, ...], *options: Any) -> Recording | None:
+    """Run a host function on meta tensors like `inputs`, without launching, and record its launches.
+
+    Return None where there is none, or one takes a view: as a tensor of its own it would hold nothing.
+    """
     copies = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in inputs]
     with record_launches(run=False) as launches:
         results = function(copies, *options)
@@ -61,4 +64,6 @@ def record(function: Any, inputs: tuple[Tensor, ...], *options: Any) -> Recordin
         plan = (launched.kernel, launched.grid, launched.num_warps, launched.num_stages)
         steps.append(Step(*plan, constants, tuple(pointers.items())))
     ends = tuple(map(place, results))
+    if not steps or any(tensor._is_view() for tensor in tensors):
+        return None
     return Recording(tuple(steps), tuple((tuple(x.shape), x.dtype) for x in tensors[len(inputs) :]), ends)

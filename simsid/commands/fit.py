@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from simsid.commands.common import Exclude, Machine, MaybeOutput
+from simsid.commands.common import Exclude, Machine, MaybeOutput, PrecisionName
 from simsid.commands.train import load_both, report_loaded, report_validation, split
 from simsid.config import PresetName
 from simsid.errors import UsageError
@@ -36,6 +36,9 @@ class Fit:
     exclude: Exclude = ()
     """Files to leave out, as patterns of their path below the folder, such as masks/*."""
 
+    precision: PrecisionName = "auto"
+    """Arithmetic of a feature memory's encoder; auto is float32. The fitted model keeps it."""
+
     def run(self) -> int:
         """Fit, save, and report on the validation images where they are labelled."""
         from simsid.distributed import ProcessGroup
@@ -47,6 +50,7 @@ class Fit:
 
     def _fit(self, device: str, group: "ProcessGroup") -> int:
         from simsid.models.presets import seeded_model
+        from simsid.precision import check_precision
         from simsid.training.run_folder import fit_in_folder, open_run
 
         data = self.data
@@ -57,6 +61,7 @@ class Fit:
         train_records, val_records = group.broadcast(lambda: split(data, self))
         train_records, left_out = _sampled(train_records, config)
         model = seeded_model(self.preset, config, getattr(config, "seed", 0), device)
+        model.precision = check_precision(self.precision, model.precisions)
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(open_run(path, self._document(data, config))) if group.main else None
             train, val = load_both(train_records, val_records, model, machine.workers or group.cpu_threads(), group)

@@ -72,6 +72,9 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         assert self.running_mean is not None and self.running_var is not None  # for type checkers
         assert self.num_batches_tracked is not None and self.momentum is not None
+        dtype = x.dtype
+        if dtype == torch.bfloat16:
+            x = x.float()  # as PyTorch's BatchNorm, whose statistics are float32 under autocast
         count = x.numel() // x.shape[1] * distributed.get_world_size()
         mean = _sum_over_ranks(x.sum((0, 2, 3))) / count
         centered = x - mean[:, None, None]
@@ -81,7 +84,7 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return centered * scale[:, None, None] + self.bias[:, None, None]
+        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(dtype)
 
 
 def _sum_over_ranks(values: Tensor) -> Tensor:

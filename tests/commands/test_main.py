@@ -136,7 +136,7 @@ def test_threads_are_this_process_fraction_of_the_cores(model, monkeypatch, opti
 def test_commands_other_than_train_and_score_refuse_several_processes(simsid, monkeypatch, model, films):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    for line in (["evaluate", model, films], ["train", films, "--preset", "pixel_knn"]):
+    for line in (["evaluate", model, films], ["calibrate", model, films]):
         done = simsid(*line)
         assert done.code == 2
         assert done.err == f"simsid: rank 1: {line[0]} runs as a single process; start it without torchrun\n"
