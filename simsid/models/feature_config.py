@@ -54,8 +54,8 @@ class FeatureConfig:
     """How much each location counts: `"lungs"` (two ellipses of a frontal chest radiograph), `"uniform"` for other
     anatomies, or an array `[h, w]` of numbers of at least 0 that covers the image."""
     pooled_layers: int = 2
-    """Deepest layers whose mean features the pooled memory compares. Shallower ones see sharpness and compression, which
-    differ between sites."""
+    """Deepest layers whose mean features the pooled memory compares. Shallower ones see sharpness and compression,
+    which differ between sites."""
     neighbors: int = 5
     """Nearest images whose mean distance is the pooled score; 1 to 25 made no difference."""
     grid: int = 7
