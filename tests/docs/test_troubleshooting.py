@@ -4,6 +4,7 @@ import ast
 import functools
 import re
 import shlex
+import shutil
 
 import documents
 import pytest
@@ -35,11 +36,15 @@ def place(world_folder):
 def test_command_fails_with_the_message(command, message, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = shlex.split(command)[1:]
+    for output in ("scores", "here"):  # where the commands of other pages may have written
+        shutil.rmtree(output, ignore_errors=True)
     with pytest.raises(SystemExit) as stop:
-        command_line.main(shlex.split(command)[1:])
+        command_line.main(words)
     printed = capsys.readouterr()
-    shown, expected = (printed.out + printed.err).replace(str(place), "/home/me").splitlines(), message.splitlines()
-    assert stop.value.code == 2 and shown[-len(expected) :] == expected
+    shown = (printed.out + printed.err).replace(str(place), "/home/me")
+    # Notes on a small calibration may stand around the message, once in a process.
+    assert stop.value.code == 2 and f"\n{message.strip()}\n" in f"\n{shown}\n"
 
 
 @functools.cache

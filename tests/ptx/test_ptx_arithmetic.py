@@ -170,6 +170,7 @@ ARITHMETIC = [
     ("setp.ne.f32", (NAN, 1.0), False),
     ("setp.neu.f32", (NAN, 1.0), True),
     ("setp.le.f32", (1.0, 1.0), True),
+    ("setp.leu.f32", (NAN, 1.0), True),
     ("setp.ge.f32", (1.0, 2.0), False),
     ("setp.nan.f32", (NAN, 1.0), True),
     ("setp.num.f32", (NAN, 1.0), False),
