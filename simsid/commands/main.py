@@ -113,14 +113,19 @@ def _run(arguments: list[str]) -> int | str | None:
     except KeyboardInterrupt:
         return 130
     except SimsidError as error:
-        print(f"simsid: {who}{printable(str(error))}", file=sys.stderr)
+        _print_error(f"{who}{error}")
         return 1 if isinstance(error, IncompleteError) else 2
     except OSError as error:
         if error.strerror is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"simsid: {who}{printable(where + error.strerror)}", file=sys.stderr)
+        _print_error(f"{who}{where}{error.strerror}")
         return 2
+
+
+def _print_error(message: str) -> None:
+    """Print one line in one write, or the lines of several ranks would mix."""
+    sys.stderr.write(f"simsid: {printable(message)}\n")
 
 
 def _parse(arguments: list[str]) -> Any:
