@@ -159,6 +159,8 @@ def _parse(arguments: list[str]) -> Any:
 
 def _train_command(arguments: list[str]) -> tuple[type, Any]:
     """Return the class of `train` and its defaults: those of the preset or ablation that the arguments name."""
+    if _option(arguments, "ablation") and _option(arguments, "preset"):
+        raise UsageError("--ablation names a configuration of its own; leave out --preset")
     name = _option(arguments, "ablation") or _option(arguments, "preset") or "simsid"
     if _option(arguments, "ablation") or name in PRESETS:
         with contextlib.suppress(ConfigError):  # an unknown name: the parser lists the known ones

@@ -3,6 +3,8 @@
 import abc
 import json
 import os
+import pathlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,7 +16,7 @@ from typing_extensions import Self
 
 from simsid import checkpoint
 from simsid.arguments import require_device, require_path, require_whole_number
-from simsid.data import Preprocessing, as_batches
+from simsid.data import ImageSet, Preprocessing, as_batches
 from simsid.distributed import ProcessGroup
 from simsid.errors import CalibrationError, CheckpointError, InputError
 from simsid.models.calibration import Calibration, LocationUnits, location_statistics, standardize_locations
@@ -307,6 +309,8 @@ class AnomalyModel(Scorer):
             held, lambda: former if local else location_statistics(frozen.location_values(images))
         )
         frozen.set_location_units(units)
+        if frozen is not self:
+            frozen.calibration = None  # it may lack signals that are measured now
         kept = None if holdout is None else {**frozen.signals(holdout), **judged}
         signals = {**frozen.signals(images), **(judged if local else {})}
         self.calibration = Calibration.fit(signals, kept, precision, units)
@@ -345,8 +349,18 @@ class AnomalyModel(Scorer):
         return None
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write the model and its calibration to `folder`, atomically: tensors as safetensors, the rest as JSON."""
+        """Write the model and its calibration to `folder`, atomically: tensors as safetensors, the rest as JSON.
+
+        Raises:
+            InputError: the folder holds a model of another kind, perhaps with the run that trained it.
+        """
         require_path("folder", folder)
+        there = _kind_in(folder)
+        if there not in (None, self.kind):
+            raise InputError(
+                f"{os.fspath(folder)} holds a model of kind {there!r}, which one of kind {self.kind!r} must not "
+                "replace; choose another folder"
+            )
         tensors, document = self.state()
         calibration = self.calibration.to_dict() if self.calibration else None
         checkpoint.write(folder, "model", tensors, {"kind": self.kind, "calibration": calibration, **document})
@@ -398,3 +412,21 @@ class AnomalyModel(Scorer):
         calibration = self.calibration.to_dict() if self.calibration else None
         text = json.dumps([self.kind, document, calibration], sort_keys=True)
         return checkpoint.digest(text, dict(sorted(tensors.items())))
+
+
+def _kind_in(folder: str | os.PathLike) -> object:
+    """Return the kind of the model in a folder; None where there is none, or nothing that can be read."""
+    try:
+        return json.loads((pathlib.Path(folder) / "model.json").read_text("utf-8")).get("kind")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def warn_of_abnormal(train: object) -> None:
+    """Warn where images that are learned as normal are labeled abnormal."""
+    if isinstance(train, ImageSet) and (count := int((train.labels == 1).sum())):
+        warnings.warn(
+            f"{count} of {len(train)} training images are labeled abnormal and are learned as normal; leave them out "
+            "with train.select(train.labels != 1)",
+            stacklevel=3,
+        )

@@ -15,7 +15,7 @@ from simsid.data import Preprocessing, as_image_set
 from simsid.distributed import ProcessGroup
 from simsid.errors import CalibrationError, CheckpointError, ConfigError, InputError
 from simsid.fields import from_dict, replaced
-from simsid.models.base import AnomalyModel
+from simsid.models.base import AnomalyModel, warn_of_abnormal
 from simsid.models.calibration import Calibration
 from simsid.models.pixel_config import PixelConfig, PixelIsolationForestConfig, PixelKNNConfig, PixelPCAConfig
 
@@ -70,6 +70,7 @@ class PixelBaseline(AnomalyModel):
         images, and else from two halves of `train`, each measured by a model of the other.
         """
         train_set = as_image_set(train, name="train")
+        warn_of_abnormal(train_set)
         if len(train_set) < self.fewest:
             raise InputError(f"{self.kind} needs at least {self.fewest} normal images, got {len(train_set)}")
         held = None

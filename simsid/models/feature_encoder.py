@@ -171,7 +171,8 @@ class FeatureEncoder(nn.Module):
         for name in self.layers:
             if not name or name not in modules:
                 last = ", ".join([name for name in modules if name][-5:])
-                raise InputError(f"layers must name submodules of the encoder, got {name!r}; its last ones are {last}")
+                known = f"its last ones are {last}" if last else "it has none, so leave layers out"
+                raise InputError(f"layers must name submodules of the encoder, got {name!r}; {known}")
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 

@@ -12,7 +12,7 @@ from typing_extensions import Self
 from simsid.data import Preprocessing, as_image_set
 from simsid.distributed import ProcessGroup
 from simsid.errors import CheckpointError, ConfigError, InputError
-from simsid.models.base import BATCH, AnomalyModel
+from simsid.models.base import BATCH, AnomalyModel, warn_of_abnormal
 from simsid.models.calibration import Calibration
 from simsid.models.feature_config import FeatureConfig
 from simsid.models.feature_encoder import FeatureEncoder
@@ -121,6 +121,7 @@ class FeatureModel(AnomalyModel):
         group: ProcessGroup | None = None,
     ) -> FeatureSample:
         """Return the sample of training images; fewer than 8 are an `InputError`."""
+        warn_of_abnormal(train)
         precision = super()._calibration_precision()
         sample = self.sample(train, copies, progress=progress, group=group, precision=precision)
         if sample.count < FEWEST:

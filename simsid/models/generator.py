@@ -98,12 +98,18 @@ class CustomEncoder(nn.Module):
     def _check(self, config: Config, device: torch.device) -> None:
         S = config.patch_size
         training = {module: module.training for module in self.network.modules()}
-        maps = self.network.eval()(torch.zeros(1, 1, S, S, device=device))
-        for module, mode in training.items():
-            module.training = mode
+        try:
+            maps = self.network.eval()(torch.zeros(1, 1, S, S, device=device))
+        except RuntimeError as error:
+            raise InputError(f"encoder must take a float32 patch [1, 1, {S}, {S}], and raised: {error}") from error
+        finally:
+            for module, mode in training.items():
+                module.training = mode
         maps = list(maps.values()) if isinstance(maps, Mapping) else maps
         want = [[1, C, S // 2**i, S // 2**i] for i, C in enumerate(config.channels)]
         is_list = isinstance(maps, (list, tuple)) and all(isinstance(x, Tensor) for x in maps)
+        if is_list and any(x.dtype != torch.float32 for x in maps):
+            raise InputError(f"encoder must yield float32 maps, got {', '.join(str(x.dtype) for x in maps)}")
         shapes = [list(x.shape) for x in maps] if is_list else type(maps).__name__
         if shapes != want:
             raise InputError(f"encoder must yield maps of the shapes {want} for a patch [1, 1, {S}, {S}], got {shapes}")

@@ -21,6 +21,7 @@ from simsid.data import ImageSet
 from simsid.distributed import ProcessGroup
 from simsid.errors import RunError
 from simsid.kernels.ranges import stage
+from simsid.models.base import warn_of_abnormal
 from simsid.models.model import Model
 from simsid.training import state
 from simsid.training.criterion import choose_best, choose_criterion, is_out_of_patience
@@ -141,6 +142,7 @@ class Trainer:
                 run; or ranks that have different images or configurations.
         """
         images = to_image_set(train, "train", self.model.config)
+        warn_of_abnormal(images)
         is_empty = val is None or (isinstance(val, Sized) and len(val) == 0)
         val_images = None if is_empty else to_image_set(val, "val", self.model.config)
         validate_images(images, val_images, self.model.config.image_size)

@@ -228,3 +228,19 @@ def test_wrong_inputs_are_named(name, call, message):
 def test_wrong_configurations_are_named(make, message):
     with pytest.raises((ConfigError, InputError), match=message):
         make()
+
+
+def test_training_images_labeled_abnormal_are_warned_of():
+    images = smooth_images()
+    records = tuple(Record(f"{i}", label=int(i < 2)) for i in range(len(images)))
+    with pytest.warns(UserWarning, match="2 of 60 training images are labeled abnormal"):
+        made("pixel_pca").fit(ImageSet(images, records))
+
+
+def test_model_of_another_kind_is_not_replaced(tmp_path):
+    first = made("pixel_pca").fit(smooth_images())
+    first.save(tmp_path)
+    with pytest.raises(InputError, match="holds a model of kind 'pixel_pca', which one of kind 'pixel_knn' must not"):
+        made("pixel_knn").fit(smooth_images()).save(tmp_path)
+    first.save(tmp_path)
+    assert load(tmp_path).kind == "pixel_pca"

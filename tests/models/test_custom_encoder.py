@@ -85,3 +85,17 @@ def test_saved_model_names_the_encoder_that_it_lacks(tmp_path):
 def test_encoder_that_does_not_fit_is_refused_in_one_sentence(encoder, error, message):
     with pytest.raises(error, match=message):
         Model(encoder=encoder, **tiny.SIZES)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        (nn.Conv2d(3, 4, 3), r"encoder must take a float32 patch \[1, 1, \d+, \d+\], and raised: Given groups=1"),
+        (Pyramid().double(), "encoder must take a float32 patch"),
+        (Pyramid(form=lambda maps: [x.half() for x in maps]), "encoder must yield float32 maps, got torch.float16"),
+    ],
+    ids=["three channels", "double precision", "half maps"],
+)
+def test_encoder_that_cannot_take_a_patch_is_refused(encoder, message):
+    with pytest.raises(InputError, match=message):
+        Model(encoder=encoder, **tiny.SIZES)

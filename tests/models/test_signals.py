@@ -269,7 +269,7 @@ def test_calibration_of_an_older_version_refuses_the_signals_it_did_not_measure(
     del values["locations"], values["mean"]["standardized_residual"], values["std"]["standardized_residual"]
     model.calibration = Calibration.from_dict(values)
     assert model.score(tiny.images(2)).shape == (2,)
-    with pytest.raises(InputError, match=r"must be one of the calibration's .*, got 'standardized_residual'"):
+    with pytest.raises(InputError, match=r"signal must be one of .*, got 'standardized_residual'"):
         model.score(tiny.images(2), signal="standardized_residual")
 
 
