@@ -7,7 +7,7 @@ generator, a host synchronization for every loss, the default Adam of PyTorch, c
 image.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -67,8 +67,9 @@ class Baseline:
             for batch in images.split(batch_size):
                 outputs, discriminator = self(batch), self.model.discriminator
                 logits = judge(discriminator, outputs.student, per_image=True), judge(discriminator, outputs.student)
-                for name, values in all_signals(batch, outputs, *logits).items():
-                    columns[name] += [value.item() for value in values]
+                found = all_signals(batch, outputs, *logits, location_units(self.model))
+                for name in columns:
+                    columns[name] += [value.item() for value in found[name]]
         return {name: np.array(values) for name, values in columns.items()}
 
     def score_files(self, files: Iterable[Record | str], batch_size: int = 1) -> Iterator[Score]:
@@ -149,8 +150,24 @@ def inference(model: Model) -> Iterator[None]:
         model.train(training)
 
 
-def all_signals(images: Tensor, outputs: Reconstruction, per_image: Tensor, running: Tensor) -> dict[str, Tensor]:
+def location_units(model: Model) -> dict[str, Tensor]:
+    """Return mean and deviation of each location by signal, `[2, L]`, which a calibration holds."""
+    known = model.calibration.locations if model.calibration else {}
+    return {name: torch.tensor(pair, dtype=torch.float64, device=model.device) for name, pair in known.items()}
+
+
+def all_signals(
+    images: Tensor, outputs: Reconstruction, per_image: Tensor, running: Tensor, units: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Return every signal `[B]` of images `[B, 1, H, W]`, from their reconstruction and the logits `[B]` on it."""
+    computed = {
+        "images": images,
+        "reconstruction": outputs.student,
+        "query": outputs.query,
+        "retrieved": outputs.retrieved,
+        "location_units": units,
+    }
+    standardized = [signal for signal in signals.SIGNALS.values() if signal.locations is not None]
     return {
         "discriminator_per_image": -per_image,
         "discriminator_running": -running,
@@ -158,6 +175,7 @@ def all_signals(images: Tensor, outputs: Reconstruction, per_image: Tensor, runn
         "local_residual": signals.local_residual(images, outputs.student),
         "focal_residual": signals.focal_residual(images, outputs.student),
         "memory_distance": signals.memory_distance(outputs.query, outputs.retrieved),
+        **{signal.name: signal.compute(computed) for signal in standardized},
     }
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import measure
 import numpy as np
 import torch
-from baseline import Baseline, BaselineStep, all_signals
+from baseline import Baseline, BaselineStep, all_signals, location_units
 from ops import COMPILES_SLOWLY, NEEDS_CUDA
 from PIL import Image, ImageFilter
 from torch import Tensor
@@ -129,12 +129,14 @@ def _vectorized(
     model: Model, batch: int, cuda_graph: bool = False, compile: bool = False, precision: str = "float32"
 ) -> Scorer:
     """Score through `Model.forward`, without anything that `Model.freeze` does for inference."""
+    units = location_units(model)
 
     def compute(images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             outputs = model(images)
             logits = model.discriminator(outputs.student, "per_image"), model.discriminator(outputs.student)
-        return torch.stack([values.double() for values in all_signals(images, outputs, *logits).values()])
+        found = all_signals(images, outputs, *logits, units)
+        return torch.stack([found[name].double() for name in model.signal_names])
 
     if compile:
         compute = torch.compile(compute, dynamic=False)

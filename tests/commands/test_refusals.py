@@ -4,6 +4,7 @@ import pytest
 
 REFUSALS = [
     ("train", "train needs a folder or CSV of images, or --resume RUN"),
+    ("train FILMS -o run --preset vae --ablation no_skip", "--ablation names a configuration of its own"),
     ("train nowhere", "nowhere does not exist"),
     ("train empty", "empty has no image"),
     ("train notes.txt", "notes.txt is neither an image nor a CSV"),
