@@ -184,8 +184,8 @@ def rows(output, rank):
     path = pathlib.Path(output, ".scoring", f"shard-{rank or 0}-of-{len(ranks)}.jsonl")
     return path.read_bytes().count(b"\\n") if path.exists() else 0
 
-# Every second step of one process, and of two, whose steps interleave differently each time, every sixth: where it starts is
-# drawn, so that a few runs of the tests see all of them.
+# Every second step of one process, and of two, whose steps interleave differently each time, every sixth: where it
+# starts is drawn, so that a few runs of the tests see all of them.
 stride = 2 if which == "alone" else 6
 for limit in range(random.randint(1, stride), 1000, stride):
     output = os.path.join(folder, f"{which} {limit}")
