@@ -16,7 +16,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as on the command line, fo
 import models
 import torch
 
-from simsid.models.base import BATCH
+from simsid.models.scorer import BATCH
 
 VARIANTS = (models.BASELINE, models.PRODUCT, models.PRODUCT_BF16)
 CPU = torch.device("cpu")

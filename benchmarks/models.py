@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from simsid import Config, Model, TrainingConfig
 from simsid.data import Radiographs, stream_images
 from simsid.kernels.backend import why_not_triton
-from simsid.models.base import BATCH
+from simsid.models.scorer import BATCH
 from simsid.precision import bfloat16_instructions
 from simsid.scoring.stream import Score, score_files
 from simsid.training.step import TrainingStep

@@ -17,9 +17,9 @@ import torch
 from torch.autograd.profiler import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from simsid.models.base import BATCH
 from simsid.models.inpainting import NeighborAttention
 from simsid.models.memory import SpaceAwareMemory
+from simsid.models.scorer import BATCH
 
 RANGES = {
     (SpaceAwareMemory, "forward"): "memory",

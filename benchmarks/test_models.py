@@ -20,8 +20,8 @@ from baseline import Baseline  # noqa: E402
 from models import BASELINE, METHODS, PAPERS, PRODUCT, VARIANTS  # noqa: E402
 
 from simsid.data import ZhangLab, load_images  # noqa: E402
-from simsid.models.base import BATCH  # noqa: E402
 from simsid.models.losses import reconstruction_loss  # noqa: E402
+from simsid.models.scorer import BATCH  # noqa: E402
 
 # A step that falls back to eager execution must not be timed as a captured one.
 pytestmark = pytest.mark.filterwarnings("error:.*CUDA graph:UserWarning")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from simsid import __version__, checkpoint
 from simsid.errors import ExportError, InputError
 from simsid.models import AnomalyModel
-from simsid.models.base import Scorer
+from simsid.models.scorer import Scorer
 from simsid.models.signals import SIGNALS
 
 SUFFIXES = (".pt2", ".onnx")

@@ -15,8 +15,9 @@ from simsid.arguments import require_instance
 from simsid.data import ImageSet
 from simsid.errors import InputError
 from simsid.evaluation import Evaluation
-from simsid.models.base import BATCH, AnomalyModel
+from simsid.models.base import AnomalyModel
 from simsid.models.feature_jitter import gaussian_blur, moved
+from simsid.models.scorer import BATCH
 
 SIDE = 224
 """Pixels of the image's side to which the sigma of a blur refers."""

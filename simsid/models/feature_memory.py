@@ -11,7 +11,7 @@ from simsid import checkpoint
 from simsid.data import ImageSet
 from simsid.distributed import ProcessGroup
 from simsid.errors import InputError
-from simsid.models.base import BATCH, Adaptation
+from simsid.models.base import Adaptation
 from simsid.models.calibration import Calibration
 from simsid.models.feature_config import FeatureConfig
 from simsid.models.feature_contents import feature_memories
@@ -19,6 +19,7 @@ from simsid.models.feature_model import FEWEST, FeatureModel, checked_sizes
 from simsid.models.feature_parts import FeatureParts
 from simsid.models.feature_sample import FeatureSample
 from simsid.models.memory_contents import MemoryContents
+from simsid.models.scorer import BATCH
 
 ABNORMAL = 3.5  # robust deviations above the median from which `adapt` names an image
 

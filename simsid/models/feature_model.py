@@ -12,13 +12,14 @@ from typing_extensions import Self
 from simsid.data import Preprocessing, as_image_set
 from simsid.distributed import ProcessGroup
 from simsid.errors import CheckpointError, ConfigError, InputError
-from simsid.models.base import BATCH, AnomalyModel, warn_of_abnormal
+from simsid.models.base import AnomalyModel, warn_of_abnormal
 from simsid.models.calibration import Calibration
 from simsid.models.feature_config import FeatureConfig
 from simsid.models.feature_encoder import FeatureEncoder
 from simsid.models.feature_inpainting import to_grid
 from simsid.models.feature_pooled import pool
 from simsid.models.feature_sample import FeatureSample, gather
+from simsid.models.scorer import BATCH
 
 FEWEST = 8
 """Normal images that fitting and adapting need: means, deviations and two folds of fewer say nothing."""

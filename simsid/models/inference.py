@@ -17,10 +17,10 @@ from simsid.data import Preprocessing
 from simsid.errors import ConfigError, InputError
 from simsid.kernels.ranges import stage
 from simsid.models import patches
-from simsid.models.base import BATCH, Scorer
 from simsid.models.calibration import LocationUnits
 from simsid.models.discriminator import Discriminator
 from simsid.models.generator import CustomEncoder, Encoder, Generator
+from simsid.models.scorer import BATCH, Scorer
 from simsid.models.signals import CELLS, SIGNALS, available_signals, decoder_memory_map
 from simsid.precision import check_precision
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from simsid.models.base import BATCH
 from simsid.models.memory import DecoderMemory, SpaceAwareMemory
 from simsid.models.memory_contents import FEATURES, SHOWN, MemoryContents
+from simsid.models.scorer import BATCH
 
 if TYPE_CHECKING:
     from simsid.models.inference import FrozenModel

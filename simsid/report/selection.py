@@ -10,7 +10,8 @@ from torch import Tensor
 
 from simsid.data import ImageSet, Record
 from simsid.evaluation import Evaluation, scores_of
-from simsid.models.base import BATCH, AnomalyModel
+from simsid.models.base import AnomalyModel
+from simsid.models.scorer import BATCH
 from simsid.models.signals import MAPS, SIGNALS
 from simsid.report.examples import Example, HeatMap, map_limit
 from simsid.report.film import FilmRow, page_name, remove_films, write_film

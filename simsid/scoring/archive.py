@@ -33,7 +33,8 @@ from simsid.data import iter_records, load_images
 from simsid.data.folders import patterns
 from simsid.distributed import ProcessGroup
 from simsid.errors import ArchiveError, InputError
-from simsid.models.base import BATCH, AnomalyModel
+from simsid.models.base import AnomalyModel
+from simsid.models.scorer import BATCH
 from simsid.models.signals import check_signals
 from simsid.scoring.shard import Highest, Shard, read_images, read_row, write_row
 from simsid.scoring.shift import find_shift

@@ -17,7 +17,8 @@ from simsid.data import Failure, Preprocessing, Record, read_image
 from simsid.data.files import FileReader, open_file
 from simsid.data.preprocessing import to_float
 from simsid.errors import InputError, ReadError
-from simsid.models.base import BATCH, AnomalyModel
+from simsid.models.base import AnomalyModel
+from simsid.models.scorer import BATCH
 from simsid.models.signals import MAPS
 from simsid.parallel import in_order, thread_count
 from simsid.scoring.overlay import overlay, upper_limit, with_color_bar

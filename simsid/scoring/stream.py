@@ -15,7 +15,8 @@ from simsid.arguments import require_instance, require_whole_number
 from simsid.data import Failure, Record, stream_images
 from simsid.errors import InputTypeError
 from simsid.kernels.ranges import stage
-from simsid.models.base import BATCH, AnomalyModel, Scorer
+from simsid.models.base import AnomalyModel
+from simsid.models.scorer import BATCH, Scorer
 from simsid.models.signals import check_signals
 
 

@@ -13,9 +13,10 @@ from simsid import checkpoint
 from simsid.config import TrainingConfig
 from simsid.errors import CheckpointError, RunError
 from simsid.evaluation import evaluate
-from simsid.models.base import BATCH, AnomalyModel
+from simsid.models.base import AnomalyModel
 from simsid.models.loading import load
 from simsid.models.presets import seeded_model
+from simsid.models.scorer import BATCH
 from simsid.study.images import StudyImages
 from simsid.study.plan import Plan, configuration, is_network
 from simsid.study.studies import Cell

@@ -11,10 +11,10 @@ from simsid.config import Config
 from simsid.data import ImageSet, Preprocessing, as_image_set
 from simsid.distributed import ProcessGroup
 from simsid.errors import InputError
-from simsid.models.base import Scorer
 from simsid.models.calibration import Calibration, location_statistics, standardize_locations
 from simsid.models.inference import FrozenModel
 from simsid.models.model import Model
+from simsid.models.scorer import Scorer
 from simsid.models.signals import SIGNALS
 
 

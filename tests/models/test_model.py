@@ -15,10 +15,10 @@ import torch
 
 from simsid.config import ABLATIONS, PRESETS, Config
 from simsid.errors import CalibrationError, ConfigError
-from simsid.models.base import BATCH
 from simsid.models.inference import network_signals
 from simsid.models.losses import adversarial_loss, reconstruction_loss
 from simsid.models.model import Model
+from simsid.models.scorer import BATCH
 
 
 def lively(**changes) -> Model:
