@@ -191,7 +191,7 @@ def memory_items_gradient_kernel(
     # Pointers
     grad_out_ptr,  # (B, L, D)
     query_ptr,  # (B, L, D)
-    memory_ptr,  # (L, N, D), or None where the similarity is no cosine
+    memory_ptr,  # (L, N, D), or None where the similarity is the dot product
     mask_ptr,  # (L, N), contiguous, or None: the items that may be selected
     coefficient_ptr,  # (2, B, L, N), contiguous, float32: ds and w; for the cosine (3, B, L, N)
     grad_memory_ptr,  # (L, N, D), contiguous

@@ -24,7 +24,7 @@ class Cell:
     training: Values = field(default_factory=dict)
     """Fields of `TrainingConfig` that differ from the other cells."""
     normal_share: float = 1.0
-    """Fraction of the training images that are normal; the others are abnormal, and the model is not told which."""
+    """Fraction of the training images that are normal; the others are abnormal, and their labels are not used."""
     x: float | None = None
     """Position on the figure's axis; None draws a bar."""
     paper: float | None = None
