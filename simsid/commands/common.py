@@ -140,6 +140,13 @@ def refuse_file(path: pathlib.Path) -> None:
         raise UsageError(f"the output must be a folder, got the file {path}")
 
 
+def refuse_output_among_images(data: pathlib.Path, output: pathlib.Path) -> None:
+    """Refuse to draw among the images, where the next command would take the pictures for radiographs."""
+    data, output = data.resolve(), output.resolve()
+    if data.is_dir() and output.is_relative_to(data):
+        raise UsageError(f"the output must lie outside the folder of images {data}, got {output}")
+
+
 def output_folder(path: pathlib.Path) -> pathlib.Path:
     """Create the folder for results; refuse a file."""
     refuse_file(path)

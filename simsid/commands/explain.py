@@ -6,8 +6,16 @@ from dataclasses import dataclass, field
 
 from tyro.conf import OmitArgPrefixes
 
-from simsid.commands.common import Data, Exclude, Machine, ModelFolder, Output, SignalName, output_folder
-from simsid.errors import UsageError
+from simsid.commands.common import (
+    Data,
+    Exclude,
+    Machine,
+    ModelFolder,
+    Output,
+    SignalName,
+    output_folder,
+    refuse_output_among_images,
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Explain:
 
         model = load(self.model, device=self.machine.prepare())
         name = model.choose_map(self.signal)
-        self._check_output()
+        refuse_output_among_images(self.data, self.output)
         records = iter_records(self.data, exclude=self.exclude)
         output = output_folder(self.output)
         results = explain_files(
@@ -61,9 +69,3 @@ class Explain:
         missed = f", {failed} failed (reasons in explain.csv)" if failed else ""
         print(f"{done} of {done + failed} maps of {name} written to {output}{missed}")
         return 0 if not failed else 1 if done else 2
-
-    def _check_output(self) -> None:
-        """Refuse to write among the images, where the next command would take the pictures for radiographs."""
-        data, output = self.data.resolve(), self.output.resolve()
-        if data.is_dir() and output.is_relative_to(data):
-            raise UsageError(f"the output must lie outside the folder of images {data}, got {output}")

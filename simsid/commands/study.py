@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from simsid.commands.common import Exclude, Machine, MaybeOutput
+from simsid.commands.common import Exclude, Machine, MaybeOutput, refuse_output_among_images
 from simsid.config import TrainingConfig
 from simsid.errors import UsageError
 
@@ -92,6 +92,8 @@ class Study:
         return 0
 
     def _check(self) -> None:
+        if self.data is not None and self.output is not None:
+            refuse_output_among_images(self.data, self.output)
         TrainingConfig(criterion=self.criterion)  # type: ignore[arg-type]  # refuses an unknown one
         for name in ("seeds", "width", "epochs", "images"):
             value = getattr(self, name)

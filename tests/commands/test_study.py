@@ -93,6 +93,7 @@ def test_ctrl_c_leaves_a_study_that_the_same_command_resumes(simsid, small, monk
         ),
         ("speed --data nowhere", "nowhere does not exist"),
         ("mixed --data FILMS", "evaluation needs"),
+        ("speed --data FILMS -o FILMS/out", "the output must lie outside the folder of images"),
         ("speed --width 2000", "width must be at most 1024, got 2000"),
     ],
 )
