@@ -163,8 +163,10 @@ def _line(index: int) -> dict[str, Any]:
     """Return the line style of the signal at an index; index 0 is the default signal."""
     if index == 0:
         return {"color": PALETTE[0], "linewidth": 2.6, "zorder": 5}
-    color = PALETTE[1:][(index - 1) % (len(PALETTE) - 1)]
-    return {"color": color, "linewidth": 1.4, "dashes": DASHES[(index - 1) % len(DASHES)], "zorder": 4}
+    cycle, position = divmod(index - 1, len(PALETTE) - 1)
+    # Each further round of colors has other dashes, so that no two curves look alike.
+    dashes = DASHES[(position + cycle) % len(DASHES)]
+    return {"color": PALETTE[1:][position], "linewidth": 1.4, "dashes": dashes, "zorder": 4}
 
 
 def _legend_height(totals: Sequence[Row]) -> float:
