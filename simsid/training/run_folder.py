@@ -80,10 +80,6 @@ class RunFolder:
         with self.writing("run.json"):
             checkpoint.write_json(self.path / "run.json", {**document, "versions": versions()})
 
-    def read_request(self) -> dict[str, object]:
-        """Read run.json."""
-        return checkpoint.read_json(self.path / "run.json")
-
     def write_manifest(self, *parts: ImageSet | None) -> None:
         """Write manifest.csv: the record and the SHA-256 of every image, empty where it is not a file.
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from simsid import data
+from simsid import checkpoint, data
 from simsid.errors import RunError
 from simsid.training.run_folder import WRITTEN, RunFolder, versions
 
@@ -91,7 +91,7 @@ def test_manifest_names_every_image_with_the_hash_of_its_file(tmp_path):
 def test_request_and_metrics_round_trip(tmp_path):
     with RunFolder(tmp_path / "run") as folder:
         folder.write_request({"command": "train"})
-        assert folder.read_request() == {"command": "train", "versions": versions()}
+        assert checkpoint.read_json(folder.path / "run.json") == {"command": "train", "versions": versions()}
         folder.write_metrics([{"epoch": 0}])
         folder.append_metrics({"epoch": 1})
         lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
