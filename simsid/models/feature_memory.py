@@ -157,10 +157,14 @@ class FeatureMemory(FeatureModel):
         return Adaptation(len(new), sample.count - len(new), self.original["images"], abnormal)
 
     def revert(self) -> None:
-        """Undo every adaptation: the memory, its units and the calibration are as fitted."""
+        """Undo every adaptation: the memory, its units and the calibration are as fitted.
+
+        Raises:
+            InputError: the model is not adapted.
+        """
         parts = self._fitted()
         if self.original is None:
-            raise InputError("the model is not adapted: there is nothing to revert")
+            raise InputError("the model is not adapted: there is nothing to undo")
         parts.pooled.truncate(self.original["images"])
         parts.set_units(self.original["units"])
         calibration = self.original["calibration"]
@@ -241,6 +245,10 @@ class FeatureMemory(FeatureModel):
         checkpoint.load_state(model.parts, tensors, source)
         model.original = _checked_original(document["original"], model.parts)
         return model
+
+    @property
+    def _preset(self) -> str:
+        return "features"
 
     def _fitted(self) -> FeatureParts:
         if self.parts is None:
