@@ -147,6 +147,17 @@ class FeatureModel(AnomalyModel):
         """Return the precision of the features that the model was fitted to; refuse another one."""
         return self.calibrated().precision if self.calibration is not None else super()._calibration_precision()
 
+    @property
+    def _preset(self) -> str:
+        """What `simsid train --preset` calls the class."""
+        return self.kind
+
+    def _remedy_for_precision(self) -> str:
+        return (
+            "fit another model, whose memory has features of that precision: simsid train FOLDER "
+            f"--preset {self._preset} --precision {self.scoring_precision} -o NEW"
+        )
+
     def document(self) -> dict[str, object]:
         """Return what `model.json` says of configuration and encoder."""
         return {"config": self.config.to_dict(), "encoder": self.encoder.fingerprint()}
