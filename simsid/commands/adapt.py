@@ -68,7 +68,8 @@ class Adapt:
         for name, deviations in done.abnormal:
             print(f"looks abnormal, {deviations:.1f} deviations above the median: {printable(name)}")
         if images.failures:
-            print(f"{len(images.failures)} of {len(records)} files could not be read; the first: {images.failures[0]}")
+            first = f"{printable(images.failures[0].path)}: {images.failures[0].reason}"
+            print(f"{len(images.failures)} of {len(records)} files could not be read, such as {first}")
         print(threshold_sentence(model, self.false_positive_rate))
         note = few_images_note(done.added, self.false_positive_rate)
         if note:

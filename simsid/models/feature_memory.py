@@ -141,10 +141,8 @@ class FeatureMemory(FeatureModel):
         sample = self.sample(images, ("jittered",), progress=progress)
         new = (parts.pooled.own_rows(sample.clean) < 0).nonzero()[:, 0] if sample.count else torch.zeros(0)
         if len(new) < FEWEST:
-            known = sample.count - len(new)
-            raise InputError(
-                f"adapt needs at least {FEWEST} images that the memory lacks, got {len(new)} and {known} it has"
-            )
+            held = f" of {sample.count}, as it holds the others" if len(new) < sample.count else ""
+            raise InputError(f"adapt needs at least {FEWEST} images that the memory lacks, got {len(new)}{held}")
         if self.original is None:
             calibration = self.calibration.to_dict() if self.calibration else None
             self.original = {"images": parts.pooled.images, "units": parts.units(), "calibration": calibration}

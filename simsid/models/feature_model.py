@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from simsid.data import Preprocessing, as_image_set
+from simsid.data import ImageSet, Preprocessing, as_image_set
 from simsid.distributed import ProcessGroup
 from simsid.errors import CheckpointError, ConfigError, InputError
 from simsid.models.base import AnomalyModel, warn_of_abnormal
@@ -105,7 +105,10 @@ class FeatureModel(AnomalyModel):
         def batches() -> Iterator[Tensor]:
             from tqdm import tqdm
 
-            with tqdm(desc="encoding", unit="image", disable=not shown, dynamic_ncols=True) as bar:
+            total = len(source) if isinstance(source, (ImageSet, Tensor, np.ndarray)) else None
+            # None: only on a terminal, as a file would keep every step of the bar.
+            disable = None if shown else True
+            with tqdm(desc="encoding", total=total, unit=" images", disable=disable, dynamic_ncols=True) as bar:
                 for batch, count in self._padded_batches(source, BATCH):
                     yield batch[:count]
                     bar.update(count)

@@ -16,10 +16,13 @@ def memory(tmp_path_factory):
 
 def test_adapted_model_is_undone_to_what_was_fitted(simsid, memory, tmp_path):
     tiny.films(tmp_path / "site", 9)
+    damaged = tiny.damaged(tmp_path / "site")
     before = library.load(memory).identity()
     done = simsid("adapt", memory, "site", "-o", "new model")
     assert done.code == 0, done.err
     assert "9 images added to a memory of 9" in done.out
+    assert f"1 of 10 files could not be read, such as {damaged}: " in done.out and "Failure(" not in done.out
+    assert "9 normal images say little" in done.err and "encoding" not in done.err, "a bar belongs on a terminal"
     assert done.out.endswith("is as it was; undo with: simsid adapt 'new model' --undo -o FOLDER\n")
     assert library.load(memory).identity() == before != library.load(tmp_path / "new model").identity()
     done = simsid("adapt", "new model", "--undo", "-o", "again")
