@@ -6,6 +6,7 @@ import pytest
 import tiny
 
 from simsid.commands import main as command_line
+from simsid.report import embedding, figures
 
 COMPUTING = ("train", "evaluate", "score", "calibrate", "convert", "demo", "report")
 """Commands that take `--threads`; with one thread they do not compete with other work for the cores."""
@@ -27,6 +28,14 @@ def simsid(capsys, monkeypatch, tmp_path):
         return types.SimpleNamespace(code=stop.value.code, out=printed.out, err=printed.err)
 
     return run
+
+
+@pytest.fixture
+def coarse(monkeypatch):
+    """Draw few pixels and embed few points, which take most of a report's time."""
+    draw = figures.png
+    monkeypatch.setattr(figures, "png", lambda figure, dpi=0: draw(figure, dpi=20))
+    monkeypatch.setattr(embedding, "POINTS", 20)
 
 
 @pytest.fixture(scope="session")

@@ -239,7 +239,9 @@ def test_a_shifted_folder_is_warned_of_and_an_unshifted_one_is_not(simsid, tmp_p
     assert done.code == 0
     (note,) = [line for line in done.err.splitlines() if "shifted" in line]
     assert note.startswith("simsid: note: the scores have shifted: 100% of 40 images lie")
-    assert "(simsid adapt model FOLDER -o NEW)" in note and note.endswith("(simsid calibrate model FOLDER --local)")
+    assert "(simsid adapt model FOLDER -o NEW)" in note and note.endswith(
+        "(simsid calibrate model FOLDER --local -o NEW)"
+    )
     assert "the scores have shifted" in (tmp_path / "shifted" / "report.html").read_text("utf-8")
     # The remedy that the warning names silences it.
     assert simsid("calibrate", "model", other, "--local").code == 0
