@@ -40,7 +40,8 @@ class Plan:
 
     def training(self, cell: Cell, seed: int, criterion: str) -> TrainingConfig:
         """Return how a cell is trained: as published, or with the rates of a short training."""
-        changes = {**cell.training, "seed": seed, "criterion": criterion}
+        # In one arithmetic on every machine: a study may go on elsewhere, and its rows are compared.
+        changes = {"precision": "float32", **cell.training, "seed": seed, "criterion": criterion}
         if self.epochs < SHORT_EPOCHS:
             return short_training(self.epochs, **changes)
         return TrainingConfig(**{"epochs": self.epochs, **changes})  # type: ignore[arg-type]  # checked by the class
