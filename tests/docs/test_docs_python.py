@@ -1,6 +1,7 @@
 """Every Python snippet of the pages, run as it stands but for the numbers named here."""
 
 import importlib
+import re
 
 import documents
 import numpy as np
@@ -61,7 +62,7 @@ def test_encoder_of_another_package_is_fitted_and_scores_films(block):
 def test_snippets_of_the_readme_train_a_model_and_score_one_image(world, capsys):
     names = run("README.md")
     assert names["trainer"].model.calibration is not None
-    assert "tensor([0." in capsys.readouterr().out
+    assert re.search(r"tensor\(\[[01]\.", capsys.readouterr().out)
     assert names["heat_map"].shape == (1, *names["image"].shape[2:])
 
 
