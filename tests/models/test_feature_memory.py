@@ -311,7 +311,9 @@ def test_images_that_the_memory_holds_are_not_added_again(saved):
     model = load(saved)
     done = model.adapt(torch.cat([normal(40), shifted(normal(10, 3))]))
     assert (done.added, done.known) == (10, 40)
-    with pytest.raises(InputError, match="at least 8 images that the memory lacks, got 0"):
+    with pytest.raises(
+        InputError, match="at least 8 images that the memory lacks, got 0 of 40, as it holds the others"
+    ):
         model.adapt(normal(40))
 
 
