@@ -6,7 +6,6 @@ import pytest
 import tiny
 
 from simsid.commands import main as command_line
-from simsid.report import embedding, figures
 
 COMPUTING = ("train", "evaluate", "score", "calibrate", "convert", "demo", "report")
 """Commands that take `--threads`; with one thread they do not compete with other work for the cores."""
@@ -30,12 +29,9 @@ def simsid(capsys, monkeypatch, tmp_path):
     return run
 
 
-@pytest.fixture
-def coarse(monkeypatch):
-    """Draw few pixels and embed few points, which take most of a report's time."""
-    draw = figures.png
-    monkeypatch.setattr(figures, "png", lambda figure, dpi=0: draw(figure, dpi=20))
-    monkeypatch.setattr(embedding, "POINTS", 20)
+@pytest.fixture(autouse=True)
+def few_pixels(coarse_figures):
+    """Nothing here looks at the figures of a report; tests/report does."""
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,6 @@ from samples import Page
 from simsid import checkpoint, data
 from simsid.models import PixelKNN
 
-pytestmark = pytest.mark.usefixtures("coarse")
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

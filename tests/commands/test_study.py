@@ -69,7 +69,7 @@ def test_a_study_of_a_folder_shows_the_papers_figure_beside_ours(simsid, zhangla
     assert "paper: on ZhangLab's official test set" in done.out
 
 
-def test_a_model_of_a_study_is_reported_on_its_drawn_images(simsid, small, coarse, tmp_path):
+def test_a_model_of_a_study_is_reported_on_its_drawn_images(simsid, small, tmp_path):
     assert simsid("study", "methods", "--only", "pixel_pca", "--threads", "1", "-o", "out").code == 0
     run = tmp_path / "out" / "pixel_pca" / "seed-0"
     done = simsid("report", run)

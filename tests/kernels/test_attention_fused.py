@@ -54,7 +54,7 @@ def test_any_shape_agrees_with_the_reference(poisoned, batch, grid, heads, width
     assert_fused_is_right(inputs(batch, grid, heads * width, pads=pads, dtype=dtype), grid, heads)
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     grid=st.tuples(st.integers(1, 6), st.integers(1, 6)),
     kernel_size=st.sampled_from([1, 3, (1, 3), (5, 1), (1, 9)]),
