@@ -35,3 +35,5 @@ def pytest_cmdline_main(config):
     whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
     if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses = min(CORES, MOST_WORKERS)
+        # Each worker begins with a contiguous half, so that few fixtures of modules are made in both.
+        config.option.dist = "worksteal"
