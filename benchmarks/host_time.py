@@ -8,7 +8,6 @@ that does nothing but allocate the results and gradients: what PyTorch's engine 
 
 import argparse
 import contextlib
-import importlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simsid.kernels import backend, launch, neighbor_attention, residual_layer_norm, space_aware_memory
+from simsid.kernels import backend, neighbor_attention, residual_layer_norm, space_aware_memory
+from simsid.kernels.launch import launches_by
 
 BLOCKS, CALLS = 400, 20  # the fastest block counts: what disturbs a block makes it slower
 
@@ -24,23 +24,13 @@ BLOCKS, CALLS = 400, 20  # the fastest block counts: what disturbs a block makes
 @contextlib.contextmanager
 def without_launches() -> Iterator[None]:
     """Let `backend="triton"` take tensors on the CPU, and launch nothing."""
-    names = ("memory.launchers", "attention.fused", "layer_norm.fused")
-    modules = [importlib.import_module(f"simsid.kernels.{name}") for name in names]
-    before, real = backend.interpreter_on, launch.launch
-
-    def record_only(*plan: Any, **arguments: Any) -> None:
-        if launch._recorders:
-            real(*plan, **arguments)
-
+    before = backend.interpreter_on
     backend.interpreter_on = lambda: True
-    for module in modules:
-        module.launch = record_only
     try:
-        yield
+        with launches_by(lambda _: None):
+            yield
     finally:
         backend.interpreter_on = before
-        for module in modules:
-            module.launch = real
 
 
 class _Least(torch.autograd.Function):

@@ -1,22 +1,14 @@
 """The only function that launches kernels, so that tests can count launches and compile what would be launched."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 ARCHITECTURES = (80, 90, 100)  # compute capabilities, times 10, that the kernels are compiled and checked for
-
-
-class Plan(NamedTuple):
-    """What a launch needs beside its tensors: the same for all calls of the same shapes, strides and dtypes."""
-
-    grid: tuple[int, ...]
-    num_warps: int
-    num_stages: int
-    constants: dict[str, Any]
+_NOTHING = contextlib.nullcontext()
 
 
 class Launch(NamedTuple):
@@ -29,24 +21,42 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-_recorders: list[tuple[list[Launch], bool]] = []
+_carriers: list[Callable[[Launch], None]] = []  # the last one carries out the launches, in place of Triton
 
 
 def launch(kernel: Any, grid: tuple[int, ...], num_warps: int, num_stages: int, **arguments: Any) -> None:
     """Launch `kernel` over `grid` with every argument by name, on the current device and stream."""
-    if _recorders:
-        launches, run = _recorders[-1]
-        launches.append(Launch(kernel, grid, arguments, num_warps, num_stages))
-        if not run:
-            return
+    carry_out(Launch(kernel, grid, arguments, num_warps, num_stages))
+
+
+def carry_out(launched: Launch) -> None:
+    """Carry out a launch on the current device and stream."""
+    if _carriers:
+        _carriers[-1](launched)
+    else:
+        _by_triton(launched)
+
+
+def _by_triton(launched: Launch) -> None:
+    kernel, grid, arguments, num_warps, num_stages = launched
     # Triton 3.10 changes the default of enable_fp_fusion: without the name, rounding would follow the version.
     kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
 
 
+@contextlib.contextmanager
+def launches_by(carrier: Callable[[Launch], None]) -> Iterator[None]:
+    """Let a function carry out all launches inside the context, in place of Triton."""
+    _carriers.append(carrier)
+    try:
+        yield
+    finally:
+        _carriers.pop()
+
+
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Make the tensor's GPU the current one, which Triton launches on; costs nothing where it already is."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _NOTHING
     return torch.cuda.device(tensor.device)
 
 
@@ -61,11 +71,15 @@ def record_launches(run: bool = True) -> Iterator[list[Launch]]:
         The list that grows with each launch.
     """
     launches: list[Launch] = []
-    _recorders.append((launches, run))
-    try:
+    before = _carriers[-1] if _carriers else _by_triton
+
+    def record(launched: Launch) -> None:
+        launches.append(launched)
+        if run:
+            before(launched)
+
+    with launches_by(record):
         yield launches
-    finally:
-        _recorders.pop()
 
 
 def power_of_two(number: int) -> int:
