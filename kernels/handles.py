@@ -5,6 +5,7 @@ host code of an op on meta tensors, and keeps which tensors it allocates and wha
 rewrite ops takes the long way, through the checks of `op.py` and PyTorch's dispatcher.
 """
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simsid.kernels.launch import Launch, carry_out, on_device, record_launches
+from simsid.kernels.launch import Launch, Repeated, on_device, record_launches
 from simsid.kernels.library import PLAIN, usable, watched
 
 Tensors = Sequence[Tensor | None]
@@ -28,22 +29,18 @@ strided, watched or differentiated again, with PyTorch's dispatcher.
 
 
 class Step(NamedTuple):
-    """One launch: its kernel, what is the same in every call, and which tensors its pointers are."""
+    """One launch, and which tensors and numbers are its arguments."""
 
-    kernel: Any
-    grid: tuple[int, ...]
-    num_warps: int
-    num_stages: int
-    constants: dict[str, Any]
-    pointers: tuple[str, ...]
-    pick: Callable[[Sequence[Any]], tuple[Tensor, ...]]  # takes these out of the tensors of a recording, in order
+    launch: Repeated
+    numbers: tuple[Any, ...]  # and whatever else is the same in every call
+    pick: Callable[[Sequence[Any]], tuple[Any, ...]]  # takes the arguments out of the tensors, followed by the numbers
 
 
 class Recording(NamedTuple):
     """The launches of a host function; its tensors are numbered, the inputs first."""
 
     steps: tuple[Step, ...]
-    made: tuple[tuple[torch.Size, torch.dtype], ...]  # of the tensors that the function allocates
+    made: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]  # of the tensors that the function allocates
     results: tuple[int | None, ...]
 
     def replay(self, *inputs: Tensor | None) -> list[Any]:
@@ -51,11 +48,12 @@ class Recording(NamedTuple):
         first = inputs[0]
         assert first is not None
         device = first.device
-        tensors = [*inputs, *[torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.made]]
+        # PyTorch reads these arguments faster than those of `torch.empty`.
+        made = [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in self.made]
+        tensors = [*inputs, *made]
         with on_device(first):
-            for kernel, grid, num_warps, num_stages, constants, pointers, pick in self.steps:
-                arguments = dict(zip(pointers, pick(tensors)), **constants)
-                carry_out(Launch(kernel, grid, arguments, num_warps, num_stages))
+            for launch, numbers, pick in self.steps:
+                launch(*pick([*tensors, *numbers]))
         return [None if place is None else tensors[place] for place in self.results]
 
 
@@ -106,9 +104,15 @@ class Handles:
     def find(self, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, Handle | None]:
         """Return the signature of a call, None where it can have no handle, and its handle, None where there is none.
 
-        Transforms and whatever watches ops need the long way. So does an argument that is not hashable or no tensor.
+        Transforms and whatever watches ops need the long way. So does an argument that is not hashable or no tensor,
+        and so do hooks on saved tensors, which may return them with other strides.
         """
-        if watched() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if (
+            watched()
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+            or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        ):
             return None, None
         signature = [options, torch.is_grad_enabled()]
         try:
@@ -186,18 +190,27 @@ def record(function: Callable[..., Tensors], inputs: Tensors) -> tuple[Recording
         tensors.append(tensor)
         return len(tensors) - 1
 
-    steps = []
-    for launched in launches:
-        pointers = {name: place(x) for name, x in launched.arguments.items() if isinstance(x, Tensor)}
-        constants = {name: x for name, x in launched.arguments.items() if name not in pointers}
-        plan = (launched.kernel, launched.grid, launched.num_warps, launched.num_stages)
-        steps.append(Step(*plan, constants, tuple(pointers), operator.itemgetter(*pointers.values())))
+    picked = [
+        [place(x) if isinstance(x, Tensor) else None for x in map(launched.arguments.get, launched.kernel.arg_names)]
+        for launched in launches
+    ]
     ends = tuple(None if x is None else place(x) for x in results)
     same = all(x is None or _layout(x) == _layout(tensors[end]) for x, end in zip(results, ends))
     if not replayable or not same:
         return None
-    made = tuple((x.shape, x.dtype) for x in tensors[len(inputs) :] if x is not None)
-    return Recording(tuple(steps), made, ends), results
+    steps = tuple(_step(launched, places, len(tensors)) for launched, places in zip(launches, picked))
+    made = tuple((x.shape, x.stride(), x.dtype) for x in tensors[len(inputs) :] if x is not None)
+    return Recording(steps, made, ends), results
+
+
+def _step(launched: Launch, places: list[int | None], tensors: int) -> Step:
+    """Return a launch whose pointers have these places among the tensors; None stands for a number."""
+    arguments = launched.arguments
+    numbers = [arguments[name] for name, place in zip(launched.kernel.arg_names, places) if place is None]
+    count = itertools.count(tensors)
+    pick = operator.itemgetter(*[next(count) if place is None else place for place in places])
+    repeated = Repeated(launched.kernel, launched.grid, launched.num_warps, launched.num_stages)
+    return Step(repeated, tuple(numbers), pick)
 
 
 def _layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
