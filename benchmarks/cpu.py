@@ -8,6 +8,8 @@ The best of the rounds counts. See `models.py` for the variants.
 
 import argparse
 import os
+import pathlib
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -19,25 +21,36 @@ import torch
 from simsid.models.scorer import BATCH
 
 VARIANTS = (models.BASELINE, models.PRODUCT, models.PRODUCT_BF16)
+WORK = ("scoring", "folder", "training")
 CPU = torch.device("cpu")
 
 
-def calls(work: str, width: int) -> dict[str, Callable[[int], object]]:
-    """Return one call of each variant by name; its argument counts the rounds."""
-    found: dict[str, Callable[[int], object]] = {}
-    for name in VARIANTS:
+def calls(work: str, width: int, folder: pathlib.Path) -> dict[str, Callable[[int], object]]:
+    """Return one call of each variant by name; its argument counts the rounds.
+
+    Args:
+        work: one of `WORK`: every signal of a batch in memory, of two batches of JPEG files, or a pair of iterations.
+        width: of the model.
+        folder: where the files are written.
+    """
+    files = models.files_of(models.write_images(folder, 2 * BATCH), None) if work == "folder" else []
+
+    def call(name: str, batch: int = BATCH) -> Callable[[int], object]:
         variant = models.VARIANTS[name]
         model = models.build("SimSID", width, CPU, variant.fused, str(variant.options.get("precision", "float32")))
         images = models.noise(BATCH, model.config.image_size)
         if work == "scoring":
-            score = models.scorer(name, model, BATCH)
-            found[name] = lambda _, score=score, images=images: score(images)
-        else:
-            step = models.training_step(name, model)
-            found[name] = lambda n, step=step, images=images: (step(images, 2 * n), step(images, 2 * n + 1))
-    if work == "scoring":
-        alone = models.scorer(models.BASELINE, models.build("SimSID", width, CPU), 1)
-        found["baseline, batch 1"] = lambda _: alone(images)
+            score = models.scorer(name, model, batch)
+            return lambda _: score(images)
+        if work == "folder":
+            score_folder = models.folder_scorer(name, model, batch)
+            return lambda _: score_folder(files)
+        step = models.training_step(name, model)
+        return lambda number: (step(images, 2 * number), step(images, 2 * number + 1))
+
+    found = {name: call(name) for name in VARIANTS}
+    if work != "training":
+        found["baseline, batch 1"] = call(models.BASELINE, 1)
     return found
 
 
@@ -46,20 +59,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=32, help="width of the model (default: 32, as in the papers)")
     parser.add_argument("--rounds", type=int, default=4, help="rounds after one warm-up")
-    parser.add_argument("--work", choices=("scoring", "training"), action="append", help="default: both")
+    parser.add_argument("--work", choices=WORK, action="append", help="default: all")
     parser.add_argument("--wall", action="store_true", help="wall time")
     chosen = parser.parse_args()
     clock = time.perf_counter if chosen.wall else time.process_time
     print(f"width {chosen.width}, batch {BATCH}, threads {torch.get_num_threads()}, torch {torch.__version__}")
     print("| | seconds | against the baseline |\n| --- | ---: | ---: |")
-    for work in chosen.work or ("scoring", "training"):
+    for work in chosen.work or WORK:
         seconds: dict[str, list[float]] = {}
-        made = calls(work, chosen.width)
-        for number in range(chosen.rounds + 1):
-            for name, call in made.items():
-                start = clock()
-                call(number)
-                seconds.setdefault(name, []).append(clock() - start)
+        with tempfile.TemporaryDirectory() as folder:
+            made = calls(work, chosen.width, pathlib.Path(folder))
+            for number in range(chosen.rounds + 1):
+                for name, call in made.items():
+                    start = clock()
+                    call(number)
+                    seconds.setdefault(name, []).append(clock() - start)
         best = {name: min(values[1:]) for name, values in seconds.items()}
         for name, value in best.items():
             print(f"| {work}: {name} | {value:.2f} | {best[models.BASELINE] / value:.2f}x |", flush=True)

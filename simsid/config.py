@@ -11,6 +11,8 @@ from simsid.fields import check_fields, from_dict, replaced, require
 
 WIDEST = 16
 """The deepest feature map has at most this many times `width` channels."""
+PAPERS_SCORE = "discriminator_per_image"
+"""The signal that both papers evaluate: the logit of the discriminator on the reconstruction."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,9 @@ class Config:
     """Draw the deepest features from a normal distribution, as a variational autoencoder; without in-painting only."""
     stop_gradient: bool = True
     """Keep the teacher's gradient out of the encoder."""
-    signal: str = "discriminator_per_image"
-    """The anomaly signal that `score` and thresholds use, a name of `simsid.models.signals.SIGNALS`."""
+    signal: str = "standardized_residual"
+    """The anomaly signal that `score` and thresholds use, a name of `simsid.models.signals.SIGNALS`. The papers use
+    `PAPERS_SCORE`; after the short trainings that were measured, this one detects far better (docs/results.md)."""
     aspect: Literal["stretch", "pad", "crop"] = "stretch"
     """How an image that is not square becomes square; the papers stretch it."""
     intensity: Literal["auto", "range", "minmax"] = "auto"
@@ -296,7 +299,7 @@ class TrainingConfig:
     """Augmentation: largest translation, as a fraction of the side."""
     scale: float = 0.05
     """Augmentation: largest relative change of scale."""
-    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of convolutions and products. `"bfloat16"` is autocast; `"auto"` is bfloat16 on a CPU with
     instructions for it, else float32. Validation and calibration have a precision of their own, that of scores."""
     cuda_graph: bool = True

@@ -100,4 +100,4 @@ def with_progress(results: Iterable[Result], total: int, what: str) -> Iterable[
     """Show a progress bar while the results are consumed."""
     from tqdm import tqdm
 
-    return tqdm(results, total=total, desc=what, unit="image", dynamic_ncols=True)
+    return tqdm(results, total=total, desc=what, unit=" images", dynamic_ncols=True)

@@ -17,6 +17,16 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 MOST_WORKERS = 8
 
 
+@pytest.fixture
+def coarse_figures(monkeypatch):
+    """Draw the reports' figures with few pixels and points: at full size they take most of a tiny command's time."""
+    from simsid.report import embedding, figures
+
+    draw = figures.png
+    monkeypatch.setattr(figures, "png", lambda figure, dpi=0: draw(figure, dpi=20))
+    monkeypatch.setattr(embedding, "POINTS", 20)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """Divide the whole suite among one process per core, where pytest-xdist is installed and `-n` is not given."""

@@ -20,7 +20,7 @@ def test_presets_are_the_papers():
     assert (simsid.levels, simsid.skip_levels, simsid.merge_levels, simsid.decoder_memories) == (4, 2, 2, 2)
     assert (simsid.threshold, simsid.border, simsid.memory, simsid.rho) == ("inclusive", "zero", "matrix", 1.0)
     assert (simsid.decoder_memory, simsid.heads, simsid.dropout) == ("patch", 8, 0.0)
-    assert not simsid.gumbel_noise and simsid.temperature == 1.0 and simsid.signal == "discriminator_per_image"
+    assert not simsid.gumbel_noise and simsid.temperature == 1.0 and simsid.signal == "standardized_residual"
     assert simsid == Config()
     assert (squid.patches, squid.items, squid.decoder_items, squid.memory, squid.rho) == (2, 200, 200, "queue", 0.95)
     assert (digits.image_size, digits.patches, digits.levels, digits.signal) == (96, 3, 3, "focal_residual")

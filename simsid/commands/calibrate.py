@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import OmitArgPrefixes
 
-from simsid.commands.common import Data, Exclude, Machine, ModelFolder, PrecisionName, check_images, load_set
+from simsid.commands.common import (
+    Data,
+    Exclude,
+    Machine,
+    MaybeOutput,
+    ModelFolder,
+    PrecisionName,
+    check_images,
+    load_set,
+    output_folder,
+)
 from simsid.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -26,7 +36,7 @@ FALSE_POSITIVES = 20
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Measure on normal images what a model's scores and threshold rest on; the model's calibration is replaced.
+    """Measure on normal images what a model's scores and threshold rest on; without -o the model's are replaced.
 
     With --local, DATA holds normal images of the place where the model will be used, none of which it was trained on:
     all of them set the statistics and the threshold. Otherwise DATA is what the model was trained on.
@@ -36,6 +46,8 @@ class Calibrate:
     """Model folder."""
     data: Data
     """Normal images, in any form `train` takes; images with the label abnormal are left out."""
+    output: MaybeOutput = None
+    """Folder for the calibrated model; without it MODEL, which must not be one that comes with simsid."""
     local: bool = False
     """Calibrate on all normal images of DATA."""
     false_positive_rate: float = 0.05
@@ -56,18 +68,20 @@ class Calibrate:
         from simsid.models.loading import shipped_models
         from simsid.training.run_folder import RunFolder
 
-        if self.model in shipped_models():
+        if self.output is None and self.model in shipped_models():
             raise UsageError(
-                f"{self.model} comes with simsid and stays as it is; adapt it with: simsid adapt {self.model} "
-                f"{shlex.quote(str(self.data))} -o FOLDER"
+                f"{self.model} comes with simsid and stays as it is; give a folder for a calibrated copy with -o, or "
+                f"adapt it with: simsid adapt {self.model} {shlex.quote(str(self.data))} -o FOLDER"
             )
-        folder, workers = pathlib.Path(self.model), self.machine.workers
+        if self.output is not None and (self.output / "model.json").exists():
+            raise UsageError(f"{self.output} already holds a model; choose another folder with -o")
+        folder, workers = self.output or pathlib.Path(self.model), self.machine.workers
         device = self.machine.prepare()
         check_rate("false_positive_rate", self.false_positive_rate)
         # A training in progress would get back the weights that are loaded here.
         is_run = (folder / "run.json").exists()
         with RunFolder(folder) if is_run else contextlib.nullcontext():
-            model = load(folder, device=device, precision=self.precision)
+            model = load(self.model if self.output else folder, device=device, precision=self.precision)
             dataset = open_dataset(self.data, exclude=self.exclude)
             if self.local:
                 train_records, normal = [record for record in dataset.records if record.label != 1], []
@@ -82,10 +96,10 @@ class Calibrate:
             if self.local:
                 check_images(self.data, len(train), FEWEST, "calibration on local images")
             model.calibrate(train, train if self.local else val)
-            model.save(folder)
+            model.save(output_folder(folder))
         held = len(train) if self.local else len(val) if val is not None else 0
         threshold_from = "which also set the threshold" if self.local else f"with {held} held out for thresholds"
-        print(f"{self.model}: calibrated on {len(train)} normal images, {threshold_from}")
+        print(f"{folder}: calibrated on {len(train)} normal images, {threshold_from}")
         failures = [*train.failures, *(val.failures if val is not None else ())]
         if failures:
             first = f"{printable(failures[0].path)}: {failures[0].reason}"

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from simsid.errors import IncompleteError, InputError, UsageError
+from simsid.errors import CalibrationError, IncompleteError, InputError, UsageError
 from simsid.parallel import CoreUse, uncontended_threads
 
 if TYPE_CHECKING:
@@ -105,6 +106,10 @@ def calibrated_model(name: str, device: str, precision: str = "auto") -> "Anomal
             f"{name} is not calibrated, which scores need: finish its training, or run simsid calibrate {name} DATA "
             "with normal images"
         )
+    try:
+        model.calibrated()
+    except CalibrationError as error:  # another precision, which would be refused only after all images are read
+        raise UsageError(str(error).replace(" MODEL ", f" {shlex.quote(name)} ")) from None
     return model
 
 

@@ -102,6 +102,7 @@ def _run(arguments: list[str]) -> int | str | None:
     try:
         if "" in arguments:
             raise UsageError("an argument is empty, perhaps a variable of the shell that is not set")
+        _refuse_no_pattern(arguments)
         command = _parse(arguments)
         if several and arguments[0] not in ("train", "score"):
             raise UsageError(f"{arguments[0]} runs as a single process; start it without torchrun")
@@ -121,6 +122,13 @@ def _run(arguments: list[str]) -> int | str | None:
         where = f"{error.filename}: " if error.filename else ""
         _print_error(f"{who}{where}{error.strerror}")
         return 2
+
+
+def _refuse_no_pattern(arguments: list[str]) -> None:
+    """Refuse an option for patterns without one, as of a shell variable that is not set: it would choose every one."""
+    for argument, following in zip(arguments, [*arguments[1:], "-"]):
+        if argument in ("--only", "--exclude") and following.startswith("-"):
+            raise UsageError(f"{argument} needs at least one pattern, got none; leave it out, or give one such as 'a*'")
 
 
 def _print_error(message: str) -> None:

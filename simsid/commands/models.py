@@ -18,5 +18,5 @@ class Models:
             megabytes = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
             (about, *_) = (folder / "NOTICE").read_text("utf-8").splitlines()
             print(f"{name}  {document['kind']}, {megabytes:.1f} MB. {about}")
-            print(f"{'':<{len(name)}}  simsid score {name} FOLDER -o DIR; model card: docs/model_card.md")
+            print(f"{'':<{len(name)}}  simsid score {name} FOLDER -o DIR")
         return 0

@@ -1,5 +1,6 @@
 """`simsid report`."""
 
+import os
 import pathlib
 import sys
 from dataclasses import dataclass, field
@@ -30,11 +31,12 @@ if TYPE_CHECKING:
 class Report:
     """Write one page about a finished run: its validation images, and what its memories hold and use.
 
-    The images are those of the run's manifest.csv, at the places where they were; of a demo they are drawn again.
+    The images are those of the run's manifest.csv, at the places where they were; those of DigitAnatomy, which a demo
+    or a study was trained on, are drawn again.
     """
 
     folder: Positional[Annotated[pathlib.Path, arg(metavar="RUN")]]
-    """Run folder, as `simsid train` or `simsid demo` wrote it."""
+    """Run folder, as `simsid train`, `simsid demo` or `simsid study` (STUDY/MODEL/seed-0) wrote it."""
     output: MaybeOutput = None
     """Folder for report.html; without it RUN/memory."""
     beside: Annotated[pathlib.Path | None, arg(metavar="RUN")] = None
@@ -116,14 +118,32 @@ def _finished(folder: pathlib.Path, device: str) -> "AnomalyModel":
     """Load the model of a run; say so where the run is not one, or not finished."""
     from simsid import checkpoint
 
-    if not (folder / "run.json").exists():
-        raise UsageError(f"{folder} is not a run: it has no run.json, which `simsid train` writes")
+    _refuse_no_run(folder)
     model = calibrated_model(f"{folder}/", device)
     if (folder / "last.json").exists():
         progress: Any = checkpoint.read_json(folder / "last.json").get("progress")
         if isinstance(progress, dict) and not progress.get("finished"):
             print(f"simsid: note: {folder} is not finished; the page shows its best model so far", file=sys.stderr)
     return model
+
+
+def _refuse_no_run(folder: pathlib.Path) -> None:
+    """Refuse a folder without a run; say what to give or do instead."""
+    from simsid.models.loading import shipped_models
+
+    if (folder / "run.json").exists():
+        return
+    if not folder.exists() and str(folder) in shipped_models():
+        raise UsageError(
+            f"{folder} comes with simsid, without a run and its images; for a report on yours use simsid score "
+            f"{folder} FOLDER -o DIR, or for labeled ones simsid evaluate {folder} FOLDER -o DIR"
+        )
+    if not folder.exists():
+        raise UsageError(f"{folder} does not exist; give a run folder, which `simsid train` writes")
+    runs = sorted((*folder.glob("seed-*/run.json"), *folder.glob("*/seed-*/run.json")))
+    if runs:
+        raise UsageError(f"{folder} is not a run: it holds {len(runs)} of a study; give one, such as {runs[0].parent}")
+    raise UsageError(f"{folder} is not a run: it has no run.json, which `simsid train` writes")
 
 
 def run_images(folder: pathlib.Path, model: "AnomalyModel", workers: int) -> "tuple[ImageSet, ImageSet | None]":
@@ -139,6 +159,11 @@ def run_images(folder: pathlib.Path, model: "AnomalyModel", workers: int) -> "tu
         train, val = (data.load(split, model.preprocessing.image_size) for split in ("train", "val"))
         return train, val
     records = _manifest(folder / "manifest.csv")
+    # Images that were drawn have names below the folder of the list, where no file is.
+    drawn = os.path.join(os.path.abspath(folder), "digits", "")
+    if request.get("command") == "study" and all(record.path.startswith(drawn) for record in records):
+        return _study_images(folder, request, model)
+    _refuse_missing(folder / "manifest.csv", records)
     loaded = [
         load_set(part, model.preprocessing, workers) if part else None
         for part in ([record for record in records if record.split == split] for split in ("train", "val"))
@@ -148,17 +173,41 @@ def run_images(folder: pathlib.Path, model: "AnomalyModel", workers: int) -> "tu
     return loaded[0], loaded[1]
 
 
+def _study_images(
+    folder: pathlib.Path, request: dict[str, Any], model: "AnomalyModel"
+) -> "tuple[ImageSet, ImageSet | None]":
+    """Draw the images of DigitAnatomy again that a study's run was trained on, and its validation images."""
+    from simsid import checkpoint
+    from simsid.study import STUDIES, StudyImages
+
+    file = folder.resolve().parent.parent / "study.json"
+    if not file.exists():
+        raise UsageError(f"{folder} lies outside of its study, whose {file.name} says which images were drawn")
+    study = STUDIES.get(str(checkpoint.read_json(file).get("study")))
+    if study is None:
+        raise UsageError(f"{file} must name one of the studies {', '.join(STUDIES)}")
+    contaminated = any(cell.normal_share < 1 for cell in study.cells)
+    images = StudyImages(None, most=request["train"], contaminated=contaminated)
+    train = images.train(model.preprocessing, request["normal_share"], request["seed"])
+    return train, images.val(model.preprocessing, labeled=True)
+
+
 def _manifest(path: pathlib.Path) -> "list[Record]":
-    """Read a run's list of images; name the first that is gone."""
+    """Read a run's list of images."""
     import warnings
 
-    from simsid.data import missing_files, read_csv
+    from simsid.data import read_csv
 
     with warnings.catch_warnings():
         # The column of hashes, which a list of images does not have.
         warnings.simplefilter("ignore", UserWarning)
-        records = read_csv(path)
+        return read_csv(path)
+
+
+def _refuse_missing(path: pathlib.Path, records: "list[Record]") -> None:
+    """Name the first image of a list that is gone."""
+    from simsid.data import missing_files
+
     missing = missing_files(records)
     if missing:
         raise UsageError(f"{len(missing)} of {len(records)} images of {path} do not exist, the first: {missing[0]}")
-    return records

@@ -1,6 +1,5 @@
 """`simsid study`."""
 
-import dataclasses
 import fnmatch
 import pathlib
 import shlex
@@ -54,7 +53,7 @@ class Study:
     images: int | None = None
     """Normal training images to use at most; without it every one."""
     only: Annotated[tuple[str, ...], arg(metavar="PATTERN ...")] = ()
-    """Models to run, as patterns of their names in the table, such as no_*."""
+    """Models to run, as patterns of their names in the table, such as no_*. The others stay in the table once run."""
     criterion: str = "auto"
     """What chooses a network's epoch, as in simsid train; auto sees normal validation images alone, auc the labels."""
     exclude: Exclude = ()
@@ -67,13 +66,14 @@ class Study:
 
         self._check()
         device, study = self.machine.prepare(), STUDIES[self.name]
+        chosen = study.cells
         if self.only:
-            cells = [cell for cell in study.cells if any(fnmatch.fnmatchcase(cell.label, name) for name in self.only)]
-            if not cells:
+            chosen = tuple(cell for cell in chosen if any(fnmatch.fnmatchcase(cell.label, name) for name in self.only))
+            if not chosen:
                 known = ", ".join(cell.label for cell in study.cells)
                 raise UsageError(f"only must match a model of the study, got {' '.join(self.only)}; they are {known}")
-            study = dataclasses.replace(study, cells=tuple(cells))
-        contaminated = any(cell.normal_share < 1 for cell in study.cells)
+        # Of DigitAnatomy the whole study decides: with abnormal training images all others are drawn differently too.
+        contaminated = any(cell.normal_share < 1 for cell in (chosen if self.data else study.cells))
         images = StudyImages(
             self.data,
             most=self.images,
@@ -83,7 +83,9 @@ class Study:
         )
         plan = None if self.budget else Plan(self.width, self.epochs or Plan.epochs)
         folder = self.output or pathlib.Path("studies") / f"{self.name}-{pathlib.Path(images.name).stem}"
-        run = StudyRun(self.name, study, images, folder, self.seeds, plan, self.budget, self.criterion, device, _report)
+        run = StudyRun(
+            *(self.name, study, images, folder, self.seeds, plan, self.budget, self.criterion, device, _report), chosen
+        )
         text = run.run()
         if text is None:
             print("stopped; the same command resumes the study", file=sys.stderr)

@@ -116,8 +116,17 @@ class AnomalyModel(Scorer):
             InputError: the class cannot, or the images cannot be used.
         """
         raise InputError(
-            f"a model of kind {self.kind!r} cannot be adapted; recalibrate it with: simsid calibrate --local"
+            f"a model of kind {self.kind!r} cannot be adapted; recalibrate it with: simsid calibrate MODEL FOLDER "
+            "--local -o NEW"
         )
+
+    def revert(self) -> None:
+        """Undo every `adapt`, where the class can be adapted.
+
+        Raises:
+            InputError: the model is not adapted.
+        """
+        raise InputError(f"a model of kind {self.kind!r} is never adapted: there is nothing to undo")
 
     def memories(self, images: object) -> tuple[MemoryContents, ...]:  # noqa: ARG002
         """Return what the model's memories hold and what normal images use of it; nothing for a model without.

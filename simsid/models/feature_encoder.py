@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from simsid.errors import CheckpointError, InputError, InputTypeError
+from simsid.errors import CheckpointError, InputError, InputTypeError, SimsidError
 
 WEIGHTS = pathlib.Path(__file__).with_name("weights") / "efficientnet_lite0.safetensors"
 # Of the file WEIGHTS. A memory is of use with the features it was fitted to only.
@@ -191,19 +191,23 @@ class FeatureEncoder(nn.Module):
 
         Raises:
             InputTypeError: the network returns something other than maps.
+            InputError: the network cannot take the images.
         """
         x = images
         if self.inputs == "imagenet":
             x = ((images + 1) / 2 - self.mean) / self.std
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            maps = self._layer_outputs(x)
+            maps = self._foreign_maps(x) if self.is_foreign else self._layer_outputs(x)
         for value in maps:
-            if not isinstance(value, Tensor) or value.dim() != 4 or value.shape[0] != images.shape[0]:
+            is_map = isinstance(value, Tensor) and value.dim() == 4 and 0 not in value.shape[1:]
+            if not is_map or value.shape[0] != images.shape[0]:
                 what = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise InputTypeError(f"the encoder must yield feature maps [{len(images)}, C, h, w], got {what}")
+                raise InputTypeError(
+                    f"encoder must yield feature maps [{len(images)}, C, h, w] of images {list(x.shape)}, got {what}"
+                )
         if not maps:
-            raise InputTypeError("the encoder must yield at least one feature map, got none")
+            raise InputTypeError("encoder must yield at least one feature map, got none")
         return [_normalized(value.float()) for value in maps]
 
     def fingerprint(self) -> dict[str, object]:
@@ -216,6 +220,21 @@ class FeatureEncoder(nn.Module):
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         kind = type(self.network)
         return {"foreign": True, "network": f"{kind.__module__}.{kind.__qualname__}", "sha256": digest.hexdigest()}
+
+    def _foreign_maps(self, x: Tensor) -> list[Tensor]:
+        """Return the maps of the caller's module; an error raised inside it is shown with the input that it was fed."""
+        try:
+            return self._layer_outputs(x)
+        except (SimsidError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            other = (
+                'inputs="gray" feeds 1 channel' if self.inputs == "imagenet" else 'inputs="imagenet" feeds 3 channels'
+            )
+            raise InputError(
+                f"encoder must take images {list(x.shape)} and yield feature maps [{len(x)}, C, h, w], and raised "
+                f"{type(error).__name__}: {' '.join(str(error).split())} ({other})"
+            ) from error
 
     def _layer_outputs(self, x: Tensor) -> list[Tensor]:
         if not self.layers:

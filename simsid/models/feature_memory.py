@@ -141,10 +141,8 @@ class FeatureMemory(FeatureModel):
         sample = self.sample(images, ("jittered",), progress=progress)
         new = (parts.pooled.own_rows(sample.clean) < 0).nonzero()[:, 0] if sample.count else torch.zeros(0)
         if len(new) < FEWEST:
-            known = sample.count - len(new)
-            raise InputError(
-                f"adapt needs at least {FEWEST} images that the memory lacks, got {len(new)} and {known} it has"
-            )
+            held = f" of {sample.count}, as it holds the others" if len(new) < sample.count else ""
+            raise InputError(f"adapt needs at least {FEWEST} images that the memory lacks, got {len(new)}{held}")
         if self.original is None:
             calibration = self.calibration.to_dict() if self.calibration else None
             self.original = {"images": parts.pooled.images, "units": parts.units(), "calibration": calibration}
@@ -157,10 +155,14 @@ class FeatureMemory(FeatureModel):
         return Adaptation(len(new), sample.count - len(new), self.original["images"], abnormal)
 
     def revert(self) -> None:
-        """Undo every adaptation: the memory, its units and the calibration are as fitted."""
+        """Undo every adaptation: the memory, its units and the calibration are as fitted.
+
+        Raises:
+            InputError: the model is not adapted.
+        """
         parts = self._fitted()
         if self.original is None:
-            raise InputError("the model is not adapted: there is nothing to revert")
+            raise InputError("the model is not adapted: there is nothing to undo")
         parts.pooled.truncate(self.original["images"])
         parts.set_units(self.original["units"])
         calibration = self.original["calibration"]
@@ -241,6 +243,10 @@ class FeatureMemory(FeatureModel):
         checkpoint.load_state(model.parts, tensors, source)
         model.original = _checked_original(document["original"], model.parts)
         return model
+
+    @property
+    def _preset(self) -> str:
+        return "features"
 
     def _fitted(self) -> FeatureParts:
         if self.parts is None:

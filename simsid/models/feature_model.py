@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from simsid.data import Preprocessing, as_image_set
+from simsid.data import ImageSet, Preprocessing, as_image_set
 from simsid.distributed import ProcessGroup
 from simsid.errors import CheckpointError, ConfigError, InputError
 from simsid.models.base import AnomalyModel, warn_of_abnormal
@@ -105,7 +105,10 @@ class FeatureModel(AnomalyModel):
         def batches() -> Iterator[Tensor]:
             from tqdm import tqdm
 
-            with tqdm(desc="encoding", unit="image", disable=not shown, dynamic_ncols=True) as bar:
+            total = len(source) if isinstance(source, (ImageSet, Tensor, np.ndarray)) else None
+            # None: only on a terminal, as a file would keep every step of the bar.
+            disable = None if shown else True
+            with tqdm(desc="encoding", total=total, unit=" images", disable=disable, dynamic_ncols=True) as bar:
                 for batch, count in self._padded_batches(source, BATCH):
                     yield batch[:count]
                     bar.update(count)
@@ -146,6 +149,17 @@ class FeatureModel(AnomalyModel):
     def _calibration_precision(self) -> str:
         """Return the precision of the features that the model was fitted to; refuse another one."""
         return self.calibrated().precision if self.calibration is not None else super()._calibration_precision()
+
+    @property
+    def _preset(self) -> str:
+        """What `simsid train --preset` calls the class."""
+        return self.kind
+
+    def _remedy_for_precision(self) -> str:
+        return (
+            "fit another model, whose memory has features of that precision: simsid train FOLDER "
+            f"--preset {self._preset} --precision {self.scoring_precision} -o NEW"
+        )
 
     def document(self) -> dict[str, object]:
         """Return what `model.json` says of configuration and encoder."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from simsid import checkpoint
-from simsid.config import Config
+from simsid.config import PAPERS_SCORE, Config
 from simsid.errors import CheckpointError, ConfigError, ConversionError
 from simsid.models.model import Model
 
@@ -102,6 +102,7 @@ def convert(
             memory=memory,
             decoder_memory=decoder_memory,
             merge_levels=merge_levels,
+            signal=PAPERS_SCORE,
         ).replace(**overrides)
     except ConfigError as error:
         raise ConversionError(f"the checkpoint's shapes fit no configuration: {error}") from None

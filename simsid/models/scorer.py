@@ -183,9 +183,13 @@ class Scorer(abc.ABC):
         if self.calibration.precision != self.scoring_precision:
             raise CalibrationError(
                 f"the model is calibrated in {self.calibration.precision}, and scores in {self.scoring_precision} must "
-                "not be judged by that: use precision auto, or calibrate again in the other precision"
+                f"not be judged by that: use precision auto, or {self._remedy_for_precision()}"
             )
         return self.calibration
+
+    def _remedy_for_precision(self) -> str:
+        """Return what gives scores in `scoring_precision`, where the calibration is in another one."""
+        return f"calibrate it again: simsid calibrate MODEL FOLDER --precision {self.scoring_precision}"
 
     def score(self, images: object, *, signal: str | None = None) -> Tensor:
         """Return the anomaly score of `images`: `[B]` float64 in 0..1, 1 is anomalous.

@@ -117,7 +117,7 @@ def score_archive(
         if not archive.begin(before):
             return Summary("already merged")
         resumed = done = archive.resume()
-        bar = tqdm(total=archive.total, initial=done, unit="image", disable=not progress)
+        bar = tqdm(total=archive.total, initial=done, unit=" images", disable=not progress)
         try:
             with bar:
                 for _ in archive.score():

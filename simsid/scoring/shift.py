@@ -36,7 +36,7 @@ class Shift:
             f"the scores have shifted: {share:.0%} of {self.scored} images lie {side} the median of the "
             f"{self.held_out} normal images that set the threshold, which therefore does not hold here; with normal "
             "images of the same origin, adapt a feature memory (simsid adapt MODEL FOLDER -o NEW) or recalibrate any "
-            "model (simsid calibrate MODEL FOLDER --local)"
+            "model (simsid calibrate MODEL FOLDER --local -o NEW)"
         )
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from simsid import checkpoint
 from simsid.config import TrainingConfig
-from simsid.errors import CheckpointError, RunError
+from simsid.errors import CheckpointError
 from simsid.evaluation import evaluate
 from simsid.models.base import AnomalyModel
 from simsid.models.loading import load
 from simsid.models.presets import seeded_model
 from simsid.models.scorer import BATCH
+from simsid.study.differences import refuse_difference
 from simsid.study.images import StudyImages
 from simsid.study.plan import Plan, configuration, is_network
 from simsid.study.studies import Cell
@@ -63,24 +64,13 @@ def run_cell(
     Raises:
         RunError: the folder holds a run with other settings or images.
     """
-    config = configuration(cell, images.digits, plan.width if is_network(cell) else None, seed)
-    training = plan.training(cell, seed, criterion) if is_network(cell) else None
-    request = {
-        "command": "study",
-        "preset": cell.preset,
-        "model": dataclasses.asdict(config),
-        "training": training.to_dict() if training else None,
-        "data": images.name,
-        "train": images.train_count,
-        "normal_share": cell.normal_share,
-        "seed": seed,
-    }
-    defaults = {"model": dataclasses.asdict(type(config)()), "training": TrainingConfig().to_dict()}
-    request, defaults = json.loads(json.dumps([request, defaults]))
+    finished = finished_result(cell, seed, plan, images, folder, criterion=criterion)
+    if finished is not None:
+        return finished
+    config, training = _settings(cell, seed, plan, images, criterion)
+    request = _request(cell, seed, config, training, images)
     path = cell_folder(folder, cell, seed)
-    resume = _check_request(path, request, defaults)
-    if (path / RESULT).exists():
-        return read_result(path / RESULT)
+    resume = (path / "run.json").exists()
     began = time.monotonic()
     model: Any = seeded_model(cell.preset, config, seed, device)
     train = images.train(model.preprocessing, cell.normal_share, seed)
@@ -101,6 +91,28 @@ def run_cell(
     return result
 
 
+def finished_result(
+    cell: Cell, seed: int, plan: Plan, images: StudyImages, folder: pathlib.Path, *, criterion: str
+) -> Result | None:
+    """Return the result that a cell's folder holds, or None where it is not finished.
+
+    Raises:
+        RunError: the folder holds a run with other settings or images, finished or not.
+        CheckpointError: the result is damaged.
+    """
+    path = cell_folder(folder, cell, seed)
+    if not (path / "run.json").exists():
+        return None
+    config, training = _settings(cell, seed, plan, images, criterion)
+    found = checkpoint.read_json(path / "run.json")
+    # An older version had fewer settings; those it did not have were at their defaults.
+    for name, defaults in (("model", type(config)()), ("training", TrainingConfig())):
+        if isinstance(found.get(name), dict):
+            found[name] = {**_as_json(dataclasses.asdict(defaults)), **found[name]}  # type: ignore[dict-item]
+    refuse_difference(f"{path} holds a run", found, _request(cell, seed, config, training, images))
+    return read_result(path / RESULT) if (path / RESULT).exists() else None
+
+
 def cell_folder(folder: pathlib.Path, cell: Cell, seed: int) -> pathlib.Path:
     """Return the run folder of a cell with a seed, below the study's."""
     return folder / re.sub(r"[^A-Za-z0-9]+", "_", cell.label).strip("_") / f"seed-{seed}"
@@ -112,10 +124,60 @@ def read_result(path: pathlib.Path) -> Result:
     Raises:
         CheckpointError: the file is not a result.
     """
+    remedy = "delete it, and the same command measures the model again"
     try:
-        return Result(**checkpoint.read_json(path))  # type: ignore[arg-type]
-    except TypeError as error:
-        raise CheckpointError(f"{path} is not a result of a study: {error}") from None
+        document: dict[str, Any] = checkpoint.read_json(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {remedy}") from None
+    names = [field.name for field in dataclasses.fields(Result)]
+    if document.keys() != set(names):
+        raise CheckpointError(f"{path} must hold {', '.join(names)}, got {', '.join(document) or 'nothing'}; {remedy}")
+    signal = document.pop("signal")
+    if not isinstance(signal, str):
+        raise CheckpointError(f"{path}: signal must be a name, got {signal!r}; {remedy}")
+    for name, value in document.items():
+        if name in ("auc", "low", "high"):
+            if not isinstance(value, dict) or signal not in value or not all(map(_is_number, value.values())):
+                raise CheckpointError(f"{path}: {name} must hold a number for each signal, got {value!r}; {remedy}")
+        elif not _is_number(value) and not (name == "epoch_seconds" and value is None):
+            raise CheckpointError(f"{path}: {name} must be a number, got {value!r}; {remedy}")
+    return Result(signal=signal, **document)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _settings(
+    cell: Cell, seed: int, plan: Plan, images: StudyImages, criterion: str
+) -> tuple[Any, TrainingConfig | None]:
+    """Return the configurations of a cell's model and of its training, None where nothing is trained."""
+    network = is_network(cell)
+    config = configuration(cell, images.digits, plan.width if network else None, seed)
+    return config, plan.training(cell, seed, criterion) if network else None
+
+
+def _request(
+    cell: Cell, seed: int, config: Any, training: TrainingConfig | None, images: StudyImages
+) -> dict[str, object]:
+    """Return what run.json keeps of a cell, as it is read again."""
+    return _as_json(
+        {
+            "command": "study",
+            "preset": cell.preset,
+            "model": dataclasses.asdict(config),
+            "training": training.to_dict() if training else None,
+            "data": images.name,
+            "train": images.train_count,
+            "normal_share": cell.normal_share,
+            "seed": seed,
+        }
+    )
+
+
+def _as_json(document: dict[str, object]) -> dict[str, object]:
+    """Return a document as JSON keeps it, where a tuple is a list."""
+    return json.loads(json.dumps(document))
 
 
 def _train(model: Any, training: Any, run: RunFolder, parts: tuple[Any, Any], resume: bool) -> float | None:
@@ -126,21 +188,6 @@ def _train(model: Any, training: Any, run: RunFolder, parts: tuple[Any, Any], re
     if history.interrupted:
         return None
     return statistics.median(epoch["seconds"] for epoch in history.epochs)
-
-
-def _check_request(path: pathlib.Path, request: dict[str, Any], defaults: dict[str, Any]) -> bool:
-    """Return whether the folder holds a run of this request; another one is refused."""
-    if not (path / "run.json").exists():
-        return False
-    found = checkpoint.read_json(path / "run.json")
-    for name, value in request.items():
-        settings: Any = found.get(name)
-        # An older version had fewer settings; those it did not have were at their defaults.
-        if isinstance(settings, dict):
-            settings = {**defaults.get(name, {}), **settings}
-        if settings != value:
-            raise RunError(f"{path} holds a run with another {name}; choose another folder with -o")
-    return True
 
 
 def _measure(model: AnomalyModel, images: StudyImages, epoch_seconds: float | None, began: float) -> Result:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from simsid.config import PRESETS, Config, TrainingConfig
+from simsid.config import PAPERS_SCORE, PRESETS, Config, TrainingConfig
 from simsid.fields import replaced
 from simsid.models.presets import preset, seeded_model
 from simsid.study.images import StudyImages
@@ -40,7 +40,8 @@ class Plan:
 
     def training(self, cell: Cell, seed: int, criterion: str) -> TrainingConfig:
         """Return how a cell is trained: as published, or with the rates of a short training."""
-        changes = {**cell.training, "seed": seed, "criterion": criterion}
+        # In one arithmetic on every machine: a study may go on elsewhere, and its rows are compared.
+        changes = {"precision": "float32", **cell.training, "seed": seed, "criterion": criterion}
         if self.epochs < SHORT_EPOCHS:
             return short_training(self.epochs, **changes)
         return TrainingConfig(**{"epochs": self.epochs, **changes})  # type: ignore[arg-type]  # checked by the class
@@ -72,6 +73,9 @@ def configuration(cell: Cell, digits: bool, width: int | None = None, seed: int 
     changes: dict[str, object] = {}
     if digits and is_network(cell):
         changes |= DIGIT_GEOMETRY | (DIGIT_LOOKUP if cell.preset in ("simsid", "squid") else {})
+    elif cell.preset in ("simsid", "squid"):
+        # A study stands beside the papers' tables; it lists every other signal too.
+        changes["signal"] = PAPERS_SCORE
     elif digits:
         changes |= {"weight": "uniform"} if "weight" in fields else {"image_size": DIGIT_GEOMETRY["image_size"]}
     if width is not None:

@@ -1,15 +1,17 @@
 """A whole study: its cells one after the other, resumable, then the table and the figure."""
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from simsid import checkpoint
-from simsid.errors import CheckpointError, ConfigError, RunError
+from simsid.errors import CheckpointError, ConfigError
 from simsid.study import table
-from simsid.study.cells import Result, cell_folder, run_cell
+from simsid.study.cells import Result, cell_folder, finished_result, run_cell
+from simsid.study.differences import refuse_difference
 from simsid.study.images import StudyImages
 from simsid.study.plan import Plan, choose_plan, configuration, is_network
 from simsid.study.studies import Cell, Study
@@ -33,6 +35,7 @@ class StudyRun:
         criterion: what chooses the epoch, see `TrainingConfig`; `"auto"` sees no abnormal image.
         device: where to compute.
         report: called with a line about each step.
+        only: the cells to run; None is every one. The others are in the table where the folder has them finished.
     """
 
     name: str
@@ -45,6 +48,7 @@ class StudyRun:
     criterion: str
     device: str
     report: Callable[[str], None]
+    only: tuple[Cell, ...] | None = None
 
     def run(self) -> str | None:
         """Run what is not finished, write table.md, results.csv and pictures, and return the table as text.
@@ -57,37 +61,55 @@ class StudyRun:
             ConfigError: no cell can be built at these sizes.
         """
         cells = self._possible()
-        results: dict[str, list[Result]] = {cell.label: [] for cell in cells}
+        # The fitted models first: what they take is known only afterwards, and the rest is the networks'.
+        fitted = [cell for cell in cells if not is_network(cell)]
+        trained = [cell for cell in cells if is_network(cell)]
         # A folder of its own for the lock: `RunFolder` names each cell's, and a run's files are not the study's.
         with RunFolder(self.folder):
             document = self._document()
-            plan = self.plan or self._planned()
-            # The fitted models first: what they take is known only afterwards, and the rest is the networks'.
-            fitted = [cell for cell in cells if not is_network(cell)]
+            plan, minutes = self._known_plan(trained)
+            # Before anything is trained or written: another request must leave the folder as it is.
+            results = self._finished(cells if plan else fitted, plan or Plan())
             if not self._run(fitted, plan or Plan(), results):
                 return None
-            trained = [cell for cell in cells if is_network(cell)]
-            if plan is None and trained:
-                spent = sum(result.seconds for found in results.values() for result in found) / 60
-                left = max((self.minutes or 0.0) - spent, 0.0)
-                plan = choose_plan(left, trained, self.seeds, self.images, self.device)
-                self.report(f"width {plan.width}, epochs: {plan.epochs}, {plan.measured}")
+            if plan is None and self._chosen(trained):
+                plan = self._picked(fitted, trained, results)
+                results |= self._finished(trained, plan)
             checkpoint.write_json(
                 self.folder / REQUEST,
-                {**document, "minutes": self.minutes, "plan": dataclasses.asdict(plan) if plan else None},
+                {**document, "minutes": minutes, "plan": dataclasses.asdict(plan) if plan else None},
             )
             if not self._run(trained, plan or Plan(), results):
                 return None
             return self._write(cells, results, plan)
 
+    def _chosen(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Return those of the cells that are run."""
+        return [cell for cell in cells if self.only is None or cell in self.only]
+
+    def _finished(self, cells: Sequence[Cell], plan: Plan) -> dict[str, list[Result]]:
+        """Read the cells that the folder has finished, whichever start of the study ran them."""
+        results: dict[str, list[Result]] = {cell.label: [] for cell in cells}
+        for cell in cells:
+            for seed in itertools.count():
+                result = finished_result(cell, seed, plan, self.images, self.folder, criterion=self.criterion)
+                if result is None:
+                    break
+                results[cell.label].append(result)
+        return results
+
     def _run(self, cells: Sequence[Cell], plan: Plan, results: dict[str, list[Result]]) -> bool:
-        """Run cells with every seed, seed by seed; False when interrupted."""
-        total = len(cells) * self.seeds
-        for number, (seed, cell) in enumerate((seed, cell) for seed in range(self.seeds) for cell in cells):
-            result = run_cell(cell, seed, plan, self.images, self.folder, criterion=self.criterion, device=self.device)
-            if result is None:
-                return False
-            results[cell.label].append(result)
+        """Run the chosen cells that are not finished, seed by seed; False when interrupted."""
+        chosen = self._chosen(cells)
+        total = len(chosen) * self.seeds
+        for number, (seed, cell) in enumerate((seed, cell) for seed in range(self.seeds) for cell in chosen):
+            found = results[cell.label]
+            if seed == len(found):
+                new = run_cell(cell, seed, plan, self.images, self.folder, criterion=self.criterion, device=self.device)
+                if new is None:
+                    return False
+                found.append(new)
+            result = found[seed]
             auc = result.auc[result.signal]
             self.report(f"{number + 1}/{total} {cell.label}, seed {seed}: AUC {auc:.3f}, {result.seconds:.0f} s")
         return True
@@ -96,10 +118,12 @@ class StudyRun:
         """Return the cells that can be built; those that the image size rules out are named."""
         reasons = {cell.label: self._reason(cell) for cell in self.study.cells}
         errors = {label: error for label, error in reasons.items() if error is not None}
-        if len(errors) == len(reasons):
-            raise next(iter(errors.values()))
-        for label, error in errors.items():
-            self.report(f"left out {label}: {error}")
+        chosen = [cell.label for cell in self._chosen(self.study.cells)]
+        if all(label in errors for label in chosen):
+            raise errors[chosen[0]]
+        for label in chosen:
+            if label in errors:
+                self.report(f"left out {label}: {errors[label]}")
         return [cell for cell in self.study.cells if cell.label not in errors]
 
     def _reason(self, cell: Cell) -> ConfigError | None:
@@ -120,20 +144,44 @@ class StudyRun:
         }
         if (self.folder / REQUEST).exists():
             found = checkpoint.read_json(self.folder / REQUEST)
-            for key, value in document.items():
-                if found.get(key) != value:
-                    raise RunError(f"{self.folder} holds a study with another {key}; choose another folder with -o")
+            refuse_difference(f"{self.folder} holds a study", found, document)
         return document
 
-    def _planned(self) -> Plan | None:
-        """Return the plan that an earlier start of this study made for the same minutes."""
-        if not (self.folder / REQUEST).exists():
-            return None
-        found: Any = checkpoint.read_json(self.folder / REQUEST)
-        try:
-            return Plan(**found["plan"]) if found.get("plan") and found.get("minutes") == self.minutes else None
-        except TypeError as error:
-            raise CheckpointError(f"{self.folder / REQUEST} is not a study's request: {error}") from None
+    def _known_plan(self, trained: Sequence[Cell]) -> tuple[Plan | None, float | None]:
+        """Return width and epochs, None where they must be picked, and the minutes that they belong to."""
+        former, minutes = self._former_plan()
+        if not self._chosen(trained):
+            return former, minutes  # of the networks that are only read
+        if self.plan is not None:
+            return self.plan, None
+        if former is not None and minutes != self.minutes:
+            # Picked again, width and epochs would be others, and the networks of the folder not comparable.
+            if any((cell_folder(self.folder, cell, 0) / "run.json").exists() for cell in trained):
+                refuse_difference(f"{self.folder} holds a study", {"minutes": minutes}, {"minutes": self.minutes})
+            former = None
+        return former, self.minutes
+
+    def _former_plan(self) -> tuple[Plan | None, float | None]:
+        """Return the plan of the folder's networks, and the minutes that it was picked for."""
+        path = self.folder / REQUEST
+        found: Any = checkpoint.read_json(path) if path.exists() else {}
+        plan, names = found.get("plan"), [field.name for field in dataclasses.fields(Plan)]
+        if not plan:
+            return None, None
+        if not isinstance(plan, dict) or plan.keys() != set(names):
+            raise CheckpointError(
+                f"{path}: plan must hold {', '.join(names)}, got {plan!r}; choose another folder with -o"
+            )
+        return Plan(**plan), found.get("minutes")
+
+    def _picked(self, fitted: Sequence[Cell], trained: Sequence[Cell], results: dict[str, list[Result]]) -> Plan:
+        """Pick width and epochs for the minutes that the fitted models leave."""
+        chosen = self._chosen(fitted)
+        spent = sum(result.seconds for cell in chosen for result in results[cell.label][: self.seeds]) / 60
+        left = max((self.minutes or 0.0) - spent, 0.0)
+        plan = choose_plan(left, self._chosen(trained), self.seeds, self.images, self.device)
+        self.report(f"width {plan.width}, epochs: {plan.epochs}, {plan.measured}")
+        return plan
 
     def _write(self, cells: Sequence[Cell], results: dict[str, list[Result]], plan: Plan | None) -> str:
         from simsid.report.figures import png
@@ -145,9 +193,9 @@ class StudyRun:
         if not parts[1][1]:
             del parts[1]
         title = f"{self.name}: {self.study.title}"
-        said = table.notes(rows, self.images, plan, self.seeds)
+        said = table.notes(rows, self.images, plan)
         if self.study.reconstructions:
-            folders = {cell.label: cell_folder(self.folder, cell, 0) for cell in cells if results[cell.label]}
+            folders = {cell.label: cell_folder(self.folder, cell, 0) for cell in cells if results.get(cell.label)}
             pictures, left_out = reconstructions.draw(folders, self.images)
             if pictures is not None:
                 checkpoint.write_file(self.folder / "reconstructions.png", png(pictures, dpi=100))

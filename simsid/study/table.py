@@ -41,6 +41,8 @@ class Summary:
     """Of the fastest seed: other work on the machine makes times longer, never shorter."""
     image_seconds: float
     """Likewise."""
+    seeds: int
+    """Seeds that the means are of."""
 
 
 def p_value(values: Sequence[float], reference: Sequence[float]) -> float:
@@ -81,6 +83,7 @@ def summarize(study: Study, cells: Sequence[Cell], results: Results, images: Stu
                 best_f1=float(np.mean([result.best_f1 for result in found])),
                 epoch_seconds=min(epochs, default=None),
                 image_seconds=min(result.image_seconds for result in found),
+                seeds=len(found),
             )
         )
     return rows
@@ -124,14 +127,15 @@ def as_markdown(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
-def notes(rows: Sequence[Summary], images: StudyImages, plan: Plan | None, seeds: int) -> list[str]:
+def notes(rows: Sequence[Summary], images: StudyImages, plan: Plan | None) -> list[str]:
     """Return the sentences that belong to a table: data, training, and what its columns are."""
     normal, abnormal = images.evaluated_counts
     where = "test images" if images.split == "test" else "validation images, whose normal ones also choose the epoch"
     lines = [
         f"{images.name}: {images.train_count} training images; evaluated on {normal} normal and {abnormal} abnormal"
     ]
-    lines[0] += f" {where}; {seeds} seed{'s' if seeds > 1 else ''}."
+    fewest, most = min(row.seeds for row in rows), max(row.seeds for row in rows)
+    lines[0] += f" {where}; {most if fewest == most else f'{fewest} to {most}'} seed{'s' if most > 1 else ''}."
     if plan is not None and any(is_network(row.cell) for row in rows):
         width = "each preset's width" if plan.width is None else f"width {plan.width}"
         rates = plan.training(rows[0].cell, 0, "auto")

@@ -29,6 +29,11 @@ def simsid(capsys, monkeypatch, tmp_path):
     return run
 
 
+@pytest.fixture(autouse=True)
+def few_pixels(coarse_figures):
+    """Nothing here looks at the figures of a report; tests/report does."""
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")

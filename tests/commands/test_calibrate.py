@@ -96,7 +96,17 @@ def test_few_local_images_are_refused_and_the_calibration_stays(simsid, tmp_path
 def test_shipped_model_stays_and_adapt_is_named(simsid, tmp_path):
     tiny.films(tmp_path / "data", 1)
     done = simsid("calibrate", "zhanglab", "data", "--local")
-    assert done.code == 2 and "comes with simsid and stays as it is; adapt it with: simsid adapt zhanglab" in done.err
+    assert done.code == 2 and "comes with simsid and stays as it is; give a folder for a calibrated copy" in done.err
+    assert done.err.endswith("or adapt it with: simsid adapt zhanglab data -o FOLDER\n")
+
+
+def test_copy_is_calibrated_in_another_folder_and_the_model_stays(simsid, model, films, tmp_path):
+    before = Model.load(model).calibration
+    done = simsid("calibrate", model, films, "--local", "-o", "copy")
+    assert done.code == 0 and done.out.startswith("copy: calibrated on 7 normal images")
+    assert Model.load(tmp_path / "copy").calibration.count == 7 and Model.load(model).calibration == before
+    done = simsid("calibrate", model, films, "-o", "copy")
+    assert done.code == 2 and "copy already holds a model; choose another folder with -o" in done.err
 
 
 def test_empty_argument_is_refused(simsid, tmp_path):

@@ -65,7 +65,7 @@ def test_every_image_gets_picture_and_values_and_unreadable_files_a_reason(expla
 def test_map_of_the_models_own_signal_is_the_default(explain, model, tmp_path):
     path = tiny.film(tmp_path / "in" / "scan.png")
     done = explain(model, path, "-o", tmp_path / "out")
-    assert done.code == 0 and "1 of 1 maps of discriminator_per_image written" in done.out
+    assert done.code == 0 and "1 of 1 maps of standardized_residual written" in done.out
 
 
 def test_no_readable_file_is_status_2(explain, model, tmp_path):

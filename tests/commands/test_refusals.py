@@ -39,6 +39,16 @@ REFUSALS = [
     ),
     ("score MODEL FILMS -o out --batch-size 0", "batch_size must be at least 1, got 0"),
     ("score MODEL FILMS -o out --pictures -2", "pictures must be at least 0, got -2"),
+    (
+        "score MODEL FILMS -o out --precision bfloat16",
+        "use precision auto, or calibrate it again: simsid calibrate MODEL FOLDER --precision bfloat16",
+    ),
+    (
+        "score zhanglab FILMS -o out --precision bfloat16",
+        "or fit another model, whose memory has features of that precision: simsid train FOLDER --preset features "
+        "--precision bfloat16 -o NEW",
+    ),
+    ("evaluate zhanglab ZHANGLAB -o out --precision bfloat16", "simsid train FOLDER --preset features --precision bfl"),
     ("evaluate MODEL FILMS -o out", "needs a label for every image, got 7 of 7 without one"),
     ("evaluate MODEL ZHANGLAB --split nonsense", "has no 'nonsense' split; it has"),
     ("evaluate MODEL ZHANGLAB --false-positive-rate 0", "false_positive_rate must lie strictly between 0 and 1"),
@@ -77,7 +87,7 @@ def test_wrong_requests_get_one_sentence(simsid, model, films, zhanglab, tmp_pat
         (tmp_path / "unknown" / path.name).write_bytes(path.read_bytes())
     before = sorted(path for path in tmp_path.rglob("*") if path.name != ".lock")
     for name, path in {"MODEL": model, "FILMS": films, "ZHANGLAB": zhanglab}.items():
-        line = line.replace(name, str(path))
+        line, message = line.replace(name, str(path)), message.replace(name, str(path))
     done = simsid(*line.split())
     assert done.code == 2, done
     assert done.err.startswith("simsid: ") and len(done.err.splitlines()) == 1 and message in done.err, done.err

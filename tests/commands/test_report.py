@@ -12,15 +12,6 @@ from samples import Page
 
 from simsid import checkpoint, data
 from simsid.models import PixelKNN
-from simsid.report import embedding, figures
-
-
-@pytest.fixture(autouse=True)
-def coarse(monkeypatch):
-    """Draw few pixels and embed few points, which take most of the time."""
-    draw = figures.png
-    monkeypatch.setattr(figures, "png", lambda figure, dpi=0: draw(figure, dpi=20))
-    monkeypatch.setattr(embedding, "POINTS", 20)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +103,14 @@ def test_folder_that_is_no_run_missing_images_and_too_few_are_refused(simsid, ru
     (tmp_path / "model").mkdir()
     done = simsid("report", tmp_path / "model")
     assert done.code == 2 and f"{tmp_path / 'model'} is not a run: it has no run.json" in done.err
+    done = simsid("report", "nope")
+    assert (done.code, done.err) == (
+        2,
+        "simsid: nope does not exist; give a run folder, which `simsid train` writes\n",
+    )
+    done = simsid("report", run, "--beside", "zhanglab")
+    assert done.code == 2 and "zhanglab comes with simsid, without a run and its images" in done.err
+    assert "simsid score zhanglab FOLDER -o DIR" in done.err and done.err.count("\n") == 1
     folder = copied(run, tmp_path / "run")
     row = dict(tiny.rows(folder / "manifest.csv")[0], path=str(tmp_path / "gone.png"))
     tiny.write_list(folder / "manifest.csv", list(row), [list(row.values())])

@@ -65,7 +65,7 @@ def test_every_file_has_a_row_and_unreadable_ones_a_reason(simsid, model, tmp_pa
         if row["path"] in bad:
             assert row["reason"] and not row["score"] and not row["flagged"] and not row["residual"]
         else:
-            assert 0 < float(row["score"]) < 1 and row["flagged"] in "01" and not row["reason"]
+            assert 0 <= float(row["score"]) <= 1 and row["flagged"] in "01" and not row["reason"]
             value = float(row[loaded.signal])
             assert float(row["score"]) == loaded.calibration.probability(loaded.signal, np.array([value]))[0]
     tiny.assert_self_contained(output / "report.html")
@@ -128,7 +128,7 @@ def test_a_resumed_scoring_pictures_the_same_images_and_reads_again_only_those(
     opened.clear()
     assert simsid("score", model, films, "-o", "out", "--pictures", "3").code == 0
     names = sorted(path.name for path in films.iterdir())
-    rows = sorted(tiny.rows(tmp_path / "out" / "scores.csv"), key=lambda row: -float(row["discriminator_per_image"]))
+    rows = sorted(tiny.rows(tmp_path / "out" / "scores.csv"), key=lambda row: -float(row["standardized_residual"]))
     pictured = {os.path.basename(row["path"]) for row in rows[:3]}
     assert dict(opened) == dict.fromkeys(pictured | {names[6]}, 1)
     pages = [(tmp_path / folder / "report.html").read_bytes() for folder in ("at once", "out")]
@@ -239,7 +239,9 @@ def test_a_shifted_folder_is_warned_of_and_an_unshifted_one_is_not(simsid, tmp_p
     assert done.code == 0
     (note,) = [line for line in done.err.splitlines() if "shifted" in line]
     assert note.startswith("simsid: note: the scores have shifted: 100% of 40 images lie")
-    assert "(simsid adapt model FOLDER -o NEW)" in note and note.endswith("(simsid calibrate model FOLDER --local)")
+    assert "(simsid adapt model FOLDER -o NEW)" in note and note.endswith(
+        "(simsid calibrate model FOLDER --local -o NEW)"
+    )
     assert "the scores have shifted" in (tmp_path / "shifted" / "report.html").read_text("utf-8")
     # The remedy that the warning names silences it.
     assert simsid("calibrate", "model", other, "--local").code == 0

@@ -5,10 +5,15 @@ import signal
 
 import pytest
 import tiny
+import torch
 
+from simsid import checkpoint
+from simsid.commands.report import run_images
 from simsid.commands.study import NAMES
+from simsid.models import PixelKNN
 from simsid.study import STUDIES, images, plan
 from simsid.training import TrainingStep
+from simsid.training.run_folder import RunFolder
 
 ONE = {
     "components": "no_skip",
@@ -64,6 +69,43 @@ def test_a_study_of_a_folder_shows_the_papers_figure_beside_ours(simsid, zhangla
     assert "paper: on ZhangLab's official test set" in done.out
 
 
+def test_a_model_of_a_study_is_reported_on_its_drawn_images(simsid, small, tmp_path):
+    assert simsid("study", "methods", "--only", "pixel_pca", "--threads", "1", "-o", "out").code == 0
+    run = tmp_path / "out" / "pixel_pca" / "seed-0"
+    done = simsid("report", run)
+    assert done.code == 0, done.err
+    page = (run / "memory" / "report.html").read_text("utf-8")
+    assert "AUC by finding" in page and "This model has no memory" in page
+    for folder in (tmp_path / "out", run.parent):
+        refused = simsid("report", folder)
+        assert refused.code == 2 and f"it holds 1 of a study; give one, such as {run}" in refused.err
+    run.rename(tmp_path / "moved")
+    assert "moved lies outside of its study" in simsid("report", "moved").err
+
+
+@pytest.mark.parametrize(("name", "share"), [("mixed", 0.5), ("mixed", 1.0), ("topk", 1.0)])
+def test_images_of_a_studys_run_are_drawn_again_as_they_were(small, tmp_path, name, share):
+    run = tmp_path / "cell" / "seed-3"
+    model = PixelKNN(image_size=48)
+    drawn = images.StudyImages(None, most=8, contaminated=name == "mixed").train(model.preprocessing, share, seed=3)
+    with RunFolder(run) as folder:
+        folder.write_request({"command": "study", "train": 8, "normal_share": share, "seed": 3})
+        folder.write_manifest(drawn)
+    checkpoint.write_json(tmp_path / "study.json", {"study": name})
+    train, val = run_images(run, model, 1)
+    assert torch.equal(train.pixels, drawn.pixels) and train.records == drawn.records
+    assert sorted(val.labels) == [0] * 4 + [1] * 4
+
+
+def test_the_images_of_a_study_do_not_depend_on_the_models_that_are_run(simsid, small, monkeypatch):
+    asked = []
+    monkeypatch.setattr("simsid.study.StudyImages", lambda *_, **options: asked.append(options["contaminated"]))
+    for cell in ("simsid 100 %", "simsid 50 %"):
+        with pytest.raises(AttributeError):  # no images
+            simsid("study", "mixed", "--only", cell)
+    assert asked == [True, True]
+
+
 def test_ctrl_c_leaves_a_study_that_the_same_command_resumes(simsid, small, monkeypatch):
     step, line = TrainingStep.__call__, ["study", "speed", "--only", "simsid", "--width", "4", "--epochs", "2"]
 
@@ -83,6 +125,9 @@ def test_ctrl_c_leaves_a_study_that_the_same_command_resumes(simsid, small, monk
     ("line", "message"),
     [
         ("speed --only nothing", "only must match a model of the study, got nothing; they are simsid, squid"),
+        ("speed --only", "--only needs at least one pattern, got none"),
+        ("speed --only --width 4", "--only needs at least one pattern, got none"),
+        ("speed --exclude -o out", "--exclude needs at least one pattern, got none"),
         ("speed --seeds 0", "seeds must be at least 1, got 0"),
         ("speed --epochs 0", "epochs must be at least 1, got 0"),
         ("speed --criterion best", "criterion must be one of 'auto', 'auc', "),

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from simsid import data
-from simsid.study import images, plan
+from simsid.fields import replaced
+from simsid.study import cells, images, plan
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "models"))
 from test_released import export
@@ -41,8 +42,18 @@ def world(world_folder, monkeypatch):
     small = functools.partial(data.DigitAnatomy, val=8, test_normal=10, test_anomalous=20)
     monkeypatch.setattr(data, "DigitAnatomy", small)
     monkeypatch.setattr(plan, "_cost", lambda *_: (1.0, 1.0, 0.1))
+    monkeypatch.setattr(cells, "configuration", _small_configuration)
     monkeypatch.setattr(images, "DIGITS", {"train": 16, "val": 4, "test_normal": 5, "test_anomalous": 4})
     return world_folder
+
+
+def _small_configuration(cell, *options):
+    """Return a cell's configuration with fewer pixels and levels, where it is a network's."""
+    config = plan.configuration(cell, *options)
+    if not plan.is_network(cell):
+        return config
+    sizes = {name: min(getattr(config, name), 1) for name in ("skip_levels", "merge_levels", "decoder_memories")}
+    return replaced(config, {"image_size": 16 * config.patches, "levels": 2, **sizes})
 
 
 def _write_list(folder):

@@ -11,7 +11,6 @@ import tiny
 
 from simsid import robustness
 from simsid.commands import main as command_line
-from simsid.report import embedding, figures
 
 COMPUTING = ("train", "evaluate", "score", "adapt", "calibrate", "demo", "report", "study")
 REDUCED = {
@@ -19,8 +18,8 @@ REDUCED = {
     "study": ["--epochs", "1", "--width", "4", "--images", "4", "--seeds", "1"],
     "pixel_knn": ["--image-size", "48"],
     "pixel_pca": ["--image-size", "48"],
-    "features": ["--items", "5", "--components", "6"],
-    "feature_knn": ["--components", "6"],
+    "features": ["--image-size", "64", "--items", "5", "--components", "6"],
+    "feature_knn": ["--image-size", "64", "--components", "6"],
 }
 """Options of a command, or of a preset of `train`, that take the place of those in the page or join them."""
 STUDIED = ["no_skip", "simsid 100 %", "pixel_knn", "coupled"]
@@ -59,15 +58,6 @@ def done():
     return set()
 
 
-@pytest.fixture
-def coarse(monkeypatch):
-    """Draw the reports' figures with few pixels, which take most of a tiny command's time."""
-    draw = figures.png
-    monkeypatch.setattr(figures, "png", lambda figure, dpi=0: draw(figure, dpi=20))
-    monkeypatch.setattr(embedding, "POINTS", 20)
-    monkeypatch.setattr(robustness, "SHIFTS", robustness.SHIFTS[:1])
-
-
 def run_simsid(words, capsys):
     """Run a command in this process. What an earlier page left in the folder that it writes is removed."""
     output = option(words, "-o") or ("simsid-demo" if words[1] == "demo" else None)
@@ -96,7 +86,8 @@ def check_pip(words):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_of_a_page_run(page, world, done, coarse, monkeypatch, capsys):
+def test_commands_of_a_page_run(page, world, done, coarse_figures, monkeypatch, capsys):
+    monkeypatch.setattr(robustness, "SHIFTS", robustness.SHIFTS[:1])
     for words in documents.commands(page):
         if tuple(words) in done:
             continue

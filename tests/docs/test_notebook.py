@@ -10,8 +10,8 @@ import torch
 NOTEBOOK = documents.ROOT / "docs" / "notebook.py"
 
 
-@pytest.mark.filterwarnings("ignore:6 held-out normal images cannot guarantee")
-def test_notebook_trains_scores_looks_and_calibrates(tmp_path, monkeypatch, capsys):
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_notebook_trains_scores_looks_and_calibrates_without_a_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     matplotlib.use("Agg")
     with torch.random.fork_rng():

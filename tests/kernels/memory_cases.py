@@ -1,5 +1,6 @@
 """Inputs of the space-aware memory, and the comparison of its kernels with the reference in float64."""
 
+import functools
 import math
 
 import torch
@@ -55,6 +56,24 @@ def gradients(function, z, M, g):
     out = function(z, M)
     out.backward(g)
     return {"out": out, "dz": z.grad, "dM": M.grad}
+
+
+def gradients_apart(z, M, g, k, **options):
+    """Return the fused gradients that are computed where only one input needs one, by kernels of their own."""
+
+    def gradient(leaf, call):
+        leaf = leaf.detach().requires_grad_()
+        return torch.autograd.grad(call(leaf), leaf, g)[0]
+
+    fused = functools.partial(space_aware_memory, topk=k, backend="triton", **options)
+    return {
+        "dz": gradient(z, lambda leaf: fused(leaf, M.detach())),
+        "dM": gradient(M, lambda leaf: fused(z.detach(), leaf)),
+    }
+
+
+def kernel_names(launches):
+    return [launched.kernel.fn.__name__.removeprefix("memory_").removesuffix("_kernel") for launched in launches]
 
 
 def roundings_of(query):

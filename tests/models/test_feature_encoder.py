@@ -6,6 +6,7 @@ import torch
 from shared import GOLDEN, needs_golden
 from torch import nn
 
+from simsid import FeatureMemory
 from simsid.errors import CheckpointError, InputError, InputTypeError
 from simsid.models import feature_encoder
 from simsid.models.feature_encoder import (
@@ -177,15 +178,44 @@ def test_unusable_encoder_is_refused_at_once(network, layers, error, message):
 @pytest.mark.parametrize(
     ("network", "layers", "message"),
     [
-        (nn.Flatten(), (), r"must yield feature maps \[2, C, h, w\], got shape \[2, 192\]"),
+        (nn.Flatten(), (), r"must yield feature maps \[2, C, h, w\] of images \[2, 3, 8, 8\], got shape \[2, 192\]"),
+        (Tiny(lambda maps: [maps[0][:1]]), (), r"got shape \[1, 4, 3, 3\]"),
+        (Tiny(lambda maps: [maps[0][..., :0]]), (), r"got shape \[2, 4, 3, 0\]"),
         (Tiny(lambda maps: []), (), "at least one"),
         (Tiny(lambda maps: ["a"]), (), "got str"),
     ],
-    ids=["tokens", "nothing", "not tensors"],
+    ids=["tokens", "another batch", "no pixels", "nothing", "not tensors"],
 )
 def test_output_that_is_not_maps_is_an_error(network, layers, message):
     with pytest.raises(InputTypeError, match=message):
         FeatureEncoder(network, layers)(torch.zeros(2, 1, 8, 8))
+
+
+class Failing(nn.Module):
+    def forward(self, x):
+        return {}["no such map"]
+
+
+@pytest.mark.parametrize(
+    ("network", "inputs", "message"),
+    [
+        (nn.Linear(10, 5), "imagenet", "raised RuntimeError: Expected size"),
+        (nn.Conv2d(1, 4, 3), "imagenet", r'to have 1 channels, but got 3 channels instead.*inputs="gray" feeds 1'),
+        (nn.Conv2d(3, 4, 3), "gray", r'images \[2, 1, 8, 8\].*but got 1 channels instead.*inputs="imagenet" feeds 3'),
+        (Failing(), "imagenet", r"KeyError: 'no such map'"),
+    ],
+    ids=["linear", "one channel", "three channels", "defect inside"],
+)
+def test_error_inside_the_module_is_one_sentence_with_its_cause(network, inputs, message):
+    with pytest.raises(InputError, match=message) as caught:
+        FeatureEncoder(network, inputs=inputs)(torch.zeros(2, 1, 8, 8))
+    assert str(caught.value).startswith("encoder must take images [2, ") and "\n" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, (RuntimeError, KeyError))
+
+
+def test_memory_of_an_unusable_module_is_refused_at_fit():
+    with pytest.raises(InputError, match=r"^encoder must take images \[8, 3, 32, 32\]"):
+        FeatureMemory(encoder=nn.Linear(10, 5), image_size=32).fit(torch.zeros(8, 1, 32, 32))
 
 
 def test_layer_that_does_not_run_is_an_error():

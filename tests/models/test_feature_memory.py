@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from shared import ZHANGLAB, needs_zhanglab
-from tiny_features import SIZES, TinyEncoder, abnormal, auc, memory, normal, shifted
+from tiny_features import TinyEncoder, abnormal, auc, memory, normal, shifted
 
 import simsid
-from simsid import FeatureConfig, FeatureMemory
+from simsid import FeatureMemory
 from simsid.data import ImageSet, Record, ZhangLab, load_images
-from simsid.errors import CheckpointError, ConfigError, InputError, InputTypeError
+from simsid.errors import CheckpointError, InputError, InputTypeError
 from simsid.models.feature_encoder import SHA256
 
 NAMES = ("pooled_memory", "inpainting", "combined")
@@ -311,7 +311,9 @@ def test_images_that_the_memory_holds_are_not_added_again(saved):
     model = load(saved)
     done = model.adapt(torch.cat([normal(40), shifted(normal(10, 3))]))
     assert (done.added, done.known) == (10, 40)
-    with pytest.raises(InputError, match="at least 8 images that the memory lacks, got 0"):
+    with pytest.raises(
+        InputError, match="at least 8 images that the memory lacks, got 0 of 40, as it holds the others"
+    ):
         model.adapt(normal(40))
 
 
@@ -337,40 +339,6 @@ def test_model_that_is_not_fitted_says_so(tmp_path):
 def test_fit_refuses_unusable_images(images, message):
     with pytest.raises(InputError, match=message):
         memory().fit(images)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("image_size", 16, "image_size must be in 32 to 4096, got 16"),
-        ("image_size", 224.0, "image_size must be a whole number"),
-        ("neighbors", True, "neighbors must be a whole number"),
-        ("penalty", 0.0, "penalty must be greater than 0"),
-        ("penalty", float("nan"), "penalty must be"),
-        ("synthetic", 1, "synthetic must be true or false"),
-        ("signal", "synthetic", "signal must be one of pooled_memory, inpainting, combined"),
-        ("signal", "residual", "signal must be one of"),
-        ("weight", "heart", "weight must be one of 'lungs', 'uniform' or an array"),
-        ("weight", [[1.0, -1.0]], "not all 0"),
-        ("weight", [1.0, 2.0], "weight must be an array"),
-        ("weight", [["a"]], "weight must be a name or an array"),
-        ("layers", "layer1", "layers must be a tuple"),
-        ("inputs", "rgb", "inputs must be one of"),
-        ("aspect", "squeeze", "aspect must be one of"),
-        ("epochs", 3, "is not a configuration field"),
-    ],
-    ids=lambda value: str(value)[:20],
-)
-def test_configuration_refuses_the_field_by_name(field, value, message):
-    with pytest.raises((ConfigError, InputError), match=message):
-        FeatureConfig().replace(**{field: value})
-
-
-def test_configuration_survives_json():
-    config = FeatureConfig(weight=np.eye(3), layers=("a", "b"), synthetic=True, signal="synthetic")
-    assert FeatureConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    with pytest.raises(ConfigError, match="config must be a FeatureConfig"):
-        FeatureMemory({"grid": 7})
 
 
 # Real radiographs, and a GPU.
@@ -403,6 +371,3 @@ def test_gpu_scores_as_the_cpu_does_and_looks_up_with_the_fused_kernel(fitted, s
         np.testing.assert_allclose(found[name], want[name], rtol=1e-2, atol=1e-2)
     fresh = memory().to_device("cuda").fit(normal(40))
     assert auc(fresh.signals(normal(20, 2))["combined"], fresh.signals(abnormal(20))["combined"]) > 0.95
-
-
-assert set(SIZES) <= set(FeatureConfig().to_dict())

@@ -98,7 +98,7 @@ def test_calibration_without_the_models_signal_is_refused(tmp_path):
     model = tiny.model()
     model.calibration = Calibration.fit({"residual": np.ones(3)})
     model.save(tmp_path)
-    with pytest.raises(CheckpointError, match="calibration lacks the model's signal 'discriminator_per_image'"):
+    with pytest.raises(CheckpointError, match="calibration lacks the model's signal 'standardized_residual'"):
         Model.load(tmp_path)
 
 

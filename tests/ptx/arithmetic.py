@@ -151,6 +151,14 @@ def _permute(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     return result
 
 
+def selected(a: str, b: str, selector: str) -> tuple[str, str, str]:
+    """Return the operands of `prmt`, with a register in place of one of which no byte is taken: it may be unwritten."""
+    if selector.startswith("%"):
+        return a, b, selector
+    halves = {int(selector.rstrip("U"), 0) >> 4 * i & 4 for i in range(4)}
+    return (a if 0 in halves else b), (b if 4 in halves else a), selector
+
+
 def _convert(modifiers: list[str], target: str, source: str) -> Callable[..., np.ndarray]:
     """Return the function of `cvt`."""
     if target == "tf32":

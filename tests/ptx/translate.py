@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 from ptx import warp
-from ptx.arithmetic import immediate, operation, storage
+from ptx.arithmetic import immediate, operation, selected, storage
 from ptx.checks import Unsupported
 from ptx.instructions import Address, Instruction, Program
 from ptx.machine import Machine
@@ -65,14 +65,6 @@ def access(opcode: str) -> tuple[str, type, int]:
     parts = opcode.split(".")
     vector = [int(part[1:]) for part in parts if re.fullmatch(r"v\d", part)]
     return parts[1].removesuffix("::cta"), storage(parts[-1]), (vector or [1])[0]
-
-
-def _selected(a: str, b: str, selector: str) -> tuple[str, str, str]:
-    """Return the operands of `prmt`, with a register in place of one of which no byte is taken: it may be unwritten."""
-    if selector.startswith("%"):
-        return a, b, selector
-    halves = {int(selector.rstrip("U"), 0) >> 4 * i & 4 for i in range(4)}
-    return (a if 0 in halves else b), (b if 4 in halves else a), selector
 
 
 class _Translator:
@@ -153,7 +145,7 @@ class _Translator:
         if len(operands) != len(kinds):
             raise Unsupported(instruction.text)
         if instruction.opcode == "prmt.b32":
-            operands = _selected(*operands)
+            operands = selected(*operands)
         return self._assign(
             instruction, self.slot(target, result), [self.slot(o, k) for o, k in zip(operands, kinds)], function
         )

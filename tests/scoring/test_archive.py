@@ -325,7 +325,7 @@ def test_the_request_says_what_is_scored(loaded, films, tmp_path):
     assert request.pop("model") and request.pop("version")
     assert request == {
         "data": str(films),
-        "signal": "discriminator_per_image",
+        "signal": "standardized_residual",
         "false_positive_rate": 0.05,
         "batch_size": 2,
         "exclude": ["002"],

@@ -229,7 +229,7 @@ def test_residual_map_of_trained_network_differs_from_untrained(autoencoder):
 def test_choice_of_map_falls_back_to_the_first_and_errors_list_the_choices():
     model = tiny.model(signal="residual")
     assert model.choose_map() == "residual" and model.choose_map("memory_distance") == "memory_distance"
-    assert tiny.model().choose_map() == "discriminator_per_image"
+    assert tiny.model().choose_map() == "standardized_residual"
     with pytest.raises(InputError, match=r"signal must be one of discriminator_per_image, .*, got 'nonsense'"):
         model.choose_map("nonsense")
     with pytest.raises(InputError, match="none of the model's signals has a map: pixel_knn"):

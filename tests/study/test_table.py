@@ -125,11 +125,11 @@ def test_text_and_markdown_of_a_table(digits):
 
 def test_notes_name_data_training_and_what_the_columns_are(digits):
     rows = summaries(STUDY, digits, full_model=FULL, less=LESS)
-    said = "\n".join(table.notes(rows, digits, Plan(8, 6, "picked for 5 minutes from 0.1 s an iteration"), 3))
+    said = "\n".join(table.notes(rows, digits, Plan(8, 6, "picked for 5 minutes from 0.1 s an iteration")))
     assert "DigitAnatomy: 4 training images; evaluated on 5 normal and 4 abnormal test images; 3 seeds." in said
     assert "width 8, 6 epochs, learning rate 0.001 to 0.0001, picked for 5 minutes" in said
     assert "optimistic" in said and "t-test" in said and "paper:" not in said
-    assert "learning rate 0.0001 to 2e-05" in "\n".join(table.notes(rows, digits, Plan(32, 200), 3))
+    assert "learning rate 0.0001 to 2e-05" in "\n".join(table.notes(rows, digits, Plan(32, 200)))
 
 
 @pytest.mark.parametrize("name", ["components", "topk", "contamination", "speed"])

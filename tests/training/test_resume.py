@@ -27,9 +27,9 @@ OPTIONS = [*tiny.OPTIONS, "--memory", "queue", "--rho", "0.8", "--epochs", str(E
 OPTIONS += ["--val-share", "0.2", "--patience", "6", "--seed", "5", "--device", "cpu"]
 
 
-def fit(run, images, *, resume=False, val=None, **options):
+def fit(run, images, *, resume=False, val=None, sizes=(), **options):
     config = TrainingConfig(**{"batch_size": 4, "epochs": 3, "checkpoint_seconds": 0.0, **options})
-    return Trainer(tiny.model(memory="queue", rho=0.8), config, run=run).fit(images, val, resume=resume)
+    return Trainer(tiny.model(memory="queue", rho=0.8, **dict(sizes)), config, run=run).fit(images, val, resume=resume)
 
 
 def interrupt_at(monkeypatch, steps, times=1):
@@ -212,9 +212,13 @@ KILLER = """
 import json, os, pathlib, random, shutil, signal, sys
 sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
 import test_resume, tiny
+from simsid.models import discriminator
 
 work = pathlib.Path(sys.argv[2])
-images, val = tiny.images(8), tiny.images(2, 1)
+# Nearly all of a tiny state is the discriminator, whose channels do not depend on the configuration.
+discriminator.CHANNELS = (2, 4, 4, 4, 4)
+images, val = (tiny.noise(count, tiny.ONE_LEVEL["image_size"], seed=count) for count in (8, 2))
+options = {"val": val, "epochs": 1, "sizes": tiny.ONE_LEVEL}
 
 
 def train(run, seconds, resume=False, die_at=0):
@@ -231,7 +235,7 @@ def train(run, seconds, resume=False, die_at=0):
 
     for name in ("fsync", "replace", "unlink"):
         setattr(os, name, counted(getattr(os, name)))
-    test_resume.fit(run, images, val=val, resume=resume, epochs=1, checkpoint_seconds=seconds)
+    test_resume.fit(run, images, resume=resume, checkpoint_seconds=seconds, **options)
 
 
 def fork(*arguments):
@@ -244,7 +248,7 @@ def fork(*arguments):
 
 def kill_everywhere(seconds, run, expected):
     # In this process first, so that no child has to import anything.
-    test_resume.fit(expected, images, val=val, epochs=1, checkpoint_seconds=seconds)
+    test_resume.fit(expected, images, checkpoint_seconds=seconds, **options)
     moment, killed, rng = 0, 0, random.Random()
     while True:
         moment += rng.randint(1, 8)

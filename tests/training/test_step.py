@@ -117,11 +117,10 @@ def test_compiled_step_equals_eager(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     # Tracing takes seconds, so one level; two iterations run all that is compiled: with and without the generator.
-    changes = {"image_size": 36, "levels": 1, "skip_levels": 1, "merge_levels": 1, "decoder_memories": 1}
     results = []
     for compiled in (True, False):
         config = TrainingConfig(batch_size=4, learning_rate=1e-3, translate=0.0, scale=0.0, compile=compiled)
-        results.append(TrainingStep(tiny.model(**changes).train(), config))
+        results.append(TrainingStep(tiny.model(**tiny.ONE_LEVEL).train(), config))
         for number in range(2):
             results[-1](tiny.images(4, number)[:, :, :36, :36], number)
     compiled, eager = results

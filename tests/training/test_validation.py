@@ -44,7 +44,7 @@ def test_pasted_patch_is_a_rectangle_of_the_same_image_in_every_copy(dtype):
 
 def test_synthetic_criterion_measures_every_signal_against_pasted_patches():
     config = TrainingConfig(batch_size=4, epochs=2, criterion="synthetic")
-    history = Trainer(tiny.model(), config).fit(tiny.images(8), tiny.images(6, 1))
+    history = Trainer(tiny.model(signal=RAW[0]), config).fit(tiny.images(8), tiny.images(6, 1))
     names = [name for name in history.epochs[0] if name.startswith("val_synthetic_")]
     assert names == [f"val_synthetic_{name}" for name in RAW]
     assert not [name for name in history.epochs[0] if name.startswith("val_auc_")], "no anomaly was needed"
@@ -56,10 +56,11 @@ def test_validation_measures_every_signal():
         torch.randint(0, 256, (6, 1, 48, 48), dtype=torch.uint8),
         tuple(data.Record(str(i), label=label) for i, label in enumerate((0, 0, 0, 1, 1, -1))),
     )
-    history = fit(tiny.model(), tiny.images(4), images)
+    model = tiny.model()
+    history = fit(model, tiny.images(4), images)
     names = [name for name in history.epochs[0] if name.startswith("val_auc_")]
-    assert names == [f"val_auc_{name}" for name in RAW]
-    assert history.best_value == history.epochs[0]["val_auc_discriminator_per_image"]
+    assert names == [f"val_auc_{name}" for name in (*RAW, model.signal)]
+    assert history.best_value == history.epochs[0][f"val_auc_{model.signal}"]
 
 
 @pytest.mark.parametrize(
