@@ -30,7 +30,7 @@ from torch import Tensor
 from simsid.kernels.backend import interpreter_on
 from simsid.kernels.launch import ARCHITECTURES, Launch, record_launches
 
-OPS = ("memory", "attention", "layer_norm")
+OPS = ("memory", "attention", "layer_norm", "sums")  # folders of kernels/
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory one program may ask for
 # Register spills that are allowed, by Triton's version and architecture: bytes of stack, and instructions that use it.
 # ptxas spills a few values around the loop to fit one more program on a multiprocessor, even where it then uses only 72
@@ -40,7 +40,7 @@ SPILL_LIMIT = {
     "3.6": {80: (8, 2), 90: (8, 2), 100: (8, 3)},
     "3.7": {80: (8, 2), 90: (0, 0), 100: (24, 12)},
     "3.8": {80: (8, 5), 90: (16, 8), 100: (16, 9)},
-    "3.9": {80: (8, 4), 90: (8, 2), 100: (16, 9)},
+    "3.9": {80: (8, 4), 90: (0, 0), 100: (16, 9)},
 }
 
 
@@ -205,12 +205,14 @@ def compile_ahead(variant: Variant, arch: int) -> Report:
 
 
 def variants(op: str) -> list[Variant]:
-    """Return every distinct variant that the cases of `op` would launch, under the name of its first case."""
+    """Return every distinct variant of the kernels of `op` that its cases would launch, named by its first case."""
     variants: dict[tuple[Any, ...], Variant] = {}
     for case, call, architectures in importlib.import_module(f"simsid.kernels.{op}.variants").cases():
         with record_launches(run=False) as launches:
             call()
         for launched in launches:
+            if not launched.kernel.fn.__module__.startswith(f"simsid.kernels.{op}."):
+                continue
             variant = specialize(f"{launched.kernel.__name__} [{case}]", launched, architectures)
             first = variants.get(variant.key, variant)
             variants[variant.key] = dataclasses.replace(

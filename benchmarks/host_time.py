@@ -1,14 +1,14 @@
 """Time what a call of each op costs the host: everything but the launches, which are left out; no GPU is needed.
 
     python benchmarks/host_time.py
+    python benchmarks/host_time.py --triton     with the launches, as far as Triton's own code goes
 
-On tiny tensors on the CPU, so that allocations and PyTorch's own sums cost little. `least` is an autograd function
-that does nothing but allocate the results and gradients: what PyTorch's engine costs any fused op.
+On tiny tensors on the CPU, so that allocations cost little. `least` is an autograd function that does nothing but
+allocate the results and gradients: what PyTorch's engine costs any fused op.
 """
 
 import argparse
 import contextlib
-import importlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,31 +16,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simsid.kernels import backend, launch, neighbor_attention, residual_layer_norm, space_aware_memory
+from simsid.kernels import backend, neighbor_attention, residual_layer_norm, space_aware_memory
+from simsid.kernels.launch import launches_by
 
 BLOCKS, CALLS = 400, 20  # the fastest block counts: what disturbs a block makes it slower
 
 
 @contextlib.contextmanager
-def without_launches() -> Iterator[None]:
-    """Let `backend="triton"` take tensors on the CPU, and launch nothing."""
-    names = ("memory.launchers", "attention.fused", "layer_norm.fused")
-    modules = [importlib.import_module(f"simsid.kernels.{name}") for name in names]
-    before, real = backend.interpreter_on, launch.launch
-
-    def record_only(*plan: Any, **arguments: Any) -> None:
-        if launch._recorders:
-            real(*plan, **arguments)
-
+def on_cpu() -> Iterator[None]:
+    """Let `backend="triton"` take tensors on the CPU."""
+    before = backend.interpreter_on
     backend.interpreter_on = lambda: True
-    for module in modules:
-        module.launch = record_only
     try:
         yield
     finally:
         backend.interpreter_on = before
-        for module in modules:
-            module.launch = real
+
+
+class NoDriver:
+    """Stands in for Triton's driver: kernels are compiled for compute capability 9.0, and `launch` gets the launches.
+
+    It must be set before the first kernel is launched, and stays.
+    """
+
+    def __init__(self, launch: Callable[..., None]) -> None:
+        self.utils, self.launch = self, launch
+
+    def set(self) -> None:
+        """Let Triton use this driver."""
+        from triton.runtime import driver
+
+        driver.set_active(self)
+
+    def get_current_target(self) -> Any:
+        """Return what to compile for."""
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        """Return the number of the only device."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:  # noqa: ARG002
+        """Return the number of the only stream."""
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:  # noqa: ARG002
+        """Return as much as Triton asks for."""
+        return {"max_shared_mem": 227 * 1024}
+
+    def launcher_cls(self, source: object, metadata: object) -> Callable[..., None]:  # noqa: ARG002
+        """Return what launches a compiled kernel."""
+        return self.launch
+
+    def load_binary(self, *_: object) -> tuple[int, int, int, int, int]:
+        """Return module, function, registers, spills and threads."""
+        return 0, 0, 32, 0, 1024
 
 
 class _Least(torch.autograd.Function):
@@ -99,10 +131,16 @@ def seconds(call: Callable[[], object]) -> float:
 
 def main() -> None:
     """Print microseconds of every op's forward pass, and of forward and backward."""
-    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--triton", action="store_true", help="launch, but for the call of the GPU's driver")
+    if parser.parse_args().triton:
+        NoDriver(lambda *_: None).set()
+        carried = contextlib.nullcontext()
+    else:
+        carried = launches_by(lambda _: lambda *_: None)
     torch.set_num_threads(1)
     print(f"{'microseconds of host time':28}  forward  forward + backward")
-    with without_launches():
+    with on_cpu(), carried:
         for name, (call, tensors) in calls().items():
             inputs = tuple(tensor.clone().requires_grad_() for tensor in tensors)
             cotangent = torch.ones_like(inputs[0])

@@ -15,8 +15,8 @@ from simsid.kernels.checks import check_choice
 BACKENDS = ("auto", "triton", "torch")
 OLDEST_MAJOR = 8  # the kernels use asynchronous copies and bf16 tensor cores, which came with sm_80
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-# Triton 3.6 leaves out the fence between an asynchronous copy of 16-bit numbers and the warp-group product that reads
-# them (compute capability 9.0 and later), unless the loop around them is not pipelined.
+# Triton 3.6 leaves out the fence between an asynchronous copy and the warp-group product that reads what it copied
+# (compute capability 9.0 and later), unless the loop around them is not pipelined.
 LEAVES_OUT_FENCES = TRITON_INSTALLED and importlib.metadata.version("triton").startswith("3.6.")
 
 _logger = logging.getLogger(__name__)
@@ -51,10 +51,14 @@ def why_not_triton(device: torch.device) -> str | None:
     return None
 
 
-def fenced_stages(num_stages: int, warp_groups: bool, *tensors: Tensor) -> int:
-    """Return the stages of a loop that multiplies tensors: `num_stages`, or 1 where Triton would leave out a fence."""
-    unfenced = LEAVES_OUT_FENCES and warp_groups and any(tensor.element_size() == 2 for tensor in tensors)
-    return 1 if unfenced else num_stages
+def fenced_stages(num_stages: int, warp_groups: bool, precision: str, *tensors: Tensor) -> int:
+    """Return the stages of a loop that multiplies tensors: `num_stages`, or 1 where Triton would leave out a fence.
+
+    A product reads the copies themselves where numbers have 16 bits, or are float32 and multiplied as `"tf32"`; those
+    of `"tf32x3"` are taken apart in registers first.
+    """
+    copies = precision == "tf32" or any(tensor.element_size() == 2 for tensor in tensors)
+    return 1 if LEAVES_OUT_FENCES and warp_groups and copies else num_stages
 
 
 def why_not_differentiable() -> str | None:

@@ -5,8 +5,7 @@
 call would bind its signature; only `torch.func` needs it, and `backend.py` sends that to the references.
 
 In plain eager mode not even the dispatcher is asked: `register` returns a function that calls the kernels' host code
-itself. Whatever could watch or rewrite ops goes through PyTorch. What such a call has checked and planned is kept for
-the next one of the same signature (`Handles`): together they halve the host time, which bounds small ops.
+itself. Whatever could watch or rewrite ops goes through PyTorch.
 """
 
 from collections.abc import Callable
@@ -14,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+PLAIN = (Tensor, Parameter)  # no other class of tensors is handed to the kernels' host code
 _library = torch.library.Library("simsid", "FRAGMENT")
 
 
@@ -54,47 +53,7 @@ def watched(*arguments: Any) -> bool:
         or torch._C._autograd._profiler_enabled()
     ):
         return True
-    for argument in arguments:
-        kind = type(argument)
-        if kind is not Tensor and kind is not Parameter and isinstance(argument, Tensor):
-            return True
-    return False
-
-
-class Handles:
-    """What calls of an op have checked and planned, by their signature; forgotten when there are `MOST` of them."""
-
-    MOST = 1024
-
-    def __init__(self) -> None:
-        self._handles: dict[Any, Any] = {}
-
-    def find(self, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, Any]:
-        """Return the signature of a call, None where it can have no handle, and its handle, None where there is none.
-
-        Transforms and whatever watches ops need the long way. So does an argument that is not hashable or no tensor.
-        """
-        if watched(*tensors) or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return None, None
-        try:
-            signature = (
-                options,
-                *[None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors],
-            )
-            return signature, self._handles.get(signature)
-        except (AttributeError, TypeError):
-            return None, None
-
-    def keep(self, signature: Any, handle: Any) -> None:
-        """Keep a handle for the next call of this signature."""
-        if len(self._handles) >= self.MOST:
-            self._handles.clear()
-        self._handles[signature] = handle
-
-
-def aligned(*tensors: Tensor) -> bool:
-    """Return whether every tensor starts at a multiple of 16 bytes, as an access of a whole vector needs."""
-    return not any(tensor.data_ptr() & 15 for tensor in tensors)
+    return any(isinstance(argument, Tensor) and type(argument) not in PLAIN for argument in arguments)
 
 
 def usable(tensor: Tensor) -> bool:

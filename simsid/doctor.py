@@ -120,7 +120,7 @@ def _kernels() -> list[Finding]:
     text = version or "missing; only fused kernels on an NVIDIA GPU use it"
     linux = platform.system() == "Linux"
     if LEAVES_OUT_FENCES:
-        text = f"{text}; it leaves out a fence, so 16-bit memory kernels run without pipelining on sm_90 and later"
+        text += "; it leaves out a fence: 16-bit and TF32 memory kernels run without pipelining on sm_90 and later"
         return [*findings, Finding("note", "triton", text, "pip install --upgrade torch triton")]
     return [*findings, Finding("ok" if version else "note", "triton", text, "" if version or not linux else TRITON)]
 

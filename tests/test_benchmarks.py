@@ -178,6 +178,16 @@ def test_variant_that_disagrees_is_not_timed():
     }
 
 
+@on_cpu
+def test_ops_are_timed_in_turn_and_the_fused_one_again_at_the_end():
+    import test_ops
+
+    order = []
+    makers = {name: lambda name=name: lambda: order.append(name) for name in ("batched", "fused", "other")}
+    test_ops.time_group(makers, 1, lambda one_round, _: [one_round() for _ in range(3)])
+    assert order == ["batched", "fused", "other"] * 4 + ["fused"] * 3  # the first round warms up
+
+
 def test_backward_pass_is_timed_without_its_forward_pass():
     import test_ops
 

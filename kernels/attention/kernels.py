@@ -1,4 +1,4 @@
-"""Neighbor attention in Triton: one launch forward, one backward.
+"""Neighbor attention in Triton: one launch forward, one backward, and with pads one that sums their gradients.
 
     a[l, m] = softmax over the neighbors m of l of <q[l], k[m]> * scale        out[l] = sum_m a[l, m] v[m]
     dv[m]   = sum_l a[l, m] g[l]          ds[l, m] = a[l, m] (<g[l], v[m]> - sum_m a[l, m] <g[l], v[m]>)
@@ -260,11 +260,10 @@ def neighbor_attention_backward_kernel(
     grad_query_ptr,  # (B, L, D), contiguous
     grad_key_ptr,  # (B, L, D)
     grad_value_ptr,  # (B, L, D), strides of grad_key_ptr
-    grad_pads_ptr,  # (2, B, D), contiguous, float32: each image's part of the gradients to the pads, or None
+    grad_pads_ptr,  # (B, 2, D), contiguous, float32: each image's part of the gradients to the pads, or None
     # Sizes
     heads,
     scale,
-    batch_features,  # B D
     # Strides
     stride_grad_out_b,
     stride_grad_out_l,
@@ -294,7 +293,7 @@ def neighbor_attention_backward_kernel(
 
     Grid: (B heads). A program owns one head of one image, as in the forward. It makes the weights again, and fetches
     them from the neighbor's side for grad_key and grad_value with one gather in shared memory, so that no two programs
-    or threads add to the same number. PyTorch adds the images' parts of the pads' gradients.
+    or threads add to the same number. `sum_parts_kernel` adds the images' parts of the pads' gradients.
     """
     i_b = (tl.program_id(0) // heads).to(tl.int64)
     i_h = tl.program_id(0) % heads
@@ -358,9 +357,9 @@ def neighbor_attention_backward_kernel(
             b_grad_query += b_ds_pad[:, :, None] * _load(p_pad_k + o_w, m_pad & m_w, 1)
             b_q = _load(p_q + o_l * stride_q_l + o_w, m_l & m_w, 1)
             b_g = _load(p_g + o_l * stride_grad_out_l + o_w, m_l & m_w, 1)
-            p_pad = grad_pads_ptr + i_b * (heads * WIDTH) + i_h * WIDTH + o_w
+            p_pad = grad_pads_ptr + i_b * (2 * heads * WIDTH) + i_h * WIDTH + o_w
             tl.store(p_pad, tl.sum(b_ds_pad[:, :, None] * b_q, axis=1), mask=m_w)
-            tl.store(p_pad + batch_features, tl.sum(b_w_pad[:, :, None] * b_g, axis=1), mask=m_w)
+            tl.store(p_pad + heads * WIDTH, tl.sum(b_w_pad[:, :, None] * b_g, axis=1), mask=m_w)
         _store(grad_query_ptr + o_out + o_w, b_grad_query, m_l & m_w)
         b_q_from = _load(p_q + o_flat_from * stride_q_l + o_w, m_flat_from & m_w, SLOTS)
         _store(grad_key_ptr + o_key + o_w, tl.sum(b_ds_from[:, :, None] * b_q_from, axis=0)[None, :, :], m_l & m_w)

@@ -9,7 +9,7 @@ from simsid.kernels.attention.plan import Window, refuse
 from simsid.kernels.attention.reference import NEIGHBORS, neighbor_attention_reference
 from simsid.kernels.backend import choose_backend
 from simsid.kernels.checks import check_integer, check_tensor
-from simsid.kernels.library import Handles
+from simsid.kernels.handles import Handles
 from simsid.kernels.ranges import named_range
 
 _handles = Handles()
@@ -91,7 +91,7 @@ def neighbor_attention(
 
         layout = fused.Layout(grid, heads, window)
         if signature is not None:
-            _handles.keep(signature, fused.make_handle(tensors, layout))
+            _handles.keep(signature, tensors, fused.passes(layout))
         return fused.neighbor_attention_fused(tensors, layout)
     if value is None:
         key, value = key.chunk(2, -1)

@@ -93,7 +93,7 @@ def residual_layer_norm_backward_kernel(
     """Make the gradients to x and residual of some rows, and their part of those to weight and bias.
 
     Grid: (parts). A program owns `rows_per_program` rows and takes them in order, one in registers at a time.
-    Saves: its sums of g n and of g; PyTorch adds the parts, so that the order of the sums is fixed without atomics.
+    Saves: its sums of g n and of g; `sum_parts_kernel` adds the parts, so that their order is fixed without atomics.
     """
     i_part = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)

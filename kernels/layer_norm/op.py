@@ -4,9 +4,9 @@ from torch import Tensor
 
 from simsid.kernels.backend import choose_backend
 from simsid.kernels.checks import check_positive, check_tensor
+from simsid.kernels.handles import Handles
 from simsid.kernels.layer_norm.plan import refuse
 from simsid.kernels.layer_norm.reference import residual_layer_norm_reference
-from simsid.kernels.library import Handles
 from simsid.kernels.ranges import named_range
 
 _handles = Handles()
@@ -47,7 +47,7 @@ def residual_layer_norm(
     tensors = (x, residual, weight, bias)
     signature, handle = _handles.find(tensors, (eps, backend))
     if handle is not None:
-        return handle.launch(tensors, float(eps))
+        return handle.launch(tensors)
     check_tensor("x", x, tuple(x.shape) if isinstance(x, Tensor) and x.dim() else ("...", "D"))
     features = x.shape[-1]
     if not features:
@@ -61,6 +61,6 @@ def residual_layer_norm(
         from simsid.kernels.layer_norm import fused
 
         if signature is not None:
-            _handles.keep(signature, fused.make_handle(*tensors))
+            _handles.keep(signature, tensors, fused.passes(residual.dtype, bias.dtype, float(eps)))
         return fused.residual_layer_norm_fused(*tensors, float(eps))
     return residual_layer_norm_reference(x, residual, weight, bias, float(eps))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from simsid.kernels.backend import choose_backend
 from simsid.kernels.checks import check_choice, check_integer, check_positive, check_tensor
-from simsid.kernels.library import Handles, aligned, needs_gradient
+from simsid.kernels.handles import Handles
 from simsid.kernels.memory.plan import refuse
 from simsid.kernels.memory.reference import space_aware_memory_reference
 from simsid.kernels.ranges import named_range
@@ -121,13 +121,13 @@ def space_aware_memory(
         ValueError: a shape, device, `topk`, `threshold`, `temperature`, `similarity` or `backend` outside these ranges.
         RuntimeError: `backend="triton"` where the kernels cannot run, with the reason.
     """
+    tensors = (query, memory, item_mask, noise)
     signature = handle = None
-    plain = noise is None and item_mask is None and similarity == "dot" and not return_weights
-    if plain and not torch.compiler.is_compiling():
-        settings = (torch.is_grad_enabled(), torch.backends.cuda.matmul.fp32_precision)
-        signature, handle = _handles.find((query, memory), (topk, threshold, temperature, backend, *settings))
-    if handle is not None and aligned(query, memory):
-        return handle.launch(query, memory)
+    if not return_weights and not torch.compiler.is_compiling():
+        precision = torch.backends.cuda.matmul.fp32_precision
+        signature, handle = _handles.find(tensors, (topk, threshold, temperature, similarity, backend, precision))
+    if handle is not None:
+        return handle.launch(tensors)
     check_tensor("query", query, ("B", "L", "D"))
     _, locations, features = query.shape
     check_tensor("memory", memory, ("L or 1", "N", features), like=("the query", query))
@@ -148,12 +148,11 @@ def space_aware_memory(
     refusal = refuse(query.dtype, memory.dtype, locations, memory.shape[1], topk)
     options = (topk, threshold, noise, float(temperature), similarity, item_mask)
     if choose_backend(backend, query.device, refusal).backend == "triton":
-        from simsid.kernels.memory.fused import make_handle, space_aware_memory_fused
+        from simsid.kernels.memory.fused import passes, space_aware_memory_fused
 
-        if signature is not None and handle is None:
-            gradient = needs_gradient(query, memory)
-            exclusive = threshold == "exclusive"
-            _handles.keep(signature, make_handle(query, memory, topk, exclusive, float(temperature), gradient))
+        if signature is not None:
+            chosen = (topk, threshold == "exclusive", similarity == "cosine", float(temperature))
+            _handles.keep(signature, tensors, passes(query, memory, *chosen))
         return space_aware_memory_fused(query, memory, *options, return_weights)
     out, w, index = space_aware_memory_reference(query, memory, *options)
     return (out, index, w.gather(-1, index)) if return_weights else out

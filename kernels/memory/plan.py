@@ -97,8 +97,11 @@ def plan_rows(items: int, features: int, kept: int) -> RowPlan:
     block_d = min(max(16, power_of_two(features)), 1024, 8192 // block_k)
     # A kept item costs about 35 instructions in every program, a block of features 240: as much for both.
     blocks = min(ceil_div(features, block_d), max(1, kept // 8))
+    tiles = ceil_div(items, block_n)
     num_warps = 4 if max(block_n, block_d) <= 1024 else 8  # at most 8 keys a thread up to there
-    return RowPlan(block_n, ceil_div(items, block_n), block_k, block_d, blocks, num_warps)
+    if tiles > 1:
+        num_warps = 16  # with 8, which 4096 items in one tile suit, two values spill on sm_90
+    return RowPlan(block_n, tiles, block_k, block_d, blocks, num_warps)
 
 
 def plan_joint_gradient(batch: int) -> GradientPlan | None:

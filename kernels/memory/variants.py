@@ -42,6 +42,7 @@ def _cases(warp_groups: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"C {dtypes}", case(C, dtypes)
         yield f"S {dtypes}", case(S, dtypes)
     yield "A fp32 tf32", case(A, precision="tf32")
+    yield "A fp32 tf32 batch 64", case((64, *A[1:]), precision="tf32")
     yield "A fp32 exclusive", case(A, exclusive=True)
     yield "A fp32 noise", case(A, noise=True)
     yield "A fp32 inference", case(A, needs=())

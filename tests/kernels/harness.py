@@ -24,6 +24,7 @@ MAIN_CASE = {
     "memory": "[A fp32]",
     "attention": "4x4 D=512 float32 pads",
     "layer_norm": "D=512 float32",
+    "sums": "D=512 float32",
 }
 
 # How the names of an op's kernels begin.

@@ -167,7 +167,7 @@ def test_empty_batch_launches_nothing(pads):
 
 
 @pytest.mark.parametrize("pads", [False, True])
-def test_one_launch_forward_and_one_backward(pads):
+def test_one_launch_forward_and_one_backward_and_one_for_the_pads(pads):
     tensors = inputs(3, (4, 4), 16, pads=pads)
     with record_launches(run=False) as forward:
         run(tensors, (4, 4), 2)
@@ -177,6 +177,7 @@ def test_one_launch_forward_and_one_backward(pads):
     assert [launch.kernel.__name__ for launch in both] == [
         "neighbor_attention_forward_kernel",
         "neighbor_attention_backward_kernel",
+        *(["sum_parts_kernel"] if pads else []),
     ]
 
 

@@ -126,3 +126,21 @@ CALL = "from torch import ones; from simsid.kernels import space_aware_memory as
 def test_ops_run_on_a_cpu_without_triton(script):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version_leaves_out", "precision", "dtype", "stages"),
+    [
+        (True, "tf32x3", torch.float32, 3),  # taken apart in registers before the product
+        (True, "tf32", torch.float32, 1),
+        (True, "tf32x3", torch.bfloat16, 1),
+        (False, "tf32", torch.float16, 3),
+    ],
+)
+def test_loops_whose_products_would_be_unfenced_are_not_pipelined(
+    version_leaves_out, precision, dtype, stages, monkeypatch
+):
+    monkeypatch.setattr(module, "LEAVES_OUT_FENCES", version_leaves_out)
+    tensor = torch.empty(1, dtype=dtype)
+    assert module.fenced_stages(3, True, precision, tensor) == stages
+    assert module.fenced_stages(3, False, precision, tensor) == 3

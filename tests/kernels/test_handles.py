@@ -7,10 +7,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from simsid.kernels import neighbor_attention, residual_layer_norm, space_aware_memory
 from simsid.kernels.attention import op as attention_op
+from simsid.kernels.backend import TRITON_INSTALLED
+from simsid.kernels.handles import Handles, record
 from simsid.kernels.layer_norm import op as layer_norm_op
 from simsid.kernels.memory import op as memory_op
 
-MODULES = {"memory": memory_op, "attention": attention_op, "packed": attention_op, "layer_norm": layer_norm_op}
+if TRITON_INSTALLED:
+    from simsid.kernels.sums.launchers import sum_parts
+
+MODULES = {
+    "memory": memory_op,
+    "attention": attention_op,
+    "packed": attention_op,
+    "layer_norm": layer_norm_op,
+}
 
 
 def draw(*shape, seed):
@@ -41,10 +51,11 @@ SHAPES = {
     packed: (ROWS, (2, 4, 16), (16,)),
     layer_norm: (ROWS, ROWS, ROW, ROW),
 }
-pytestmark = [needs_kernels, pytest.mark.parametrize("op", SHAPES, ids=lambda op: op.__name__)]
+pytestmark = needs_kernels
+every_op = pytest.mark.parametrize("op", SHAPES, ids=lambda op: op.__name__)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def forgotten(op, monkeypatch):
     handles = MODULES[op.__name__]._handles
     monkeypatch.setattr(handles, "_handles", {})
@@ -60,6 +71,7 @@ def results(op, tensors, cotangent):
     return [out, *torch.autograd.grad(out, tensors, cotangent)]
 
 
+@every_op
 @pytest.mark.parametrize("cotangent", ["contiguous", "expanded"])
 def test_second_call_gives_the_bits_of_the_first(op, cotangent, forgotten):
     tensors, g = leaves(op), draw(*ROWS, seed=9) if cotangent == "contiguous" else draw(8, seed=9).expand(ROWS)
@@ -71,7 +83,8 @@ def test_second_call_gives_the_bits_of_the_first(op, cotangent, forgotten):
         assert op(*tensors).equal(first[0]) and op(*tensors).equal(first[0])
 
 
-def test_unaligned_tensors_of_a_known_signature_give_the_same_bits(op):
+@every_op
+def test_unaligned_tensors_of_a_known_signature_give_the_same_bits(op, forgotten):
     tensors, g = leaves(op), draw(*ROWS, seed=9)
     first = results(op, tensors, g)
     flat = torch.zeros(tensors[0].numel() + 1, device=DEVICE)
@@ -81,7 +94,8 @@ def test_unaligned_tensors_of_a_known_signature_give_the_same_bits(op):
     assert all(map(torch.equal, results(op, [shifted, *tensors[1:]], g), first))
 
 
-def test_known_signature_is_seen_by_modes_and_profilers(op):
+@every_op
+def test_known_signature_is_seen_by_modes_and_profilers(op, forgotten):
     class Names(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             seen.add(function.name().partition(".")[0])
@@ -97,7 +111,8 @@ def test_known_signature_is_seen_by_modes_and_profilers(op):
     assert any(event.key.startswith("simsid::") for event in profile.key_averages())
 
 
-def test_known_signature_has_no_second_derivative_and_no_transform(op):
+@every_op
+def test_known_signature_has_no_second_derivative_and_no_transform(op, forgotten):
     tensors, g = leaves(op), draw(*ROWS, seed=9)
     results(op, tensors, g)
     (gradient,) = torch.autograd.grad(op(*tensors).square().sum(), tensors[0], create_graph=True)
@@ -105,3 +120,58 @@ def test_known_signature_has_no_second_derivative_and_no_transform(op):
         gradient.sum().backward()
     with pytest.raises(RuntimeError, match=r"torch\.func transforms"):
         torch.func.grad(lambda x: op(x, *tensors[1:]).sum())(tensors[0])
+
+
+def test_hooks_may_return_saved_tensors_with_other_strides(monkeypatch):
+    """As `torch.autograd.graph.save_on_cpu` does."""
+    monkeypatch.setattr(attention_op, "_handles", Handles())
+    both, query = draw(1, 2, 16, seed=0), draw(1, 2, 8, seed=1)
+
+    def gradient():
+        key, value = both.clone().requires_grad_().split(8, -1)
+        out = neighbor_attention(query, key, value, (1, 2), 1, backend="triton")
+        return torch.autograd.grad(out, (key, value), draw(1, 2, 8, seed=9))
+
+    first = gradient()
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda x: x):
+        assert all(map(torch.equal, gradient(), first))
+
+
+def test_second_call_of_another_similarity_with_shared_items_gives_the_bits_of_the_first(monkeypatch):
+    monkeypatch.setattr(memory_op, "_handles", handles := Handles())
+    query, items = draw(1, 2, 8, seed=0).requires_grad_(), draw(1, 3, 8, seed=1)
+
+    def results():
+        out = space_aware_memory(query, items, 2, similarity="cosine", backend="triton")
+        return out, *torch.autograd.grad(out, query, draw(1, 2, 8, seed=9))
+
+    first = results()
+    assert all(map(torch.equal, results(), first)) and None not in handles._handles.values()
+
+
+def launches(*results):
+    """Return host code that launches a kernel on its tensor, and returns what `results` make of it."""
+
+    def run(x):
+        out = x.new_empty(x.shape)
+        sum_parts(x, out, None)
+        return [result(x, out) for result in results]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: [x],
+        lambda x: launches(lambda x, out: out)(x.contiguous()),
+        lambda x: launches(lambda x, out: out)(x[..., 1:]),
+        lambda x: launches(lambda x, out: out)(x.view(torch.int32)),
+        launches(lambda x, out: out + 1),
+        launches(lambda x, out: out.view(-1)),
+    ],
+    ids=["no launch", "copy", "part", "other dtype", "sum", "result of another shape"],
+)
+def test_what_a_replay_cannot_give_is_not_recorded(function):
+    assert record(launches(lambda x, out: out), (draw(3, 2, 4, seed=0),)) is not None
+    assert record(function, (draw(4, 2, 3, seed=0).transpose(0, 2),)) is None

@@ -151,7 +151,7 @@ def test_equal_features_give_the_bias():
 
 
 @needs_kernels
-def test_one_launch_forward_and_one_backward():
+def test_one_launch_forward_and_two_backward():
     tensors = inputs((4, 8))
     with record_launches(run=False) as forward:
         run(tensors)
@@ -159,7 +159,7 @@ def test_one_launch_forward_and_one_backward():
         run(tensors, draw(4, 8))
     with record_launches(run=False) as none:
         run(inputs((0, 8)), draw(0, 8))
-    assert (len(forward), len(both), len(none)) == (1, 2, 0)
+    assert (len(forward), len(both), len(none)) == (1, 3, 0)  # the last one adds up the gradients of weight and bias
 
 
 @needs_kernels
@@ -181,7 +181,8 @@ def test_ops_pass_opcheck():
     tensors = inputs((3, 8), torch.bfloat16)
     out, statistics = torch.ops.simsid.residual_layer_norm(*tensors.values(), 1e-5)
     torch.library.opcheck(torch.ops.simsid.residual_layer_norm.default, (*tensors.values(), 1e-5))
-    backward = (draw(3, 8, dtype=out.dtype), tensors["x"], tensors["weight"], out, statistics, torch.float32)
+    dtypes = torch.float32, torch.float16
+    backward = (draw(3, 8, dtype=out.dtype), tensors["x"], tensors["weight"], out, statistics, *dtypes)
     torch.library.opcheck(torch.ops.simsid.residual_layer_norm_backward.default, backward)
 
 

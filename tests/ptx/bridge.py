@@ -6,11 +6,11 @@ The host code, its plans, the custom ops and autograd run as they are; only the 
 import contextlib
 import dataclasses
 import functools
-import importlib
 import os
 import pathlib
 import sys
 from collections.abc import Iterator
+from unittest import mock
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
-from compiled import OPS, Variant, specialize  # noqa: E402
+from compiled import Variant, specialize  # noqa: E402
 from ptx.global_memory import GlobalMemory  # noqa: E402
 from ptx.instructions import parse  # noqa: E402
 from ptx.machine import Machine, run  # noqa: E402
@@ -32,7 +32,8 @@ from ptx.tensorcore import ROUNDING, Rounding  # noqa: E402
 from ptx.translate import Kernel, translate  # noqa: E402
 
 from simsid.kernels import backend  # noqa: E402
-from simsid.kernels.launch import Launch  # noqa: E402
+from simsid.kernels.handles import Handles  # noqa: E402
+from simsid.kernels.launch import Launch, launches_by  # noqa: E402
 
 THREADS = 4096  # that run in step: more make each step longer, fewer make more steps
 
@@ -138,11 +139,10 @@ class Interpreter:
         self.ambiguous: dict[str, int] = {}
         self._rounding = ROUNDING[arch] if rounded else None
 
-    def launch(
-        self, kernel: object, grid: tuple[int, ...], num_warps: int, num_stages: int, **arguments: object
-    ) -> None:
-        """Compile and run, in place of `simsid.kernels.launch.launch`."""
-        variant = specialize(kernel.__name__, Launch(kernel, grid, arguments, num_warps, num_stages), (self.arch,))
+    def launch(self, launched: Launch) -> None:
+        """Compile and run a launch, in place of Triton."""
+        kernel, arguments = launched.kernel, launched.arguments
+        variant = specialize(kernel.__name__, launched, (self.arch,))
         compiled = _compiled(variant, self.arch)
         tensors: dict[int, Tensor] = {}
         for argument in arguments.values():
@@ -157,7 +157,7 @@ class Interpreter:
         ]
         copies = [storage.copy() for storage in storages]
         threads = 32 * compiled.num_warps
-        prepared = Prepared(variant.name, compiled.ptx, grid, threads, compiled.shared, copies, values)
+        prepared = Prepared(variant.name, compiled.ptx, launched.grid, threads, compiled.shared, copies, values)
         self.launches.append(prepared)
         memory, ambiguous = prepared.run(self._rounding)
         self.ambiguous[variant.name] = self.ambiguous.get(variant.name, 0) + ambiguous
@@ -167,21 +167,22 @@ class Interpreter:
     @contextlib.contextmanager
     def installed(self) -> Iterator["Interpreter"]:
         """Replace the launches of all ops, and let `backend="triton"` take tensors on the CPU."""
-        names = [f"{op}.launchers" if op == "memory" else f"{op}.fused" for op in OPS]
-        modules = [importlib.import_module(f"simsid.kernels.{name}") for name in names]
-        memory = modules[OPS.index("memory")]
-        before = memory.target_of, backend.interpreter_on
-        memory.target_of = lambda device: memory.Target("tf32x3", warp_groups=self.arch == 90)
-        backend.interpreter_on = lambda: True
-        launch = modules[0].launch
-        for module in modules:
-            module.launch = self.launch
-        try:
+        from simsid.kernels.attention import op as attention
+        from simsid.kernels.layer_norm import op as layer_norm
+        from simsid.kernels.memory import fused, launchers
+        from simsid.kernels.memory import op as memory
+
+        def target_of(device: torch.device) -> launchers.Target:
+            return launchers.Target("tf32x3", warp_groups=self.arch == 90)
+
+        with contextlib.ExitStack() as stack:
+            for module in (launchers, fused):
+                stack.enter_context(mock.patch.object(module, "target_of", target_of))
+            for op in (memory, attention, layer_norm):  # without what was planned for another architecture
+                stack.enter_context(mock.patch.object(op, "_handles", Handles()))
+            stack.enter_context(mock.patch.object(backend, "interpreter_on", lambda: True))
+            stack.enter_context(launches_by(self.launch))
             yield self
-        finally:
-            memory.target_of, backend.interpreter_on = before
-            for module in modules:
-                module.launch = launch
 
 
 _compilations: dict[tuple, Compiled] = {}

@@ -35,6 +35,7 @@ KERNELS = {
     "neighbor_attention_backward_kernel",
     "residual_layer_norm_forward_kernel",
     "residual_layer_norm_backward_kernel",
+    "sum_parts_kernel",
 }
 
 
