@@ -86,7 +86,12 @@ def neighbor_attention_forward(batch: int, grid: tuple[int, int], features: int,
     return Cost(4 * tensor, 2 * 2 * batch * _neighbors(grid) * features, launches=1)
 
 
-def neighbor_attention_backward(batch: int, grid: tuple[int, int], features: int, *, element_bytes: int = 4) -> Cost:
-    """Return the cost of the gradients of query, key and value: scores again, dP, dQ, dK and dV for each pair."""
+def neighbor_attention_backward(
+    batch: int, grid: tuple[int, int], features: int, *, element_bytes: int = 4, pads: bool = False
+) -> Cost:
+    """Return the cost of the gradients of query, key and value: scores again, dP, dQ, dK and dV for each pair.
+
+    The gradients of pads, whose few bytes do not count, are added in a launch of their own.
+    """
     tensor = batch * grid[0] * grid[1] * features * element_bytes
-    return Cost(7 * tensor, 5 * 2 * batch * _neighbors(grid) * features, launches=1)
+    return Cost(7 * tensor, 5 * 2 * batch * _neighbors(grid) * features, launches=1 + pads)

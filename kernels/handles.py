@@ -195,7 +195,8 @@ def record(function: Callable[..., Tensors], inputs: Tensors) -> tuple[Recording
         for launched in launches
     ]
     ends = tuple(None if x is None else place(x) for x in results)
-    same = all(x is None or _layout(x) == _layout(tensors[end]) for x, end in zip(results, ends))
+    placed = [(x, tensors[end]) for x, end in zip(results, ends) if x is not None and end is not None]
+    same = all(stored is not None and _layout(x) == _layout(stored) for x, stored in placed)
     if not replayable or not same:
         return None
     steps = tuple(_step(launched, places, len(tensors)) for launched, places in zip(launches, picked))

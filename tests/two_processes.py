@@ -28,7 +28,7 @@ from simsid.training import step as step_module
 from simsid.training.step import TrainingStep
 
 CHANGES = {"memory": "queue"}
-OPTIONS = {"batch_size": 4, "learning_rate": 1e-3, "sync_batchnorm": True}
+OPTIONS = {"batch_size": 4, "learning_rate": 1e-3, "sync_batchnorm": True, "precision": "float32"}
 
 
 def steps(group, dtype, changes=CHANGES, count=3):

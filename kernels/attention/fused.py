@@ -248,9 +248,9 @@ def passes(layout: Layout) -> Passes:
     """Return the host code that a handle records."""
 
     def forward(*tensors: Any) -> tuple[Tensor | None, ...]:
-        return attention_forward(*tensors, *layout), *tensors
+        return attention_forward(*tensors, *layout), *tensors  # type: ignore[call-arg]
 
     def backward(*tensors: Any) -> tuple[Tensor | None, ...]:
-        return *attention_backward(*tensors, *layout), None
+        return *attention_backward(*tensors, *layout), None  # type: ignore[call-arg]
 
     return forward, backward, functools.partial(_gradients, layout)

@@ -174,6 +174,6 @@ def passes(residual_dtype: torch.dtype, bias_dtype: torch.dtype, eps: float) -> 
         return out, x, weight, out, statistics
 
     def backward(*tensors: Tensor) -> Gradients:
-        return layer_norm_backward(*tensors, residual_dtype, bias_dtype)
+        return layer_norm_backward(*tensors, residual_dtype, bias_dtype)  # type: ignore[call-arg, arg-type]
 
     return forward, backward, functools.partial(_gradients, residual_dtype, bias_dtype)

@@ -37,7 +37,7 @@ def test_command_fails_with_the_message(command, message, place, monkeypatch, ca
     monkeypatch.chdir(place)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     words = shlex.split(command)[1:]
-    for output in ("scores", "here"):  # where the commands of other pages may have written
+    for output in ("scores", "here", "zhanglab"):  # where the commands of other pages may have written
         shutil.rmtree(output, ignore_errors=True)
     with pytest.raises(SystemExit) as stop:
         command_line.main(words)

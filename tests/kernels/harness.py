@@ -28,7 +28,12 @@ MAIN_CASE = {
 }
 
 # How the names of an op's kernels begin.
-KERNELS = {"memory": "memory_", "attention": "neighbor_attention_", "layer_norm": "residual_layer_norm_"}
+KERNELS = {
+    "memory": "memory_",
+    "attention": "neighbor_attention_",
+    "layer_norm": "residual_layer_norm_",
+    "sums": "sum_parts_",
+}
 
 needs_kernels = pytest.mark.skipif(why_not_triton(DEVICE) is not None, reason=str(why_not_triton(DEVICE)))
 needs_compiler = pytest.mark.skipif(not TRITON_INSTALLED, reason="Triton is not installed")

@@ -263,7 +263,7 @@ def test_validation_standardizes_the_signal_that_chooses_the_epoch(count):
 
 
 def test_calibration_of_an_older_version_refuses_the_signals_it_did_not_measure():
-    model = tiny.model()
+    model = tiny.model(signal="residual")
     model.calibrate(tiny.images(8, 2))
     values = model.calibration.to_dict()
     del values["locations"], values["mean"]["standardized_residual"], values["std"]["standardized_residual"]
