@@ -15,6 +15,8 @@ torch.set_num_threads(1 if WORKER else min(2, torch.get_num_threads()))
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 MOST_WORKERS = 8
+FIRST = ("test_distributed.py", "test_archive_kills.py", "test_ptx_mutations.py")
+"""Modules with the longest tests."""
 
 
 @pytest.fixture
@@ -37,3 +39,8 @@ def pytest_cmdline_main(config):
         config.option.numprocesses = min(CORES, MOST_WORKERS)
         # Each worker begins with a contiguous half, so that few fixtures of modules are made in both.
         config.option.dist = "worksteal"
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest tests: a worker that began one at the end would keep the others waiting."""
+    items.sort(key=lambda item: item.path.name not in FIRST)

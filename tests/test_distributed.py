@@ -18,16 +18,19 @@ from simsid import Model, Trainer, TrainingConfig, checkpoint, distributed
 from simsid.commands import main as cli
 from simsid.distributed import ProcessGroup
 from simsid.errors import InputError, ProcessGroupError
+from simsid.models import discriminator
 from simsid.training.parallel import synchronize_batch_norms
 
 HERE = pathlib.Path(__file__).parent
 ENVIRONMENT = {name: value for name, value in tiny.ENVIRONMENT.items() if name not in ("RANK", "WORLD_SIZE")}
 
 
-def torchrun(*program, timeout=240):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+SCENES = ["steps", "fit", "finished", "interrupt", "small", "differ", "nonfinite", "collectives", "features"]
+
+
+def start(*command, timeout=240):
     return subprocess.run(
-        [*launcher, *map(str, program)],
+        [sys.executable, *map(str, command)],
         env={**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent)))},
         capture_output=True,
         text=True,
@@ -35,27 +38,41 @@ def torchrun(*program, timeout=240):
     )
 
 
-def two_ranks(folder, *scenes):
-    """Run scenes on two forked ranks; return their exit statuses, one pair per repetition, and the process."""
-    done = subprocess.run(
-        [sys.executable, two_processes.__file__, folder, *scenes],
-        env={**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent)))},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    """The discriminator of the processes that these tests start."""
+    monkeypatch.setattr(discriminator, "CHANNELS", two_processes.CHANNELS)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A training from the command line, started by torchrun, whose rank 1 is killed: folder, process and last state."""
+    folder = tmp_path_factory.mktemp("ranks")
+    films = tiny.zhanglab(folder / "films", train=20)
+    (films / "train" / "NORMAL" / "IM-0500-0001.png").write_bytes(b"not an image")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = start(*launcher, two_processes.__file__, folder)
+    died = float(done.stderr.split("rank 1 is about to die at ")[1].split()[0])
+    assert time.monotonic() - died < 60
+    assert not (folder / "killed" / "report.html").exists()
+    return folder, done, checkpoint.read(folder / "killed", "last")[1]["progress"]
+
+
+@pytest.fixture(scope="module")
+def ranks(killed):
+    """Two forked ranks that are refused, that run the scenes, and that resume the killed training."""
+    folder = killed[0]
+    done = start(two_processes.__file__, folder, *SCENES, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), done
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(killed, ranks):
     """The folder of two ranks that step, train, are interrupted and resumed."""
-    folder = tmp_path_factory.mktemp("ranks")
-    scenes = ["steps", "fit", "finished", "interrupt", "small", "differ", "nonfinite", "collectives", "features"]
-    statuses, done = two_ranks(folder, *scenes)
-    assert statuses == [[0, 0]], done.stderr[-3000:]
-    return folder
+    statuses, done = ranks
+    assert statuses[3] == [0, 0], done.stderr[-3000:]
+    return killed[0]
 
 
 @pytest.mark.parametrize("name", ["double", "single"])
@@ -161,34 +178,29 @@ def test_nonfinite_loss_on_one_rank_stops_all(folder):
         assert checkpoint.read(folder / f"rank-{rank}", "changed")[1]["changed"] == []
 
 
-def test_death_of_a_rank_ends_the_job(tmp_path):
-    began = time.monotonic()
-    done = torchrun(two_processes.__file__, tmp_path, "death", timeout=100)
-    assert done.returncode != 0 and time.monotonic() - began < 60
+def test_death_of_a_rank_ends_the_job(killed):
+    _, done, state = killed
+    assert done.returncode != 0
     assert "Signal 9 (SIGKILL)" in done.stderr
     assert done.stderr.index("rank 1 is about to die") < done.stderr.index("Signal 9 (SIGKILL)")
-    assert checkpoint.read(tmp_path / "dead", "last")[1]["progress"]["step"] <= 4
+    assert done.stdout.count("training on 19 images") == 1, "the ranks print what one process prints"
+    assert state["step"] <= 3 and not state["finished"]
 
 
-def test_torchrun_trains_from_the_command_line(tmp_path):
+def test_ranks_resume_a_killed_training_from_the_command_line(killed, ranks):
     """One run folder, one report, and the output of one process."""
-    films = tiny.zhanglab(tmp_path / "films", train=20)
-    (films / "train" / "NORMAL" / "IM-0500-0001.png").write_bytes(b"not an image")
-    command = ["-m", "simsid", "train", films, "-o", tmp_path / "run", "--epochs", "2", *tiny.OPTIONS]
-    command += ["--device", "cpu"]  # there may be fewer GPUs than ranks
-    done = torchrun(*command, "--batch-size", "8")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("kept epoch") == done.stdout.count("training on 19 images") == 1
-    assert (tmp_path / "run" / "report.html").exists() and len(tiny.metrics(tmp_path / "run")) == 2
-    assert Model.load(tmp_path / "run").calibration.count == 19
-    assert [row["path"][-16:] for row in tiny.rows(tmp_path / "run" / "failures.csv")] == ["IM-0500-0001.png"]
+    run, (statuses, done) = killed[0] / "killed", ranks
+    assert statuses[4] == [0, 0], done.stderr[-3000:]
+    assert done.stdout.count("kept epoch") == 1
+    assert (run / "report.html").exists() and len(tiny.metrics(run)) == 2
+    assert Model.load(run).calibration.count == 19
+    assert [row["path"][-16:] for row in tiny.rows(run / "failures.csv")] == ["IM-0500-0001.png"]
 
 
-def test_refused_ranks_exit_in_order(tmp_path):
+def test_refused_ranks_exit_in_order(ranks):
     """Each prints one sentence and exits with status 2; gloo's threads must not abort the process (SIGABRT)."""
-    tiny.films(tmp_path / "films", 8)
-    statuses, done = two_ranks(tmp_path, "refused")
-    assert statuses == [[2, 2]] * 3
+    statuses, done = ranks
+    assert statuses[:3] == [[2, 2]] * 3
     lines = [line for line in done.stderr.splitlines() if line.startswith("simsid: rank ")]
     assert {line.split(":")[1] for line in lines} == {" rank 0", " rank 1"} and len(lines) == 6
     expected = "must be a multiple of the 2 processes, with an image for each, got batch_size=5 and"

@@ -1,6 +1,7 @@
 """The smallest models, image files and runs that the tests of training, scoring and the command line use."""
 
 import csv
+import functools
 import json
 import os
 import pathlib
@@ -63,6 +64,15 @@ def write_png(path, pixels):
 def film(path, seed=0):
     """Write a PNG of noise, not square."""
     return write_png(path, np.random.default_rng(seed).integers(0, 256, (40, 52), dtype=np.uint8))
+
+
+def shrink_demo(monkeypatch):
+    """Let `simsid demo` draw few digits with few pixels: its whole test set alone takes most of a minute."""
+    few = functools.partial(data.DigitAnatomy, val=8, test_normal=10, test_anomalous=20)
+    monkeypatch.setattr(data, "DigitAnatomy", few)
+    sizes = {"levels": 2, "skip_levels": 1, "merge_levels": 1, "decoder_memories": 1}
+    small = Config.digit_anatomy(image_size=48, width=4, **sizes)
+    monkeypatch.setattr(Config, "digit_anatomy", small.replace)
 
 
 def films(folder, count, seed=0):

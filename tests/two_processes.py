@@ -1,8 +1,10 @@
 """What each of two ranks does for test_distributed.py: a scene by name.
 
-`python two_processes.py FOLDER SCENE...` imports PyTorch once and forks the ranks, `torchrun` starts them one by one.
+`python two_processes.py FOLDER SCENE...` imports PyTorch once and forks the ranks, for the scenes and for commands;
+under `torchrun`, which starts the ranks one by one, they train until one of them dies.
 """
 
+import functools
 import gc
 import importlib
 import json
@@ -22,11 +24,14 @@ from simsid import Trainer, TrainingConfig, checkpoint
 from simsid.commands import main as cli
 from simsid.distributed import ProcessGroup
 from simsid.errors import NonFiniteError, ProcessGroupError, RunError
+from simsid.models import discriminator
 from simsid.models.feature_baselines import PaDiM
 from simsid.models.feature_encoder import FeatureEncoder
 from simsid.training import step as step_module
 from simsid.training.step import TrainingStep
 
+CHANNELS = (2, 4, 4, 4, 4)
+"""Channels of the discriminator, which takes most of the time of a tiny network."""
 CHANGES = {"memory": "queue"}
 OPTIONS = {"batch_size": 4, "learning_rate": 1e-3, "sync_batchnorm": True, "precision": "float32"}
 
@@ -188,24 +193,34 @@ def scene_interrupt(group, folder):
     assert not history.interrupted and len(history.epochs) == 2
 
 
-def scene_death(group, folder):
-    """One rank is killed in the middle of an epoch."""
+def train_until_a_rank_dies(folder):
+    """Train from the command line; rank 1 is killed in the middle of the second epoch."""
     real = TrainingStep.__call__
 
     def step(self, images, number):
-        if number == 4 and group.rank == 1:
-            print("rank 1 is about to die", file=sys.stderr, flush=True)
+        if number == 3 and os.environ["RANK"] == "1":
+            print(f"rank 1 is about to die at {time.monotonic()}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         real(self, images, number)
 
     TrainingStep.__call__ = step
-    fit(group, folder / "dead")
+    options = [*tiny.OPTIONS, "--epochs", "2", "--batch-size", "8", "--checkpoint-seconds", "0"]
+    # There may be fewer GPUs than ranks.
+    command_line("train", folder / "films", "-o", folder / "killed", *options, "--device", "cpu")
+
+
+def resume_from_the_command_line(folder):
+    command_line("train", "--resume", folder / "killed")
 
 
 def refused(folder):
     """Let the command line refuse a batch size, after the ranks have exchanged the decoded images."""
-    arguments = ["train", folder / "films", "-o", folder / "refused", *tiny.OPTIONS, "--batch-size", "5"]
-    cli.main(list(map(str, [*arguments, "--device", "cpu", "--threads", "1"])))
+    options = [*tiny.OPTIONS, "--batch-size", "5", "--device", "cpu", "--threads", "1"]
+    command_line("train", folder / "films", "-o", folder / "refused", *options)
+
+
+def command_line(*arguments):
+    cli.main(list(map(str, arguments)))
 
 
 def fork_ranks(work):
@@ -238,22 +253,21 @@ def fork_ranks(work):
 
 
 def main(folder, scenes):
-    def work():
-        if scenes == ["refused"]:
-            refused(folder)
+    def run_scenes():
         with ProcessGroup.from_environment().joined("cpu") as group:
             for scene in scenes:
                 globals()[f"scene_{scene}"](group, folder)
 
     torch.set_num_threads(1)
+    discriminator.CHANNELS = CHANNELS
     if "WORLD_SIZE" in os.environ:
-        work()
+        train_until_a_rank_dies(folder)
         return
-    if scenes != ["refused"]:
-        # DistributedDataParallel imports it, which would take each rank seconds.
-        importlib.import_module("torch._dynamo")
-    repetitions = 3 if scenes == ["refused"] else 1
-    print(json.dumps([fork_ranks(work) for _ in range(repetitions)]))
+    refusals = [fork_ranks(functools.partial(refused, folder)) for _ in range(3)]
+    # DistributedDataParallel imports it, which would take each rank seconds.
+    importlib.import_module("torch._dynamo")
+    resume = functools.partial(resume_from_the_command_line, folder)
+    print(json.dumps([*refusals, fork_ranks(run_scenes), fork_ranks(resume)]))
 
 
 if __name__ == "__main__":

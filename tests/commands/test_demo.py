@@ -1,21 +1,18 @@
 """`simsid demo`: trains, reports and replaces nothing but an earlier demo."""
 
-import functools
 import re
 
 import pytest
 import tiny
 
-from simsid import Model, Trainer, data
+from simsid import Model, Trainer
 from simsid.commands import demo
 from simsid.commands import main as command_line
 
 
 @pytest.fixture(autouse=True)
-def few_images(monkeypatch):
-    """The whole test set takes most of a minute on one core."""
-    few = functools.partial(data.DigitAnatomy, val=10, test_normal=20, test_anomalous=40)
-    monkeypatch.setattr(data, "DigitAnatomy", few)
+def few_images(monkeypatch, coarse_figures):
+    tiny.shrink_demo(monkeypatch)
 
 
 def test_demo_trains_prints_every_signal_and_writes_a_report(simsid, tmp_path):

@@ -1,7 +1,6 @@
 """A folder with everything that the commands and snippets of the pages name, at tiny sizes."""
 
 import csv
-import functools
 import pathlib
 import sys
 
@@ -11,7 +10,6 @@ import tiny
 import torch
 from PIL import Image
 
-from simsid import data
 from simsid.fields import replaced
 from simsid.study import cells, images, plan
 
@@ -37,10 +35,9 @@ def world_folder(tmp_path_factory):
 
 @pytest.fixture
 def world(world_folder, monkeypatch):
-    """The folder as the working directory, and a small DigitAnatomy: its whole test set takes most of a minute."""
+    """The folder as the working directory, a small demo, and small studies."""
     monkeypatch.chdir(world_folder)
-    small = functools.partial(data.DigitAnatomy, val=8, test_normal=10, test_anomalous=20)
-    monkeypatch.setattr(data, "DigitAnatomy", small)
+    tiny.shrink_demo(monkeypatch)
     monkeypatch.setattr(plan, "_cost", lambda *_: (1.0, 1.0, 0.1))
     monkeypatch.setattr(cells, "configuration", _small_configuration)
     monkeypatch.setattr(images, "DIGITS", {"train": 16, "val": 4, "test_normal": 5, "test_anomalous": 4})

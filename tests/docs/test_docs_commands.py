@@ -14,7 +14,7 @@ from simsid.commands import main as command_line
 
 COMPUTING = ("train", "evaluate", "score", "adapt", "calibrate", "demo", "report", "study")
 REDUCED = {
-    "demo": ["--epochs", "1", "--images", "32"],
+    "demo": ["--epochs", "1", "--images", "16"],
     "study": ["--epochs", "1", "--width", "4", "--images", "4", "--seeds", "1"],
     "pixel_knn": ["--image-size", "48"],
     "pixel_pca": ["--image-size", "48"],

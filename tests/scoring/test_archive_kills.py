@@ -14,15 +14,12 @@ from archives import expected_table, fill
 from simsid.models import PixelPCA
 
 
-def start(model, data, output, *options, rank=None, launcher=()):
-    """Start `simsid score` as a process; `rank`: as one of two, as torchrun would."""
-    environment = dict(tiny.ENVIRONMENT)
-    if rank is not None:
-        environment |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-    command = [sys.executable, *launcher, "-m", "simsid", "score", model, data, "-o", output, "--device", "cpu"]
+def start(model, data, output, *options, program=("-m", "simsid")):
+    """Start `simsid score` as a process."""
+    command = [sys.executable, *program, "score", model, data, "-o", output, "--device", "cpu", "--threads", "1"]
     return subprocess.Popen(
-        [str(part) for part in (*command, "--threads", "1", *options)],
-        env=environment,
+        [str(part) for part in (*command, *options)],
+        env=tiny.ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -76,44 +73,66 @@ def test_a_long_scoring_resumes_after_two_kills_in_bounded_memory(model, loaded,
     assert max(memory) - baseline < 8, (baseline, memory)
 
 
+# Starts two ranks with the environment that torchrun gives them, without importing PyTorch in each.
+TWO_RANKS = """
+import os, sys, torch
+from simsid import scoring
+from simsid.commands import main as command_line
+
+torch.set_num_threads(1)
+pids = []
+for rank in ("0", "1"):
+    pids.append(os.fork())
+    if not pids[-1]:
+        os.environ.update(RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2")
+        command_line.main(sys.argv[1:])
+print(*pids, flush=True)
+print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids))
+"""
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc to find the processes of the launcher")
 def test_two_ranks_resume_after_one_of_them_is_killed(model, loaded, tmp_path):
-    count = 600
+    count, output = 600, tmp_path / "out"
     films = fill(tmp_path / "films", count)
-    reference = expected_table(loaded, films)
-    output = tmp_path / "by hand"
-    ranks = [start(model, films, output, "--pictures", "3", "--batch-size", "4", rank=rank) for rank in (0, 1)]
-    wait_for(lambda: rows_of(output, 1, 2) > 50, ranks[1])
-    ranks[1].kill()
-    printed = ranks[0].communicate()[0]
-    assert ranks[0].returncode == 0 and printed.endswith("rank 0 of 2: 300 files done; rank 1 has not finished\n")
-    ranks[1].communicate()
-    done = rows_of(output, 1, 2)
-    assert 50 < done < 300 and not (output / "scores.csv").exists()
-    again = start(model, films, output, "--pictures", "3", "--batch-size", "4", rank=1)
-    printed = again.communicate()[0]
-    assert again.returncode == 1 and f"rank 1 of 2: resumed after {done} files" in printed
-    assert "450 of 600 files scored, 150 failed" in printed and f"scores: {output / 'scores.csv'}" in printed
-    assert (output / "scores.csv").read_bytes() == expected_table(loaded, films, 4)
-    assert (output / "report.html").exists()
 
-    # The same with the real launcher, which ends the other rank when one is killed.
-    output, launcher = tmp_path / "torchrun", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = start(model, films, output, launcher=launcher)
-    wait_for(lambda: min(rows_of(output, rank, 2) for rank in (0, 1)) > 10, run)
-    children = pathlib.Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    def done(rank):
+        return rows_of(output, rank, 2)
+
+    def run(*program):
+        return start(model, films, output, "--pictures", "3", "--batch-size", "4", program=program)
+
+    # The launcher ends the other rank when one is killed.
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "simsid")
+    process = run(*torchrun)
+    wait_for(lambda: min(done(0), done(1)) > 10, process)
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     (second,) = [pid for pid in children if b"\0RANK=1\0" in pathlib.Path(f"/proc/{pid}/environ").read_bytes()]
     os.kill(int(second), signal.SIGKILL)
-    run.communicate()
-    assert run.returncode != 0 and not (output / "scores.csv").exists()
-    done = sum(rows_of(output, rank, 2) for rank in (0, 1))
-    assert 20 < done < count
-    run = start(model, films, output, launcher=launcher)
-    printed = run.communicate()[0]
+    process.communicate()
+    assert process.returncode != 0 and not (output / "scores.csv").exists()
+    before = [done(0), done(1)]
+    assert 20 < sum(before) < count
+
+    # Without the launcher, the other rank scores its shard to the end.
+    process = run("-c", TWO_RANKS)
+    second = int(process.stdout.readline().split()[1])
+    wait_for(lambda: done(1) > before[1] + 30, process)
+    os.kill(second, signal.SIGKILL)
+    printed = process.communicate()[0].splitlines()
+    assert printed[-1] == f"0 -{signal.SIGKILL.value}"
+    assert any(line.startswith(f"rank 0 of 2: resumed after {before[0]} files") for line in printed)
+    assert "rank 0 of 2: 300 files done; rank 1 has not finished" in printed
+    last = done(1)
+    assert before[1] + 30 < last < 300 and not (output / "scores.csv").exists()
+
+    process = run(*torchrun)
+    printed = process.communicate()[0]
     resumed = [int(line.split("resumed after ")[1].split()[0]) for line in printed.splitlines() if "resumed" in line]
-    assert sum(resumed) == done
-    assert "450 of 600 files scored, 150 failed" in printed
-    assert (output / "scores.csv").read_bytes() == reference and not (output / ".scoring").exists()
+    assert sorted(resumed) == [last, 300] and f"rank 1 of 2: resumed after {last} files" in printed
+    assert "450 of 600 files scored, 150 failed" in printed and f"scores: {output / 'scores.csv'}" in printed
+    assert (output / "scores.csv").read_bytes() == expected_table(loaded, films, 4)
+    assert (output / "report.html").exists() and not (output / ".scoring").exists()
 
 
 KILLS = """
@@ -125,9 +144,8 @@ from simsid.report import selection
 from simsid.scoring import archive
 from simsid.training import run_folder
 
-folder, expected, which, *arguments = sys.argv[1:]
+folder, expected, *arguments = sys.argv[1:]
 expected = pathlib.Path(expected).read_bytes()
-ranks = [None] if which == "alone" else [0, 1]
 torch.set_num_threads(1)
 
 command = command_line._parse([*arguments, "-o", os.path.join(folder, "warm-up")])
@@ -187,43 +205,44 @@ def rows(output, rank):
     return path.read_bytes().count(b"\\n") if path.exists() else 0
 
 # One process shows every step; of two, whose steps interleave differently each time, a part is enough.
-stride = 1 if which == "alone" else 3
-for limit in range(random.randint(1, stride), 1000, stride):
-    output = os.path.join(folder, f"{which} {limit}")
-    died = ended([start(rank, output, limit) for rank in ranks])
-    table, request = pathlib.Path(output, "scores.csv"), pathlib.Path(output, ".scoring", "request.json")
-    assert not table.exists() or table.read_bytes() == expected, limit
-    begun = request.exists()
-    there = [rows(output, rank) if begun else 0 for rank in ranks]
-    if 9 not in died:
-        break
-    if begun or not table.exists():
-        for mark in pathlib.Path(folder).glob("None * has started"):
-            mark.unlink()
-        statuses = ended([start(rank, output) for rank in ranks])
-        assert sorted(statuses) == [0] * (len(ranks) - 1) + [1], (limit, statuses)
-        scored = [int(pathlib.Path(folder, f"scored {rank}").read_text()) for rank in ranks]
-        assert sum(there) + sum(scored) == 23, (limit, there, scored)
-    assert table.read_bytes() == expected and not request.exists(), limit
-    assert pathlib.Path(output, "report.html").read_text() == "page", limit
-    shutil.rmtree(output)
-assert sorted(died) == [0] * (len(ranks) - 1) + [1] and not request.parent.exists(), died
-print("all of", limit - 1, "steps")
+for ranks, stride in (([None], 1), ([0, 1], 3)):
+    for limit in range(random.randint(1, stride), 1000, stride):
+        output = os.path.join(folder, f"{len(ranks)} {limit}")
+        died = ended([start(rank, output, limit) for rank in ranks])
+        table, request = pathlib.Path(output, "scores.csv"), pathlib.Path(output, ".scoring", "request.json")
+        assert not table.exists() or table.read_bytes() == expected, limit
+        begun = request.exists()
+        there = [rows(output, rank) if begun else 0 for rank in ranks]
+        if 9 not in died:
+            break
+        if begun or not table.exists():
+            for mark in pathlib.Path(folder).glob("None * has started"):
+                mark.unlink()
+            statuses = ended([start(rank, output) for rank in ranks])
+            assert sorted(statuses) == [0] * (len(ranks) - 1) + [1], (limit, statuses)
+            scored = [int(pathlib.Path(folder, f"scored {rank}").read_text()) for rank in ranks]
+            assert sum(there) + sum(scored) == 23, (limit, there, scored)
+        assert table.read_bytes() == expected and not request.exists(), limit
+        assert pathlib.Path(output, "report.html").read_text() == "page", limit
+        shutil.rmtree(output)
+    assert sorted(died) == [0] * (len(ranks) - 1) + [1] and not request.parent.exists(), died
+    print("all of", limit - 1, "steps")
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a POSIX system")
-@pytest.mark.parametrize("which", ["alone", "two"])
-def test_a_kill_before_any_step_loses_and_repeats_nothing(films, tmp_path, which):
+def test_a_kill_before_any_step_loses_and_repeats_nothing(films, tmp_path):
+    """Of a process that scores alone, and of two ranks at once."""
     # The steps in the file system are those of any model: of this one, a scoring takes little else.
     model = tmp_path / "model"
     PixelPCA(image_size=16, components=3).fit(tiny.noise(12, 16), tiny.noise(19, 16, seed=1)).save(model)
     (tmp_path / "expected").write_bytes(expected_table(PixelPCA.load(model), films))
     (tmp_path / "kills.py").write_text(KILLS)
     options = ["--pictures", "1", "--device", "cpu", "--workers", "1", "--threads", "1"]
-    arguments = [tmp_path, tmp_path / "expected", which, "score", model, films, *options]
+    arguments = [tmp_path, tmp_path / "expected", "score", model, films, *options]
     done = subprocess.run(
         [sys.executable, tmp_path / "kills.py", *arguments], env=tiny.ENVIRONMENT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert int(done.stdout.split("all of ")[1].split()[0]) > 15
+    steps = [int(part.split()[0]) for part in done.stdout.split("all of ")[1:]]
+    assert len(steps) == 2 and min(steps) > 15
