@@ -41,7 +41,7 @@ class Recording(NamedTuple):
 
     steps: tuple[Step, ...]
     made: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]  # of the tensors that the function allocates
-    results: tuple[int | None, ...]
+    results: tuple[int | None, ...]  # numbers of the tensors that the function returns
 
     def replay(self, *inputs: Tensor | None) -> list[Any]:
         """Launch on inputs of the recorded shapes, strides and dtypes; return the results."""
@@ -54,7 +54,7 @@ class Recording(NamedTuple):
         with on_device(first):
             for launch, numbers, pick in self.steps:
                 launch(*pick([*tensors, *numbers]))
-        return [None if place is None else tensors[place] for place in self.results]
+        return [None if index is None else tensors[index] for index in self.results]
 
 
 class Handle(NamedTuple):
@@ -135,6 +135,7 @@ class Handles:
         if len(self._handles) >= self.MOST:
             self._handles.clear()
         self._handles[signature] = None
+        # The launchers copy such tensors first, which a replay would leave out.
         if any(x is not None and x.data_ptr() & 15 for x in tensors):
             return
         first = record(forward, tensors)
@@ -154,10 +155,10 @@ class _Allocations(TorchDispatchMode):
     """Notes whether PyTorch does more than allocate and view, which a replay would leave out."""
 
     allowed = frozenset(("aten::empty", "aten::empty_like", "aten::new_empty", "aten::view"))
-    alone = True
+    only_allocations = True
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.alone = self.alone and function._schema.name in self.allowed
+        self.only_allocations = self.only_allocations and function._schema.name in self.allowed
         return function(*args, **(kwargs or {}))
 
 
@@ -174,9 +175,9 @@ def record(function: Callable[..., Tensors], inputs: Tensors) -> tuple[Recording
     ]
     with record_launches(run=False) as launches, _Allocations() as allocations:
         results = [x if x is None or x.numel() else None for x in function(*tensors)]
-    replayable = bool(launches) and allocations.alone
+    replayable = bool(launches) and allocations.only_allocations
 
-    def place(tensor: Tensor) -> int:
+    def index_of(tensor: Tensor) -> int:
         """Return the number of a tensor, or of the one that it is a view of: a kernel sees where a tensor starts."""
         nonlocal replayable
         for number, known in enumerate(tensors):
@@ -191,25 +192,25 @@ def record(function: Callable[..., Tensors], inputs: Tensors) -> tuple[Recording
         return len(tensors) - 1
 
     picked = [
-        [place(x) if isinstance(x, Tensor) else None for x in map(launched.arguments.get, launched.kernel.arg_names)]
+        [index_of(x) if isinstance(x, Tensor) else None for x in map(launched.arguments.get, launched.kernel.arg_names)]
         for launched in launches
     ]
-    ends = tuple(None if x is None else place(x) for x in results)
-    placed = [(x, tensors[end]) for x, end in zip(results, ends) if x is not None and end is not None]
-    same = all(stored is not None and _layout(x) == _layout(stored) for x, stored in placed)
+    returned = tuple(None if x is None else index_of(x) for x in results)
+    stored = [(x, tensors[i]) for x, i in zip(results, returned) if x is not None and i is not None]
+    same = all(tensor is not None and _layout(x) == _layout(tensor) for x, tensor in stored)
     if not replayable or not same:
         return None
-    steps = tuple(_step(launched, places, len(tensors)) for launched, places in zip(launches, picked))
+    steps = tuple(_step(launched, indices, len(tensors)) for launched, indices in zip(launches, picked))
     made = tuple((x.shape, x.stride(), x.dtype) for x in tensors[len(inputs) :] if x is not None)
-    return Recording(steps, made, ends), results
+    return Recording(steps, made, returned), results
 
 
-def _step(launched: Launch, places: list[int | None], tensors: int) -> Step:
-    """Return a launch whose pointers have these places among the tensors; None stands for a number."""
+def _step(launched: Launch, indices: list[int | None], tensors: int) -> Step:
+    """Return a launch whose pointers have these indices among the tensors; None stands for a number."""
     arguments = launched.arguments
-    numbers = [arguments[name] for name, place in zip(launched.kernel.arg_names, places) if place is None]
+    numbers = [arguments[name] for name, index in zip(launched.kernel.arg_names, indices) if index is None]
     count = itertools.count(tensors)
-    pick = operator.itemgetter(*[next(count) if place is None else place for place in places])
+    pick = operator.itemgetter(*[next(count) if index is None else index for index in indices])
     repeated = Repeated(launched.kernel, launched.grid, launched.num_warps, launched.num_stages)
     return Step(repeated, tuple(numbers), pick)
 

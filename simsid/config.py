@@ -80,7 +80,8 @@ class Config:
     """Keep the teacher's gradient out of the encoder."""
     signal: str = "standardized_residual"
     """The anomaly signal that `score` and thresholds use, a name of `simsid.models.signals.SIGNALS`. The papers use
-    `PAPERS_SCORE`; after the short trainings that were measured, this one detects far better (docs/results.md)."""
+    `discriminator_per_image`; after the short trainings that were measured, the default detects far better
+    (docs/results.md)."""
     aspect: Literal["stretch", "pad", "crop"] = "stretch"
     """How an image that is not square becomes square; the papers stretch it."""
     intensity: Literal["auto", "range", "minmax"] = "auto"

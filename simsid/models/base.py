@@ -18,9 +18,10 @@ from simsid.arguments import require_device, require_path
 from simsid.data import ImageSet
 from simsid.distributed import ProcessGroup
 from simsid.errors import CheckpointError, InputError
-from simsid.models.calibration import Calibration, location_statistics, standardize_locations
+from simsid.models.calibration import FEWEST_HELD, Calibration, location_statistics, standardize_locations
 from simsid.models.memory_contents import MemoryContents
 from simsid.models.scorer import Scorer
+from simsid.models.signals import SIGNALS
 from simsid.precision import check_precision
 
 
@@ -83,6 +84,9 @@ class AnomalyModel(Scorer):
             holdout: normal images that it was not trained on, for thresholds at a chosen false positive rate, and where
                 there are at least 30 for the statistics at each location. With fewer these come from `images`, or stay
                 as they were where `holdout` is `images` itself: the images of another site.
+
+        Raises:
+            InputError: too few images of another site, and no former statistics, for the model's own signal.
         """
         local = holdout is images
         # Both are read twice, which an iterator cannot be.
@@ -90,13 +94,15 @@ class AnomalyModel(Scorer):
         precision = self._calibration_precision()
         frozen = self.freeze(precision)
         former = self.calibration.locations if self.calibration else {}
+        if frozen is not self:
+            frozen.calibration = None  # it may lack signals that are measured now
         held = {} if holdout is None else frozen.location_values(holdout)
         units, judged = standardize_locations(
             held, lambda: former if local else location_statistics(frozen.location_values(images))
         )
+        if SIGNALS[self.signal].locations is not None and self.signal not in units:
+            raise InputError(f"calibrating {self.signal} takes at least {FEWEST_HELD} normal images of a new site")
         frozen.set_location_units(units)
-        if frozen is not self:
-            frozen.calibration = None  # it may lack signals that are measured now
         kept = None if holdout is None else {**frozen.signals(holdout), **judged}
         signals = {**frozen.signals(images), **(judged if local else {})}
         self.calibration = Calibration.fit(signals, kept, precision, units)

@@ -53,12 +53,12 @@ class ConfiguredNetwork(nn.Module, Scorer):
         """The signals of this model; without an in-painting block there is no memory distance.
 
         A calibration without the statistics at each location, of an older version or of few images, leaves out the
-        signals that are standardized by them, unless one is the model's own.
+        signals that are standardized by them.
         """
         names = network_signals(self.config)
         if self.calibration is None:
             return names
-        known = {*self.calibration.locations, self.config.signal}
+        known = self.calibration.locations
         return tuple(name for name in names if SIGNALS[name].locations is None or name in known)
 
     @property

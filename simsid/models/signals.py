@@ -345,7 +345,10 @@ def check_signals(names: Iterable[str], known: tuple[str, ...]) -> tuple[str, ..
     names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
         if name not in known:
-            raise InputError(f"signal must be one of {', '.join(known)}, got {name!r}")
+            # A calibration of an older version lacks what locations are standardized by.
+            lacking = isinstance(name, str) and name.removeprefix("standardized_") in known
+            hint = ", which needs a new calibration: simsid calibrate MODEL DATA -o NEW" if lacking else ""
+            raise InputError(f"signal must be one of {', '.join(known)}, got {name!r}{hint}")
     return names
 
 

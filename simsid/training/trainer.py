@@ -256,7 +256,7 @@ class Trainer:
             "step": progress.step,
             "learning_rate": learning_rate(self.config, progress.epoch),
             **losses,
-            **validate(self.model, self.group, training.val, training.pasted),
+            **validate(self.model, self.group, training.val, training.pasted, training.train),
             **measure_items(self.model),
             "seconds": round(time.monotonic() - began, 3),
         }

@@ -17,6 +17,9 @@ from simsid.models.model import Model
 from simsid.models.scorer import Scorer
 from simsid.models.signals import SIGNALS
 
+MOST_TRAINING_IMAGES = 256
+"""Training images that standardize locations after an epoch: a pass over all would take a large part of its time."""
+
 
 def to_image_set(source: object, name: str, config: Config) -> ImageSet:
     """Read what the user passed as `name` into memory, prepared for a model; images without labels count as normal."""
@@ -81,7 +84,11 @@ def paste_patches(images: ImageSet, seed: int = 0) -> ImageSet:
 
 
 def validate(
-    model: Model, group: ProcessGroup, val: ImageSet | None, pasted: ImageSet | None = None
+    model: Model,
+    group: ProcessGroup,
+    val: ImageSet | None,
+    pasted: ImageSet | None = None,
+    train: ImageSet | None = None,
 ) -> dict[str, float]:
     """Return reconstruction error and memory distance of normal images, and AUCs where there are anomalies too.
 
@@ -92,6 +99,7 @@ def validate(
         group: the ranks, each of which measures a shard.
         val: images to validate on; None measures nothing.
         pasted: synthetic anomalies; with them each signal's AUC between the normal images of `val` and these too.
+        train: training images, which standardize locations where `val` has fewer than 30 normal images.
     """
     if val is None:
         return {}
@@ -99,7 +107,7 @@ def validate(
     # Leave out signals that are not finite: they have no AUC, and JSON has no NaN.
     frozen = model.freeze(model._calibration_precision())
     abnormal = val.labels == 1
-    judged = _standardize_by_normal_images(frozen, group, val)
+    judged = _standardize_by_normal_images(frozen, group, val, train)
     # The other standardized signals would not be standardized: no calibration is there yet.
     names = [name for name in frozen.signal_names if SIGNALS[name].locations is None or name in (*judged, model.signal)]
     signals = measure_signals(frozen, group, val, names)
@@ -122,16 +130,22 @@ def validate(
     return result
 
 
-def _standardize_by_normal_images(frozen: FrozenModel, group: ProcessGroup, val: ImageSet) -> dict[str, np.ndarray]:
+def _standardize_by_normal_images(
+    frozen: FrozenModel, group: ProcessGroup, val: ImageSet, train: ImageSet | None
+) -> dict[str, np.ndarray]:
     """Standardize locations by the normal images of `val`, and return the signals of these, each judged by the others.
 
-    Only where a standardized signal chooses the epoch, since it takes another pass over the images. Nothing is returned
-    for fewer than 30 normal images: signals are then those of a model without a calibration.
+    Only where a standardized signal chooses the epoch, since it takes another pass over the images. With fewer than 30
+    normal images locations are standardized by a sample of `train`, as a calibration does, and nothing is returned.
     """
     normal = val.labels != 1
     if SIGNALS[frozen.signal].locations is None or not normal.any():
         return {}
-    units, judged = standardize_locations(_location_values(frozen, group, val.select(normal)), dict)
+    sample = None if train is None else train.select(slice(None, None, -(-len(train) // MOST_TRAINING_IMAGES)))
+    units, judged = standardize_locations(
+        _location_values(frozen, group, val.select(normal)),
+        lambda: {} if sample is None else location_statistics(_location_values(frozen, group, sample)),
+    )
     frozen.set_location_units(units)
     return judged
 
@@ -151,6 +165,7 @@ def calibrate(model: Model, group: ProcessGroup, train: ImageSet, val: ImageSet 
     normal = np.flatnonzero(val.labels != 1) if val is not None else np.zeros(0, np.int64)
     precision = model._calibration_precision()
     frozen = model.freeze(precision)
+    frozen.calibration = None  # one of an older version lacks signals that are measured now
     held = val.select(normal) if val is not None and len(normal) else None
     units, judged = standardize_locations(
         {} if held is None else _location_values(frozen, group, held),

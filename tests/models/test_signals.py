@@ -226,7 +226,7 @@ def test_few_held_out_images_leave_the_deviations_to_the_training_images(tmp_pat
 
 
 def test_images_of_another_site_replace_the_deviations_only_where_they_are_many():
-    model, local = tiny.model(), tiny.images(40, 5)
+    model, local = tiny.model(signal="residual"), tiny.images(40, 5)
     few = local[:9]
     model.calibrate(few, few)
     assert model.calibration.locations == {}
@@ -237,6 +237,12 @@ def test_images_of_another_site_replace_the_deviations_only_where_they_are_many(
     model.calibrate(local, local)
     held = model.calibration.holdout["standardized_residual"]
     assert model.calibration.locations == former and model.calibration.mean["standardized_residual"] == np.mean(held)
+
+
+def test_few_images_of_a_new_site_cannot_calibrate_a_standardized_signal_from_scratch():
+    few = tiny.images(9)
+    with pytest.raises(InputError, match="calibrating standardized_residual takes at least 30 normal images"):
+        tiny.model(signal="standardized_residual").calibrate(few, few)
 
 
 def test_normal_images_of_the_same_kind_exceed_the_threshold_as_often_as_chosen():
@@ -251,11 +257,13 @@ def test_validation_standardizes_the_signal_that_chooses_the_epoch(count):
     model = tiny.model(signal="standardized_residual")
     records = tuple(Record(f"{i}", label=int(i >= count)) for i in range(count + 5))
     val = ImageSet(tiny.images(count + 5, 1), records)
-    found = validate(model, ProcessGroup(), val)
+    train = ImageSet(tiny.images(9, 3), tuple(Record(f"train {i}", label=0) for i in range(9)))
+    found = validate(model, ProcessGroup(), val, train=train)
     assert "val_auc_standardized_memory_distance" not in found or count == 30
     values = model.freeze().location_values(val)["standardized_residual"]
     normal, abnormal = values[:count], values[count:]
-    scores = np.square(values).mean(1)
+    units = model.freeze().location_values(train)["standardized_residual"]
+    scores = np.square((values - units.mean(0)) / units.std(0)).mean(1)
     if count == 30:
         deviations = (abnormal - normal.mean(0)) / normal.std(0)
         scores = np.concatenate([judged_by_others(normal), np.square(deviations).mean(1)])
@@ -269,8 +277,25 @@ def test_calibration_of_an_older_version_refuses_the_signals_it_did_not_measure(
     del values["locations"], values["mean"]["standardized_residual"], values["std"]["standardized_residual"]
     model.calibration = Calibration.from_dict(values)
     assert model.score(tiny.images(2)).shape == (2,)
-    with pytest.raises(InputError, match=r"signal must be one of .*, got 'standardized_residual'"):
+    with pytest.raises(
+        InputError, match=r"got 'standardized_residual', which needs a new calibration: simsid calibrate"
+    ):
         model.score(tiny.images(2), signal="standardized_residual")
+    model.calibrate(tiny.images(8, 2))
+    assert model.score(tiny.images(2), signal="standardized_residual").shape == (2,)
+
+
+def test_calibration_without_locations_refuses_its_own_standardized_signal_until_it_is_calibrated_again():
+    model = tiny.model(signal="standardized_residual")
+    model.calibrate(tiny.images(8, 2))
+    expected = model.score(tiny.images(2))
+    values = model.calibration.to_dict()
+    del values["locations"]
+    model.calibration = Calibration.from_dict(values)
+    with pytest.raises(InputError, match="needs a new calibration"):
+        model.score(tiny.images(2))
+    model.calibrate(tiny.images(8, 2))
+    np.testing.assert_array_equal(model.score(tiny.images(2)), expected)
 
 
 def test_before_a_calibration_a_standardized_residual_is_the_residual():
