@@ -27,6 +27,7 @@ from simsid.errors import NonFiniteError, ProcessGroupError, RunError
 from simsid.models import discriminator
 from simsid.models.feature_baselines import PaDiM
 from simsid.models.feature_encoder import FeatureEncoder
+from simsid.report import embedding, figures
 from simsid.training import step as step_module
 from simsid.training.step import TrainingStep
 
@@ -210,6 +211,9 @@ def train_until_a_rank_dies(folder):
 
 
 def resume_from_the_command_line(folder):
+    draw = figures.png
+    figures.png = lambda figure, dpi=0: draw(figure, dpi=20)  # at full size the figures take most of the time
+    embedding.POINTS = 20
     command_line("train", "--resume", folder / "killed")
 
 
