@@ -93,14 +93,16 @@ class AnomalyModel(Scorer):
         images, holdout = (list(source) if isinstance(source, Iterator) else source for source in (images, holdout))
         precision = self._calibration_precision()
         frozen = self.freeze(precision)
-        former = self.calibration.locations if self.calibration else {}
+        standardized = SIGNALS[self.signal].locations is not None
+        former = self.calibration.locations if self.calibration else None if standardized else {}
         if frozen is not self:
             frozen.calibration = None  # it may lack signals that are measured now
         held = {} if holdout is None else frozen.location_values(holdout)
         units, judged = standardize_locations(
-            held, lambda: former if local else location_statistics(frozen.location_values(images))
+            held,
+            lambda: former if local and former is not None else location_statistics(frozen.location_values(images)),
         )
-        if SIGNALS[self.signal].locations is not None and self.signal not in units:
+        if local and former is not None and standardized and self.signal not in units:
             raise InputError(f"calibrating {self.signal} takes at least {FEWEST_HELD} normal images of a new site")
         frozen.set_location_units(units)
         kept = None if holdout is None else {**frozen.signals(holdout), **judged}

@@ -217,6 +217,8 @@ def test_large_window_raises_its_reason_and_auto_takes_torch():
 
 
 def test_ops_pass_opcheck():
+    import simsid.kernels.attention.fused  # noqa: F401  # registers the ops
+
     tensors = tuple(inputs(2, (2, 3), 8).values())
     ops = torch.ops.simsid
     mask, packed = draw(2, 6) > 0, torch.cat(tensors[1:3], -1)

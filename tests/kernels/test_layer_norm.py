@@ -178,6 +178,8 @@ def test_unsupported_argument_raises_its_reason_and_auto_takes_torch(tensors, re
 
 @needs_kernels
 def test_ops_pass_opcheck():
+    import simsid.kernels.layer_norm.fused  # noqa: F401  # registers the ops
+
     tensors = inputs((3, 8), torch.bfloat16)
     out, statistics = torch.ops.simsid.residual_layer_norm(*tensors.values(), 1e-5)
     torch.library.opcheck(torch.ops.simsid.residual_layer_norm.default, (*tensors.values(), 1e-5))

@@ -239,10 +239,13 @@ def test_images_of_another_site_replace_the_deviations_only_where_they_are_many(
     assert model.calibration.locations == former and model.calibration.mean["standardized_residual"] == np.mean(held)
 
 
-def test_few_images_of_a_new_site_cannot_calibrate_a_standardized_signal_from_scratch():
-    few = tiny.images(9)
+def test_few_images_of_a_new_site_calibrate_a_model_that_has_no_deviations_and_not_one_that_lacks_its_own():
+    few, model = tiny.images(9), tiny.model(signal="standardized_residual")
+    model.calibrate(few, few)
+    assert "standardized_residual" in model.calibration.locations
+    model.calibration = dataclasses.replace(model.calibration, locations={})
     with pytest.raises(InputError, match="calibrating standardized_residual takes at least 30 normal images"):
-        tiny.model(signal="standardized_residual").calibrate(few, few)
+        model.calibrate(few, few)
 
 
 def test_normal_images_of_the_same_kind_exceed_the_threshold_as_often_as_chosen():
