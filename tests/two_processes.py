@@ -1,7 +1,7 @@
 """What each of two ranks does for test_distributed.py: a scene by name.
 
-`python two_processes.py FOLDER SCENE...` imports PyTorch once and forks the ranks, for the scenes and for commands;
-under `torchrun`, which starts the ranks one by one, they train until one of them dies.
+`python two_processes.py FOLDER SCENE...` imports PyTorch once and forks the ranks. Under `torchrun`, which starts the
+ranks one by one, SCENE is the name of the function that trains or resumes from the command line.
 """
 
 import functools
@@ -211,6 +211,7 @@ def train_until_a_rank_dies(folder):
 
 
 def resume_from_the_command_line(folder):
+    """Resume the training that was killed, to its end."""
     draw = figures.png
     figures.png = lambda figure, dpi=0: draw(figure, dpi=20)  # at full size the figures take most of the time
     embedding.POINTS = 20
@@ -265,13 +266,12 @@ def main(folder, scenes):
     torch.set_num_threads(1)
     discriminator.CHANNELS = CHANNELS
     if "WORLD_SIZE" in os.environ:
-        train_until_a_rank_dies(folder)
+        globals()[scenes[0]](folder)
         return
     refusals = [fork_ranks(functools.partial(refused, folder)) for _ in range(3)]
     # DistributedDataParallel imports it, which would take each rank seconds.
     importlib.import_module("torch._dynamo")
-    resume = functools.partial(resume_from_the_command_line, folder)
-    print(json.dumps([*refusals, fork_ranks(run_scenes), fork_ranks(resume)]))
+    print(json.dumps([*refusals, fork_ranks(run_scenes)]))
 
 
 if __name__ == "__main__":

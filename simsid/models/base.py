@@ -82,11 +82,12 @@ class AnomalyModel(Scorer):
         Args:
             images: normal images that the model was trained on; see the class.
             holdout: normal images that it was not trained on, for thresholds at a chosen false positive rate, and where
-                there are at least 30 for the statistics at each location. With fewer these come from `images`, or stay
-                as they were where `holdout` is `images` itself: the images of another site.
+                there are at least 30 for the statistics at each location. With fewer these come from `images`; where
+                `holdout` is `images` itself, the images of another site, a calibrated model keeps its former ones.
 
         Raises:
-            InputError: too few images of another site, and no former statistics, for the model's own signal.
+            InputError: fewer than 30 images of another site, and the former calibration lacks the statistics that the
+                model's own signal is standardized by.
         """
         local = holdout is images
         # Both are read twice, which an iterator cannot be.
@@ -94,15 +95,17 @@ class AnomalyModel(Scorer):
         precision = self._calibration_precision()
         frozen = self.freeze(precision)
         standardized = SIGNALS[self.signal].locations is not None
-        former = self.calibration.locations if self.calibration else None if standardized else {}
+        former = self.calibration.locations if self.calibration else {}
+        # A first calibration on few local images has nothing to keep, and the model's own signal needs something.
+        keeps_former = local and (self.calibration is not None or not standardized)
         if frozen is not self:
             frozen.calibration = None  # it may lack signals that are measured now
         held = {} if holdout is None else frozen.location_values(holdout)
         units, judged = standardize_locations(
             held,
-            lambda: former if local and former is not None else location_statistics(frozen.location_values(images)),
+            lambda: former if keeps_former else location_statistics(frozen.location_values(images)),
         )
-        if local and former is not None and standardized and self.signal not in units:
+        if standardized and self.signal not in units:
             raise InputError(f"calibrating {self.signal} takes at least {FEWEST_HELD} normal images of a new site")
         frozen.set_location_units(units)
         kept = None if holdout is None else {**frozen.signals(holdout), **judged}

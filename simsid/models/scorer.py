@@ -108,12 +108,14 @@ class Scorer(abc.ABC):
         """Return `name`; where it is None, the model's own signal if that has a map, else the first that has.
 
         Raises:
-            InputError: a signal without a map, or a model without any; the message lists the choices.
+            InputError: a signal without a map, a model without any, or a calibration that lacks what the model's own
+                signal is standardized by; the message lists the choices.
         """
         if not self.map_names:
             raise InputError(f"none of the model's signals has a map: {', '.join(self.signal_names)}")
         if name is None:
-            return self.signal if self.signal in self.map_names else self.map_names[0]
+            (own,) = check_signals(self.signal, self.signal_names)
+            return own if own in self.map_names else self.map_names[0]
         return check_signals(name, self.map_names)[0]
 
     def signals(

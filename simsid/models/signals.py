@@ -345,8 +345,9 @@ def check_signals(names: Iterable[str], known: tuple[str, ...]) -> tuple[str, ..
     names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
         if name not in known:
-            # A calibration of an older version lacks what locations are standardized by.
-            lacking = isinstance(name, str) and name.removeprefix("standardized_") in known
+            signal = SIGNALS.get(name) if isinstance(name, str) else None
+            # The model computes what the signal needs, and its calibration, of an older version, lacks the deviations.
+            lacking = signal and signal.locations and any(SIGNALS[other].needs == signal.needs for other in known)
             hint = ", which needs a new calibration: simsid calibrate MODEL DATA -o NEW" if lacking else ""
             raise InputError(f"signal must be one of {', '.join(known)}, got {name!r}{hint}")
     return names

@@ -24,6 +24,8 @@ SHORT_EPOCHS = 50
 """With fewer epochs than this a study trains as `short_training`."""
 
 DIGIT_GEOMETRY: dict[str, object] = {"image_size": 96, "patches": 3, "levels": 3, "signal": "focal_residual"}
+OF_THE_PAPERS = ("simsid", "squid")
+"""Presets of the papers' networks."""
 DIGIT_LOOKUP: dict[str, object] = {"topk": 2, "temperature": 8.0}
 """On DigitAnatomy the models with Gumbel shrinkage look up as the preset `digit_anatomy`, which says why."""
 
@@ -72,8 +74,8 @@ def configuration(cell: Cell, digits: bool, width: int | None = None, seed: int 
     fields = {entry.name for entry in dataclasses.fields(base)}
     changes: dict[str, object] = {}
     if digits and is_network(cell):
-        changes |= DIGIT_GEOMETRY | (DIGIT_LOOKUP if cell.preset in ("simsid", "squid") else {})
-    elif cell.preset in ("simsid", "squid"):
+        changes |= DIGIT_GEOMETRY | (DIGIT_LOOKUP if cell.preset in OF_THE_PAPERS else {})
+    elif cell.preset in OF_THE_PAPERS:
         # A study stands beside the papers' tables; it lists every other signal too.
         changes["signal"] = PAPERS_SCORE
     elif digits:

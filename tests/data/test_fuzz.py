@@ -7,7 +7,7 @@ import sys
 import pytest
 
 SCRIPT = pathlib.Path(__file__).with_name("fuzz.py")
-FILES = 100
+FILES = 200
 
 
 def test_damaged_files_give_a_finite_image_or_a_read_error():
