@@ -105,7 +105,7 @@ class AnomalyModel(Scorer):
             held,
             lambda: former if keeps_former else location_statistics(frozen.location_values(images)),
         )
-        if standardized and self.signal not in units:
+        if keeps_former and standardized and self.signal not in units:
             raise InputError(f"calibrating {self.signal} takes at least {FEWEST_HELD} normal images of a new site")
         frozen.set_location_units(units)
         kept = None if holdout is None else {**frozen.signals(holdout), **judged}
