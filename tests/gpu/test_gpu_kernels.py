@@ -235,6 +235,8 @@ def test_every_kernel_runs_on_odd_sizes(small):
             results += torch.autograd.grad(
                 space_aware_memory(z.detach(), M.requires_grad_(), 5, backend="triton"), M, g
             )
+            out = space_aware_memory(z, M, 5, similarity="cosine", backend="triton")
+            results += [out, *torch.autograd.grad(out, (z, M), g)]
             assert all(tensor.isfinite().all() for tensor in results)
         for dtype, pads in itertools.product(FLOATS, (True, False)):
             tensors = attention.inputs(2, (3, 5), 35, pads=pads, dtype=dtype)
