@@ -92,7 +92,8 @@ class Replays:
     """A captured graph of several calls; `seconds` replays it once and returns the device seconds of one call."""
 
     def __init__(self, calls: Sequence[Work]) -> None:
-        self.calls, self.graph = len(calls), capture(calls)
+        self.calls = calls  # they hold the tensors that the graph reads, at fixed addresses
+        self.graph = capture(calls)
 
     def seconds(self) -> float:
         """Replay once, timed by events on the device."""
@@ -101,7 +102,7 @@ class Replays:
         self.graph.replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e-3 / self.calls
+        return start.elapsed_time(end) * 1e-3 / len(self.calls)
 
 
 def device_replays(prepare: Callable[[], Work], bytes_read: int) -> dict[str, Replays]:

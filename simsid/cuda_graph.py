@@ -72,7 +72,20 @@ def capture(
             # "thread_local": calls of other threads (pinning, allocating) are no part of the capture and may go on.
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 output = work(*static_inputs)
+        except RuntimeError as error:
+            _renew_generator(device)
+            # Ending the capture fails too, with an error that does not say why.
+            if isinstance(error.__context__, RuntimeError):
+                raise error.__context__ from None
+            raise
         finally:
             # A failed capture leaves its own stream the current one.
             torch.cuda.set_stream(caller_stream)
     return CapturedGraph(graph, static_inputs, output)
+
+
+def _renew_generator(device: torch.device) -> None:
+    """Let the GPU's generator draw again: after a failed capture its state counts as captured, and draws are errors."""
+    generator, fresh = torch.cuda.default_generators[device.index or 0], torch.Generator(device)
+    fresh.set_state(generator.get_state())
+    generator.graphsafe_set_state(fresh.graphsafe_get_state())

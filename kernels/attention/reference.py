@@ -41,12 +41,11 @@ def stored_neighbor_index(grid: tuple[int, int], window: Window, query: Tensor) 
     a tensor made there must not outlive them, and a stored one must not enter the first three.
     """
     key = grid, window, query.device
-    capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or type(query) not in (Tensor, Parameter)
-        or (capturing and key not in _stored)
+        or (key not in _stored and query.is_cuda and torch.cuda.is_current_stream_capturing())
     ):
         return neighbor_index(grid, query.device, window)
     if key not in _stored:

@@ -201,7 +201,8 @@ class TrainingStep:
         if graph is not None and graph.inputs[0].shape == images.shape:
             return graph
         # On the host: on the GPU, a second copy of weights and moments would be the peak of its memory.
-        before = {id(tensor): tensor.to("cpu", copy=True) for tensor in self._state()}
+        # Detached: copies with a graph would keep the parameters' gradient nodes, which belong to the present stream.
+        before = {id(tensor): tensor.detach().to("cpu", copy=True) for tensor in self._state()}
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 graph = cuda_graph.capture(

@@ -62,7 +62,7 @@ def test_captured_attention_and_layer_norm_are_the_eager_ones(cuda):
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(shape, generator=generator).to(cuda) for shape in [(16, 16, 512), (512,), (512,)])
     run = block_step(x, weight, bias)
-    want = [tensor.clone() for tensor in run()]
+    want = [tensor.detach().clone() for tensor in run()]  # a graph of autograd would keep its stream
     assert all(map(torch.equal, replayed(run, cuda), want))
 
 
@@ -99,9 +99,11 @@ from simsid import cuda_graph
 
 before, x = torch.cuda.current_stream(), torch.ones(4, device="cuda")
 try:
-    cuda_graph.capture(lambda x: (x * 2).sum().item(), [x])
-except RuntimeError:
+    cuda_graph.capture(lambda x: (x * torch.rand_like(x)).sum().item(), [x])
+except RuntimeError as error:
+    assert "previous error" not in str(error), error
     assert torch.cuda.current_stream() == before and (x * 2).sum().item() == 8
+    assert torch.rand(4, device="cuda").isfinite().all()
     print("as before")
 """
 
