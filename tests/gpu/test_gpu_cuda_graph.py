@@ -84,7 +84,8 @@ def test_captured_step_of_the_published_size_has_the_losses_of_the_eager_one(met
         train_published(method, cuda, False, 12, precision=precision, cuda_graph=graph) for graph in (False, True)
     )
     assert captured(graph)
-    assert graph.means() == pytest.approx(eager.means(), rel=1e-2)
+    # The gradient of an upsampling adds atomically, so that two runs of either differ: by 2.5 % on an H200.
+    assert graph.means() == pytest.approx(eager.means(), rel=5e-2)
 
 
 def test_captured_step_is_the_eager_one_bit_for_bit_with_deterministic_algorithms(cuda, deterministic):
