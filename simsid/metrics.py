@@ -146,8 +146,7 @@ def normal_threshold(holdout: np.ndarray, false_positive_rate: float) -> float:
     """
     scores = np.sort(check_scores(holdout, "holdout"))
     check_rate("false_positive_rate", false_positive_rate)
-    # The slack for (n + 1) rate = 0.99999..., which exact arithmetic would round up.
-    allowed = math.floor((len(scores) + 1) * false_positive_rate + 1e-9)
+    allowed = allowed_above(len(scores), false_positive_rate)
     if allowed < 1:
         warnings.warn(
             f"{len(scores)} held-out normal images cannot guarantee a false positive rate of {false_positive_rate:g}: "
@@ -156,6 +155,12 @@ def normal_threshold(holdout: np.ndarray, false_positive_rate: float) -> float:
         )
         allowed = 1
     return float(scores[len(scores) - allowed])
+
+
+def allowed_above(count: int, false_positive_rate: float) -> int:
+    """Return which of `count` held-out normal scores, from the largest, is the threshold; 0 where they are too few."""
+    # The slack for (n + 1) rate = 0.99999..., which exact arithmetic would round up.
+    return math.floor((count + 1) * false_positive_rate + 1e-9)
 
 
 def false_positive_interval(count: int, false_positive_rate: float, confidence: float = 0.95) -> tuple[float, float]:

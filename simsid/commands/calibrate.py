@@ -107,7 +107,7 @@ class Calibrate:
         if held:
             print(threshold_sentence(model, self.false_positive_rate))
         note = few_images_note(held, self.false_positive_rate)
-        if self.local and note:
+        if note and held:
             print(f"simsid: note: {note}", file=sys.stderr)
         return 0
 
@@ -128,10 +128,16 @@ def few_images_note(count: int, false_positive_rate: float) -> str | None:
 
 def threshold_sentence(model: "AnomalyModel", false_positive_rate: float) -> str:
     """Describe the threshold: how many held-out images it rests on, and the interval of its false positive rate."""
-    from simsid.metrics import false_positive_interval
+    from simsid.metrics import allowed_above, false_positive_interval
 
     calibration = model.calibrated()
-    count = len(calibration.holdout[model.signal])
+    held = calibration.holdout[model.signal]
+    count = len(held)
+    if not allowed_above(count, false_positive_rate):
+        return (
+            f"threshold of {model.signal}: {max(held):.6g}, the largest of {count} normal images, which are too few for "
+            f"a false positive rate of {false_positive_rate:.3g}: {1 / (count + 1):.2g} is what they guarantee"
+        )
     low, high = false_positive_interval(count, false_positive_rate)
     threshold = calibration.threshold(model.signal, false_positive_rate)
     return (

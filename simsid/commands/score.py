@@ -99,15 +99,23 @@ class Score:
 
     def _conclude(self, model: "AnomalyModel", summary: "Summary") -> int:
         """Print the counts and where the results are."""
+        from simsid.metrics import allowed_above
+
         failed = f", {summary.failed} failed (reasons in scores.csv)" if summary.failed else ""
         print(f"{summary.scored} of {summary.scored + summary.failed} files scored{failed}")
         held = model.calibrated().holdout.get(self.signal or model.signal)
         if not held:
             print("no threshold: the model was calibrated without held-out normal images")
-        elif summary.scored:
+        elif summary.scored and allowed_above(len(held), self.false_positive_rate):
             print(
                 f"{summary.flagged} flagged: above the threshold that {100 * self.false_positive_rate:.3g} % of "
                 f"{len(held)} held-out normal images may exceed"
+            )
+        elif summary.scored:
+            print(
+                f"{summary.flagged} flagged: above the highest of {len(held)} held-out normal images, too few for a "
+                f"rate of {100 * self.false_positive_rate:.3g} %; a score near 1, which compares with the training "
+                f"images, can stay below it"
             )
         for note in for_processing_notes(summary.for_processing):
             print(f"simsid: note: {note}", file=sys.stderr)
