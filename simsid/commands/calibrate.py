@@ -135,8 +135,8 @@ def threshold_sentence(model: "AnomalyModel", false_positive_rate: float) -> str
     count = len(held)
     if not allowed_above(count, false_positive_rate):
         return (
-            f"threshold of {model.signal}: {max(held):.6g}, the largest of {count} normal images, which are too few for "
-            f"a false positive rate of {false_positive_rate:.3g}: {1 / (count + 1):.2g} is what they guarantee"
+            f"threshold of {model.signal}: {max(held):.6g}, the largest of {count} normal images, which are too few "
+            f"for a false positive rate of {false_positive_rate:.3g}: {1 / (count + 1):.2g} is what they guarantee"
         )
     low, high = false_positive_interval(count, false_positive_rate)
     threshold = calibration.threshold(model.signal, false_positive_rate)
