@@ -254,15 +254,17 @@ def _compare(run: Run, images: Tensor, expected: dict[str, np.ndarray], std: dic
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Hide the exporters' advice to their own developers."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx._internal.exporter._registration", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def _first_line(error: BaseException) -> str:
