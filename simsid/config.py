@@ -80,7 +80,7 @@ class Config:
     """Keep the teacher's gradient out of the encoder."""
     signal: str = "standardized_residual"
     """The anomaly signal that `score` and thresholds use, a name of `simsid.models.signals.SIGNALS`. The papers use
-    `discriminator_per_image`; after the short trainings that were measured, the default detects far better
+    `discriminator_per_image`; after short trainings of small networks the default detects far better
     (docs/results.md)."""
     aspect: Literal["stretch", "pad", "crop"] = "stretch"
     """How an image that is not square becomes square; the papers stretch it."""

@@ -108,8 +108,8 @@ def plan_joint_gradient(batch: int) -> GradientPlan | None:
     """Plan the kernel that makes dz and dM in one pass over M, or None where its queries do not fit one program."""
     if batch > JOINT_BATCH:
         return None
-    # Bound by bandwidth: small tiles, so that four programs fit a multiprocessor (32 items need twice the registers,
-    # and spill for bf16 queries).
+    # Meant to be bound by bandwidth (an H200 reaches 42 % of it): small tiles, so that four programs fit a
+    # multiprocessor (32 items need twice the registers, and spill for bf16 queries).
     if batch <= 16:
         return GradientPlan(block_b=16, block_n=16, block_d=64, num_warps=4, num_stages=3)
     # Tiles of half the size: one more of them in flight. (Three stages also spill for bf16 queries on sm_90.)
