@@ -107,7 +107,7 @@ class Calibrate:
         if held:
             print(threshold_sentence(model, self.false_positive_rate))
         note = few_images_note(held, self.false_positive_rate)
-        if note and held:
+        if self.local and note:
             print(f"simsid: note: {note}", file=sys.stderr)
         return 0
 

@@ -19,9 +19,12 @@ def uncalibrated(tmp_path):
 def test_calibration_on_the_training_data_holds_images_out(simsid, uncalibrated, films, tmp_path):
     done = simsid("calibrate", uncalibrated, films, "--val-share", "0.3")
     assert done.code == 0 and "calibrated on 5 normal images, with 2 held out for thresholds" in done.out
+    assert "the largest of 2 normal images, which are too few for a false positive rate of 0.05: 0.33 is" in done.out
     calibration = Model.load(tmp_path / "model").calibration
     assert calibration.count == 5 and len(calibration.holdout["residual"]) == 2
-    assert simsid("score", uncalibrated, films, "-o", "out", "--pictures", "0").code == 0
+    scored = simsid("score", uncalibrated, films, "-o", "out", "--pictures", "0")
+    assert scored.code == 0
+    assert "flagged: above the highest of 2 held-out normal images, too few for a rate of 5 %" in scored.out
 
 
 def test_local_calibration_takes_every_normal_image_and_prints_the_threshold(simsid, uncalibrated, tmp_path):
