@@ -26,13 +26,14 @@ WORK = ("scoring", "folder", "training")
 CPU = torch.device("cpu")
 
 
-def calls(work: str, width: int, folder: pathlib.Path) -> dict[str, Callable[[int], object]]:
-    """Return one call of each variant by name; its argument counts the rounds.
+def calls(work: str, width: int, folder: pathlib.Path, variants: tuple[str, ...]) -> dict[str, Callable[[int], object]]:
+    """Return one call of each variant by name; its argument counts the calls.
 
     Args:
         work: one of `WORK`: every signal of a batch in memory, of two batches of JPEG files, or a pair of iterations.
         width: of the model.
         folder: where the files are written.
+        variants: their names, the baseline first.
     """
     files = models.files_of(models.write_images(folder, 2 * BATCH), None) if work == "folder" else []
 
@@ -49,8 +50,8 @@ def calls(work: str, width: int, folder: pathlib.Path) -> dict[str, Callable[[in
         step = models.training_step(name, model)
         return lambda number: (step(images, 2 * number), step(images, 2 * number + 1))
 
-    found = {name: call(name) for name in VARIANTS}
-    if work != "training":
+    found = {name: call(name) for name in variants}
+    if work != "training" and variants == VARIANTS:
         found["baseline, batch 1"] = call(models.BASELINE, 1)
     return found
 
@@ -62,14 +63,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="rounds after one warm-up")
     parser.add_argument("--work", choices=WORK, action="append", help="default: all")
     parser.add_argument("--wall", action="store_true", help="wall time")
+    parser.add_argument("--variant", choices=VARIANTS[1:], help="beside the baseline this one alone; default: all")
     chosen = parser.parse_args()
+    variants = VARIANTS if chosen.variant is None else (models.BASELINE, chosen.variant)
     clock = time.perf_counter if chosen.wall else time.process_time
     print(f"width {chosen.width}, batch {BATCH}, threads {torch.get_num_threads()}, torch {torch.__version__}")
     print("| | seconds | against the baseline |\n| --- | ---: | ---: |")
     for work in chosen.work or WORK:
         seconds: dict[str, list[float]] = {}
         with tempfile.TemporaryDirectory() as folder:
-            made = calls(work, chosen.width, pathlib.Path(folder))
+            made = calls(work, chosen.width, pathlib.Path(folder), variants)
             for number in range(chosen.rounds + 1):
                 for name, call in made.items():
                     call(2 * number)

@@ -30,10 +30,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LONG = 10.0  # seconds of a round above which two rounds must do
 
 EXACT = 1e-9  # the same arithmetic in another order, in float64
-# Relative, in float32 and in bf16. On an H200 bf16 moved the discriminator's loss, of four images, by 7 %, and the
-# largest of standardized distances by 7 %.
-LOSSES = {False: 1e-4, True: 1e-1}
-SCORES = {False: 1e-3, True: 1e-1}
+LOSSES = {False: 1e-4, True: 5e-2}  # relative, in float32 and in bf16
+SCORES = {False: 1e-3, True: 5e-2}
+# In bf16 on an H200 the discriminator's losses on four reconstructions were 7 % off, the standardized distance too.
+SENSITIVE, SENSITIVE_IN_BF16 = ("fake", "adversarial", "standardized_memory_distance"), 1e-1
 # The first updates of Adam are the signs of its gradients, and rounding decides a sign near zero. At this learning rate
 # that moves no loss by 1e-4, yet an omitted update shows: without the one of the discriminator its losses are 1e-2 off.
 SLOW = 1e-6
@@ -94,6 +94,12 @@ def assert_baseline_agrees(method, width):
         assert (mine - reference).norm() <= EXACT * reference.norm()
 
 
+def allowed(limits, variant, name):
+    """Return how far a loss or a signal of a variant may be off, relative."""
+    bf16 = "bf16" in variant
+    return SENSITIVE_IN_BF16 if bf16 and name in SENSITIVE else limits[bf16]
+
+
 def assert_step_agrees(variant, width, method="SimSID"):
     """The losses over two pairs of iterations are those of the baseline."""
     means = []
@@ -108,7 +114,7 @@ def assert_step_agrees(variant, width, method="SimSID"):
     theirs, mine = means
     assert mine.keys() == theirs.keys()
     for name, value in theirs.items():
-        assert mine[name] == pytest.approx(value, rel=LOSSES["bf16" in variant]), f"{variant}: {name}"
+        assert mine[name] == pytest.approx(value, rel=allowed(LOSSES, variant, name)), f"{variant}: {name}"
 
 
 def assert_scores_agree(variant, build_score, build_reference):
@@ -118,7 +124,7 @@ def assert_scores_agree(variant, build_score, build_reference):
     assert got.keys() == want.keys()
     for name, values in want.items():
         worst = np.linalg.norm(got[name] - values) / np.linalg.norm(values)
-        assert worst <= SCORES["bf16" in variant], f"{variant}: {name} is {worst:.2g} off"
+        assert worst <= allowed(SCORES, variant, name), f"{variant}: {name} is {worst:.2g} off"
 
 
 def columns(scores):

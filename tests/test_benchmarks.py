@@ -382,30 +382,3 @@ def test_kernels_are_checked_on_a_gpu_with_torch_triton_and_pytest_alone():
             waiting += [folder / f"{name}.py" for folder in folders if (folder / f"{name}.py").exists()]
     others = {name for name in seen if not any((folder / f"{name}.py").exists() for folder in folders)}
     assert others - set(sys.stdlib_module_names) <= {"pytest", "simsid", "torch"}
-
-
-RESULTS = pathlib.Path(report.__file__).parent / "results" / "h200"
-
-
-def test_figures_of_a_gpu_in_the_documents_are_those_of_the_result_files():
-    rows = [
-        row for path in sorted(RESULTS.glob("*.json")) for row in report.rows_of(json.loads(path.read_text("utf-8")))
-    ]
-    page = (RESULTS.parents[2] / "docs" / "performance.md").read_text("utf-8")
-    readme = (RESULTS.parents[2] / "README.md").read_text("utf-8")
-
-    def microseconds(op, shape, which):
-        found = (row for row in rows if (row["op"], row.get("shape"), row.get("pass")) == (op, shape, which))
-        return {row["variant"]: row["device_us"] for row in found}
-
-    memory, attention = microseconds(report.MEMORY, "B", "both"), microseconds(report.ATTENTION, "A", "both")
-    for of, digits in ((memory, 0), (attention, 1)):
-        fused, loop = of["fused"], of["loop over locations"]
-        assert f"**{fused:.{digits}f} µs** | {loop:,.0f}, {loop / fused:.3g}x" in page
-        assert f"| {fused:.{digits}f} µs | {of['batched']:.0f} µs, {of['batched'] / fused:.2g}x" in readme
-    step = {row["variant"]: row["ms"] for row in rows if row["op"] == "train_step"}
-    cells_of_step = (f"{step['baseline']:.0f} ms", *(f"{step[name]:.1f}" for name in ("eager", "fused")))
-    assert (
-        " | ".join(cells_of_step) + f" | **{step['simsid']:.1f} ms** | **{step['baseline'] / step['simsid']:.2g}x**"
-        in page
-    )

@@ -1,7 +1,9 @@
 """The committed results of studies: their commands can be given, and their tables say what their measurements say."""
 
+import json
 import re
 import shlex
+import sys
 
 import documents
 import numpy as np
@@ -11,6 +13,11 @@ import tiny
 from simsid.commands import main as command_line
 from simsid.study import STUDIES
 
+sys.path.append(str(documents.ROOT / "benchmarks"))
+
+import report
+
+RESULTS = documents.ROOT / "benchmarks" / "results" / "h200"
 FOLDER = documents.ROOT / "docs" / "results"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.md"))
 
@@ -46,3 +53,26 @@ def test_a_committed_table_says_what_was_measured_and_how(name):
         values = [float(entry["auc"]) for entry in measured if entry["model"] == row[0] and entry["own"] == "1"]
         assert row[head.index("AUC")].startswith(f"{np.mean(values):.3f}")
         assert ("±" in row[head.index("AUC")]) == (len(values) > 1)
+
+
+def test_figures_of_a_gpu_in_the_documents_are_those_of_the_result_files():
+    rows = [
+        row for path in sorted(RESULTS.glob("*.json")) for row in report.rows_of(json.loads(path.read_text("utf-8")))
+    ]
+    page, readme = documents.PAGES["docs/performance.md"], documents.README
+
+    def microseconds(op, shape, which):
+        found = (row for row in rows if (row["op"], row.get("shape"), row.get("pass")) == (op, shape, which))
+        return {row["variant"]: row["device_us"] for row in found}
+
+    memory, attention = microseconds(report.MEMORY, "B", "both"), microseconds(report.ATTENTION, "A", "both")
+    for of, digits in ((memory, 0), (attention, 1)):
+        fused, loop = of["fused"], of["loop over locations"]
+        assert f"**{fused:.{digits}f} µs** | {loop:,.0f}, {loop / fused:.3g}x" in page
+        assert f"| {fused:.{digits}f} µs | {of['batched']:.0f} µs, {of['batched'] / fused:.2g}x" in readme
+    step = {row["variant"]: row["ms"] for row in rows if row["op"] == "train_step"}
+    cells_of_step = (f"{step['baseline']:.0f} ms", *(f"{step[name]:.1f}" for name in ("eager", "fused")))
+    assert (
+        " | ".join(cells_of_step) + f" | **{step['simsid']:.1f} ms** | **{step['baseline'] / step['simsid']:.2g}x**"
+        in page
+    )

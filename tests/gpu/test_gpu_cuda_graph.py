@@ -84,8 +84,11 @@ def test_captured_step_of_the_published_size_has_the_losses_of_the_eager_one(met
         train_published(method, cuda, False, 12, precision=precision, cuda_graph=graph) for graph in (False, True)
     )
     assert captured(graph)
-    # The gradient of an upsampling adds atomically, so that two runs of either differ: by 2.5 % on an H200.
-    assert graph.means() == pytest.approx(eager.means(), rel=5e-2)
+    # With algorithms that do not repeat bit for bit, the discriminator's losses on reconstructions were 2.5 % apart.
+    got, want = graph.means(), eager.means()
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert got[name] == pytest.approx(value, rel=5e-2 if name in ("fake", "adversarial") else 1e-2), name
 
 
 def test_captured_step_is_the_eager_one_bit_for_bit_with_deterministic_algorithms(cuda, deterministic):

@@ -53,8 +53,10 @@ def test_bf16_training_has_the_losses_of_float32(method, device, small):
         for number in range(4):
             step(images, number)
         means.append(step.means())
-    # The discriminator normalizes four images: its losses move most, by 5 % on a CPU too.
-    assert means[1] == pytest.approx(means[0], rel=1e-1)
+    # The discriminator normalizes four images: of its losses on reconstructions bf16 moves one by 7 % on an H200.
+    for name, value in means[0].items():
+        assert means[1][name] == pytest.approx(value, rel=1e-1 if name in ("fake", "adversarial") else 5e-2), name
+    assert means[1].keys() == means[0].keys()
     assert all(parameter.dtype == torch.float32 for parameter in step.model.parameters())
 
 

@@ -46,7 +46,7 @@ def peak(process):
 
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="needs a POSIX system")
 def test_a_long_scoring_resumes_after_two_kills_in_bounded_memory(model, loaded, tmp_path):
-    count, output, options = 2_000, tmp_path / "out", ("--batch-size", "64", "--pictures", "0")
+    count, output, options = 3_000, tmp_path / "out", ("--batch-size", "64", "--pictures", "0")
     few, many = fill(tmp_path / "few", 500), fill(tmp_path / "many", count)
     status, baseline = peak(start(model, few, tmp_path / "small", *options))
     assert status == 1
@@ -66,11 +66,11 @@ def test_a_long_scoring_resumes_after_two_kills_in_bounded_memory(model, loaded,
     memory.append(megabytes)
     printed = process.stdout.read()
     assert status == 1 and f"resumed after {before} files that were done" in printed
-    assert "1500 of 2000 files scored, 500 failed" in printed
+    assert "2250 of 3000 files scored, 750 failed" in printed
     assert (output / "scores.csv").read_bytes() == expected_table(loaded, many, 64)
     assert not (output / ".scoring").exists()
-    # The measurement itself varies by some 3 MB; keeping the images of the last start's 1,000 and more takes 9.
-    assert max(memory) - baseline < 6, (baseline, memory)
+    # The measurement itself varies by some 3 MB; keeping the images of the last start's 1,500 and more takes 14.
+    assert max(memory) - baseline < 8, (baseline, memory)
 
 
 # Starts two ranks with the environment that torchrun gives them, without importing PyTorch in each.
@@ -126,7 +126,7 @@ def test_two_ranks_resume_after_one_of_them_is_killed(model, loaded, tmp_path):
     last = done(1)
     assert before[1] + 30 < last < 300 and not (output / "scores.csv").exists()
 
-    process = run("-c", TWO_RANKS)
+    process = run(*torchrun)
     printed = process.communicate()[0]
     resumed = [int(line.split("resumed after ")[1].split()[0]) for line in printed.splitlines() if "resumed" in line]
     assert sorted(resumed) == [last, 300] and f"rank 1 of 2: resumed after {last} files" in printed
@@ -204,8 +204,8 @@ def rows(output, rank):
     path = pathlib.Path(output, ".scoring", f"shard-{rank or 0}-of-{len(ranks)}.jsonl")
     return path.read_bytes().count(b"\\n") if path.exists() else 0
 
-# A part of the steps each time, another one in the next run; those of two processes interleave differently too.
-for ranks, stride in (([None], 2), ([0, 1], 5)):
+# One process shows every step; of two, whose steps interleave differently each time, a part is enough.
+for ranks, stride in (([None], 1), ([0, 1], 3)):
     for limit in range(random.randint(1, stride), 1000, stride):
         output = os.path.join(folder, f"{len(ranks)} {limit}")
         died = ended([start(rank, output, limit) for rank in ranks])
