@@ -48,9 +48,9 @@ class Variant(NamedTuple):
 
 
 GRAPH, EAGER, COMPILED, BF16 = (
-    {"cuda_graph": True},
-    {"cuda_graph": False},
-    {"cuda_graph": False, "compile": True},
+    {"cuda_graph": True, "precision": "float32"},
+    {"cuda_graph": False, "precision": "float32"},  # which the default is not on every CPU
+    {"cuda_graph": False, "compile": True, "precision": "float32"},
     {"precision": "bfloat16"},
 )
 VARIANTS = {
