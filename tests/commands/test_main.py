@@ -98,6 +98,7 @@ class Interrupt(importlib.abc.MetaPathFinder):
         if name == "torch":
             signal.raise_signal(signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
 sys.meta_path.insert(0, Interrupt())
 from simsid.commands.main import main
 main(["score", "model", ".", "-o", "out"])
