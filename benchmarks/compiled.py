@@ -10,6 +10,7 @@ launcher would choose.
 import argparse
 import ast
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -221,6 +222,7 @@ def variants(op: str) -> list[Variant]:
     return list(variants.values())
 
 
+@functools.cache
 def code_of(function: Any) -> str:
     """Return the source of a function without comments, docstring and layout, which do not change machine code."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
@@ -308,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/compiled.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--op", action="append", choices=OPS, help="all by default")
     parser.add_argument("--arch", action="append", type=int, choices=ARCHITECTURES, help="all by default")
-    parser.add_argument("--match", default="", help="only the variants whose name contains this")
+    parser.add_argument("--match", action="append", help="only the variants whose name contains this, or one of several")
     parser.add_argument("--known", metavar="FILE", help="take the reports of unchanged variants from this JSON")
     parser.add_argument("--update", metavar="FILE", help="like --known, and write the reports back to it")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -320,7 +322,7 @@ def main(arguments: list[str] | None = None) -> int:
         (variant, arch)
         for op in chosen.op or OPS
         for variant in variants(op)
-        if chosen.match in variant.name
+        if any(part in variant.name for part in chosen.match or [""])
         for arch in chosen.arch or ARCHITECTURES
         if arch in variant.architectures
     ]

@@ -20,12 +20,18 @@ FIRST = ("test_distributed.py", "test_archive_kills.py", "test_ptx_mutations.py"
 
 
 @pytest.fixture
-def coarse_figures(monkeypatch):
-    """Draw the reports' figures with few pixels and points: at full size they take most of a tiny command's time."""
+def one_figure(monkeypatch):
+    """Draw the first figure of the reports, with few pixels, for all of them: they take most of a tiny command."""
     from simsid.report import embedding, figures
 
-    draw = figures.png
-    monkeypatch.setattr(figures, "png", lambda figure, dpi=0: draw(figure, dpi=20))
+    draw, drawn = figures.png, []
+
+    def png(figure, dpi=0):
+        if not drawn:
+            drawn.append(draw(figure, dpi=20))
+        return drawn[0]
+
+    monkeypatch.setattr(figures, "png", png)
     monkeypatch.setattr(embedding, "POINTS", 20)
 
 

@@ -30,7 +30,7 @@ def simsid(capsys, monkeypatch, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def few_pixels(coarse_figures):
+def few_pixels(one_figure):
     """Nothing here looks at the figures of a report; tests/report does."""
 
 

@@ -11,7 +11,7 @@ from simsid.commands import main as command_line
 
 
 @pytest.fixture(autouse=True)
-def few_images(monkeypatch, coarse_figures):
+def few_images(monkeypatch, one_figure):
     tiny.shrink_demo(monkeypatch)
 
 

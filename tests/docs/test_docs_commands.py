@@ -86,7 +86,7 @@ def check_pip(words):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_of_a_page_run(page, world, done, coarse_figures, monkeypatch, capsys):
+def test_commands_of_a_page_run(page, world, done, one_figure, monkeypatch, capsys):
     monkeypatch.setattr(robustness, "SHIFTS", robustness.SHIFTS[:1])
     for words in documents.commands(page):
         if tuple(words) in done:
