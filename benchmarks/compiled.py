@@ -310,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/compiled.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--op", action="append", choices=OPS, help="all by default")
     parser.add_argument("--arch", action="append", type=int, choices=ARCHITECTURES, help="all by default")
-    parser.add_argument("--match", action="append", help="only the variants whose name contains this, or one of several")
+    parser.add_argument("--match", action="append", help="only variants whose name contains this or another")
     parser.add_argument("--known", metavar="FILE", help="take the reports of unchanged variants from this JSON")
     parser.add_argument("--update", metavar="FILE", help="like --known, and write the reports back to it")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -28,6 +28,8 @@ class Config:
     """Patches along one side, P; the image has P * P locations."""
     width: int = 32
     """Channels of the first feature map; the deepest has 16 times as many."""
+    discriminator_width: int = 16
+    """Channels of the discriminator's first feature map; each of the four further ones has twice as many."""
     levels: int = 4
     """Encoder blocks of stride 2, and up blocks of each generator."""
     skip_levels: int = 2
@@ -92,6 +94,7 @@ class Config:
         # At 32 pixels and fewer the discriminator's last map is one position, which has no variance.
         at_least = {"image_size": 33, "patches": 1, "width": 1, "levels": 1, "skip_levels": 0, "merge_levels": 0}
         at_least |= {"items": 1, "decoder_items": 1, "decoder_memories": 0, "topk": 1, "heads": 1}
+        at_least["discriminator_width"] = 1
         check_fields(self, at_least)
         for name in ("skip_levels", "merge_levels", "decoder_memories"):
             require(getattr(self, name) <= self.levels, name, f"at most levels = {self.levels}", getattr(self, name))

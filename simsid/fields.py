@@ -12,6 +12,7 @@ LARGEST = {
     "image_size": 8192,
     "patches": 64,
     "width": 1024,
+    "discriminator_width": 1024,
     "levels": 10,
     "items": 1_000_000,
     "decoder_items": 1_000_000,

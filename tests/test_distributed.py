@@ -18,7 +18,6 @@ from simsid import Model, Trainer, TrainingConfig, checkpoint, distributed
 from simsid.commands import main as cli
 from simsid.distributed import ProcessGroup
 from simsid.errors import InputError, ProcessGroupError
-from simsid.models import discriminator
 from simsid.training.parallel import synchronize_batch_norms
 
 HERE = pathlib.Path(__file__).parent
@@ -37,12 +36,6 @@ def start(*command, timeout=240):
         text=True,
         timeout=timeout,
     )
-
-
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch):
-    """The discriminator of the processes that these tests start."""
-    monkeypatch.setattr(discriminator, "CHANNELS", two_processes.CHANNELS)
 
 
 @pytest.fixture(scope="module")

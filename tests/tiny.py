@@ -15,6 +15,7 @@ from simsid import Config, Model, checkpoint, data
 from simsid.training.run_folder import RunFolder
 
 SIZES = {"image_size": 48, "patches": 2, "levels": 2, "width": 4, "items": 6, "decoder_items": 6, "heads": 2, "topk": 2}
+SIZES["discriminator_width"] = 2  # at its default the discriminator takes most of the time of a tiny network
 ONE_LEVEL = {"image_size": 36, "levels": 1, "skip_levels": 1, "merge_levels": 1, "decoder_memories": 1}
 """Changes that leave one level: for tests of what is written and when, which no layer of a network changes."""
 OPTIONS = [text for name, value in SIZES.items() for text in (f"--{name.replace('_', '-')}", str(value))]

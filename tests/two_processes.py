@@ -24,15 +24,12 @@ from simsid import Trainer, TrainingConfig, checkpoint
 from simsid.commands import main as cli
 from simsid.distributed import ProcessGroup
 from simsid.errors import NonFiniteError, ProcessGroupError, RunError
-from simsid.models import discriminator
 from simsid.models.feature_baselines import PaDiM
 from simsid.models.feature_encoder import FeatureEncoder
 from simsid.report import embedding, figures
 from simsid.training import step as step_module
 from simsid.training.step import TrainingStep
 
-CHANNELS = (2, 4, 4, 4, 4)
-"""Channels of the discriminator, which takes most of the time of a tiny network."""
 CHANGES = {"memory": "queue"}
 OPTIONS = {"batch_size": 4, "learning_rate": 1e-3, "sync_batchnorm": True, "precision": "float32"}
 
@@ -264,7 +261,6 @@ def main(folder, scenes):
                 globals()[f"scene_{scene}"](group, folder)
 
     torch.set_num_threads(1)
-    discriminator.CHANNELS = CHANNELS
     if "WORLD_SIZE" in os.environ:
         globals()[scenes[0]](folder)
         return

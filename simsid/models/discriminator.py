@@ -8,24 +8,26 @@ from torch.nn import functional as F
 
 from simsid.errors import InputError
 
-CHANNELS = (16, 32, 64, 128, 256)
+CONVOLUTIONS = 5
 
 
 class Discriminator(nn.Module):
     """Five 5x5 convolutions of stride 2 over the whole image and a linear layer to one logit (real = positive).
 
+    `width` channels in the first map, twice as many in each further one; 16 in the papers.
+
     Source: SQUID, section 3.6 and supplementary material; SimSID, section 3.5.
     """
 
-    def __init__(self, image_size: int) -> None:
+    def __init__(self, image_size: int, width: int = 16) -> None:
         super().__init__()
-        widths = (1, *CHANNELS)
+        channels = [1, *(width * 2**i for i in range(CONVOLUTIONS))]
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(widths[i], widths[i + 1], 5, stride=2, padding=2) for i in range(len(CHANNELS))
+            nn.Conv2d(channels[i], channels[i + 1], 5, stride=2, padding=2) for i in range(CONVOLUTIONS)
         )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for channels in CHANNELS[1:])
-        side = -(-image_size // 2 ** len(CHANNELS))
-        self.output = nn.Linear(CHANNELS[-1] * side * side, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(count) for count in channels[2:])
+        side = -(-image_size // 2**CONVOLUTIONS)
+        self.output = nn.Linear(channels[-1] * side * side, 1)
 
     def forward(self, images: Tensor, statistics: Literal["module", "per_image"] = "module") -> Tensor:
         """Return the logits `[B]` of `[B, 1, H, W]`.
@@ -40,7 +42,10 @@ class Discriminator(nn.Module):
         return _logit(self.features(images, statistics), self.output.weight, self.output.bias)
 
     def features(self, images: Tensor, statistics: Literal["module", "per_image"] = "module") -> Tensor:
-        """Return what the last convolution makes of `[B, 1, H, W]`, normalized and activated: `[B, 256, h, w]`."""
+        """Return what the last convolution makes of `[B, 1, H, W]`, normalized and activated.
+
+        `[B, C, h, w]`; C is 16 times the width, h and w a thirty-second of H and W, rounded up.
+        """
         if statistics not in ("module", "per_image"):
             raise InputError(f"statistics must be 'module' or 'per_image', got {statistics!r}")
         x = F.leaky_relu(self.convolutions[0](images), 0.2, inplace=True)

@@ -99,7 +99,7 @@ class Model(ConfiguredNetwork, AnomalyModel):
         self.encoder = Encoder(config) if encoder is None else CustomEncoder(config, encoder)
         self.student = Generator(config, student=True, backend=backend)
         self.teacher = Generator(config, student=False) if config.distillation else None
-        self.discriminator = Discriminator(config.image_size)
+        self.discriminator = Discriminator(config.image_size, config.discriminator_width)
         self.calibration: Calibration | None = None
 
     @property

@@ -197,6 +197,7 @@ def _sizes(tensors: dict[str, Tensor]) -> dict[str, Any]:
         "image_size": patches * side * 2**levels,
         "patches": patches,
         "width": shape("encoder.entry.entry.0.weight", 4)[0],
+        "discriminator_width": shape("discriminator.convolutions.0.weight", 4)[0],
         "levels": levels,
         "skip_levels": skips,
         "items": items,

@@ -168,7 +168,7 @@ def test_a_misshaped_tensor_is_named(parts, shape):
             r"^the checkpoint \(in simsid's naming\)|^the memories of student|must hold query, key and value",
         )
     changed = discriminator | {"regressor.weight": torch.zeros(shape)}
-    refuse((generator, changed), r"tensor discriminator.output.weight must have shape \[1, 1024\], got")
+    refuse((generator, changed), r"tensor discriminator.output.weight must have shape \[1, 128\], got")
 
 
 @pytest.mark.parametrize(

@@ -215,8 +215,6 @@ import test_resume, tiny
 from simsid.models import discriminator
 
 work = pathlib.Path(sys.argv[2])
-# Nearly all of a tiny state is the discriminator, whose channels do not depend on the configuration.
-discriminator.CHANNELS = (2, 4, 4, 4, 4)
 images, val = (tiny.noise(count, tiny.ONE_LEVEL["image_size"], seed=count) for count in (8, 2))
 options = {"val": val, "epochs": 1, "sizes": tiny.ONE_LEVEL}
 

@@ -120,7 +120,7 @@ def test_compiled_step_equals_eager(monkeypatch):
     results = []
     for compiled in (True, False):
         config = TrainingConfig(batch_size=4, learning_rate=1e-3, translate=0.0, scale=0.0, compile=compiled)
-        results.append(TrainingStep(tiny.model(**tiny.ONE_LEVEL).train(), config))
+        results.append(TrainingStep(tiny.model(**tiny.ONE_LEVEL, discriminator_width=16).train(), config))
         for number in range(2):
             results[-1](tiny.images(4, number)[:, :, :36, :36], number)
     compiled, eager = results
