@@ -18,6 +18,7 @@ from simsid import Model, Trainer, TrainingConfig, checkpoint, distributed
 from simsid.commands import main as cli
 from simsid.distributed import ProcessGroup
 from simsid.errors import InputError, ProcessGroupError
+from simsid.models.batch_norm import BatchNorm2d
 from simsid.training.parallel import synchronize_batch_norms
 
 HERE = pathlib.Path(__file__).parent
@@ -266,7 +267,7 @@ def test_batch_norms_are_synchronized_and_restored():
     for enabled in (True, True, False):
         synchronize_batch_norms(model, enabled)
         kinds = {type(module) for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
-        assert len(kinds) == 1 and (kinds == {nn.BatchNorm2d}) is not enabled
+        assert len(kinds) == 1 and (kinds == {BatchNorm2d}) is not enabled
         assert {name: value.data_ptr() for name, value in checkpoint.tensors(model).items()} == tensors
     assert torch.equal(model(images).student, expected)
 
@@ -294,4 +295,4 @@ def test_single_process_exchanges_nothing():
     assert "state encoder.entry.entry.1.running_mean" in step
     model = tiny.model()
     Trainer(model, TrainingConfig(epochs=1, sync_batchnorm=True)).fit(tiny.images(4))
-    assert {type(module) for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {nn.BatchNorm2d}
+    assert {type(module) for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {BatchNorm2d}

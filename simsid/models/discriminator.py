@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simsid.errors import InputError
+from simsid.models.batch_norm import BatchNorm2d
 
 CONVOLUTIONS = 5
 
@@ -25,7 +26,7 @@ class Discriminator(nn.Module):
         self.convolutions = nn.ModuleList(
             nn.Conv2d(channels[i], channels[i + 1], 5, stride=2, padding=2) for i in range(CONVOLUTIONS)
         )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(count) for count in channels[2:])
+        self.norms = nn.ModuleList(BatchNorm2d(count) for count in channels[2:])
         side = -(-image_size // 2**CONVOLUTIONS)
         self.output = nn.Linear(channels[-1] * side * side, 1)
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from simsid.config import Config
 from simsid.kernels import neighbor_attention, residual_layer_norm
 from simsid.kernels.ranges import stage
+from simsid.models.batch_norm import BatchNorm2d
 from simsid.models.memory import SpaceAwareMemory
 
 
@@ -70,7 +71,7 @@ class InpaintingBlock(nn.Module):
         C, D, L, P = config.deepest_channels, config.bottleneck_features, config.locations, config.patches
         self.locations, self.patches, self.rho, self.kind = L, P, config.rho, config.inpainting
         self.backend = backend
-        self.entry = nn.Sequential(nn.Conv2d(C, C // 4, 1, bias=False), nn.BatchNorm2d(C // 4))
+        self.entry = nn.Sequential(nn.Conv2d(C, C // 4, 1, bias=False), BatchNorm2d(C // 4))
         self.memory = SpaceAwareMemory(config, L, config.items, D, queue=config.memory == "queue", backend=backend)
         self.mixing: nn.Module
         if self.kind == "attention":
@@ -91,7 +92,7 @@ class InpaintingBlock(nn.Module):
         # torch._dynamo for seconds.
         planes = [[location >> bit & 1 for bit in range(bits - 1, -1, -1)] for location in range(L)]
         self.register_buffer("index_planes", torch.tensor(planes, dtype=torch.float32), persistent=False)
-        self.exit = nn.Sequential(nn.Conv2d(C // 4 + bits, C, 1), nn.BatchNorm2d(C))
+        self.exit = nn.Sequential(nn.Conv2d(C // 4 + bits, C, 1), BatchNorm2d(C))
 
     def forward(self, x: Tensor) -> Inpainted:
         """Rebuild `[B * L, C, h, w]`; in training with `rho < 1` some positions keep their input."""

@@ -4,12 +4,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from simsid.models.batch_norm import BatchNorm2d
+
 
 def conv_bn(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
     """Return conv3x3 (bias, padding 1) and BatchNorm (eps 1e-5, momentum 0.1)."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1),
-        nn.BatchNorm2d(out_channels),
+        BatchNorm2d(out_channels),
     )
 
 
@@ -47,7 +49,7 @@ class VariationalBottleneck(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.moments = nn.Conv2d(channels, channels // 4 * 2, 1)
-        self.exit = nn.Sequential(nn.Conv2d(channels // 4, channels, 1), nn.BatchNorm2d(channels))
+        self.exit = nn.Sequential(nn.Conv2d(channels // 4, channels, 1), BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features of `[B, C, h, w]` again, and the summed divergence from the standard normal, in nats."""

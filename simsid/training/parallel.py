@@ -8,6 +8,7 @@ import torch.distributed.nn
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from simsid.models.batch_norm import BatchNorm2d
 from simsid.models.model import Model, Reconstruction
 
 
@@ -51,8 +52,8 @@ def data_parallel(model: Model) -> tuple[nn.Module, nn.Module]:
 
 def synchronize_batch_norms(model: nn.Module, enabled: bool = True) -> None:
     """Let every BatchNorm of `model` use the global batch's statistics, or its own rank's; in place, same tensors."""
-    kinds = {nn.BatchNorm2d, nn.SyncBatchNorm, HostSyncBatchNorm}
-    kind: type[nn.Module] = nn.BatchNorm2d
+    kinds = {BatchNorm2d, nn.SyncBatchNorm, HostSyncBatchNorm}
+    kind: type[nn.Module] = BatchNorm2d
     if enabled:
         kind = nn.SyncBatchNorm if next(model.parameters()).is_cuda else HostSyncBatchNorm
     for module in list(model.modules()):
