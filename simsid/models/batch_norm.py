@@ -66,10 +66,15 @@ class _NarrowBatchNorm(torch.autograd.Function):
         mean, columns = mean.mean(0), mean
         var = (var + (columns - mean).square()).mean(0)
         scale, shift, center, spread = (each.repeat(width) for each in (weight, bias, mean, var))
-        y = torch.native_batch_norm(rows, scale, shift, center, spread, False, 0.0, eps)[0]
+        # Not a view of the kernel's own output: the activation after it works in place.
+        y = torch.empty_like(x)
+        saved = [weight.new_empty(0), weight.new_empty(0)]
+        torch.ops.aten.native_batch_norm.out(
+            rows, scale, shift, center, spread, False, 0.0, eps, out=_rows(y), save_mean=saved[0], save_invstd=saved[1]
+        )
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
         ctx.mark_non_differentiable(mean, var)
-        return _maps(y, x), mean, var
+        return y, mean, var
 
     @staticmethod
     @once_differentiable
@@ -104,15 +109,9 @@ class _NarrowBatchNorm(torch.autograd.Function):
 
 def _table(x: Tensor) -> Tensor:
     """View a channels-last `[B, C, H, W]` as `[B H, W C]`."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[3] * x.shape[1])
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[3] * x.shape[1])
 
 
 def _rows(x: Tensor) -> Tensor:
     """View a channels-last `[B, C, H, W]` as a channels-last map `[B H, W C, 1, 1]`."""
-    return _table(x)[:, :, None, None].contiguous(memory_format=torch.channels_last)
-
-
-def _maps(rows: Tensor, x: Tensor) -> Tensor:
-    """View what `_rows` returned in the shape of `x` again."""
-    batch, channels, height, width = x.shape
-    return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return _table(x)[:, :, None, None]

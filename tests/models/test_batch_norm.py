@@ -1,11 +1,14 @@
 """BatchNorm of maps with few channels: the output, gradients and running statistics are PyTorch's."""
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
+from simsid import TrainingConfig
 from simsid.models import batch_norm
 from simsid.models.batch_norm import BatchNorm2d
+from simsid.training.step import TrainingStep
 
 
 def maps(shape, dtype, seed=0):
@@ -92,6 +95,22 @@ def test_no_gradient_leaves_no_graph_and_updates_the_statistics():
     with torch.no_grad():
         assert not norm(x).requires_grad
     assert norm.num_batches_tracked == 1 and norm.running_mean.abs().min() > 0
+
+
+def test_training_step_equals_the_step_with_pytorchs(narrow, monkeypatch):
+    """The activations after it work in place."""
+    results = []
+    for channels in (16, 0):
+        monkeypatch.setattr(batch_norm, "VECTOR", channels)
+        step = TrainingStep(tiny.model().train(), TrainingConfig(batch_size=4, precision="float32"))
+        step(tiny.images(4), 0)
+        results.append(
+            {
+                **step.means(),
+                **{f"norm {i}": x.norm().item() for i, x in enumerate(step.model.buffers()) if x.is_floating_point()},
+            }
+        )
+    assert len(narrow) > 20 and results[0] == pytest.approx(results[1], rel=1e-4)
 
 
 def test_second_derivative_is_refused(narrow):
