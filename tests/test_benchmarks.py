@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import baseline  # noqa: E402
+import batch_norm as batch_norm_times  # noqa: E402
 import measure  # noqa: E402
 import profile_cpu  # noqa: E402
 import report  # noqa: E402
@@ -358,6 +359,18 @@ def test_profile_finds_convolutions_memories_and_attention_in_both_passes(naive,
     assert both["memory"] > forward["memory"] and both["attention"] > forward["attention"]
     table = profile_cpu.table({"scoring": forward, "training step": both}, {"scoring": 2, "training step": 2})
     assert cells(table)[-1][0] == "all" and cells(table)[-1][1] == "100.0"
+
+
+def test_batch_norm_is_timed_beside_pytorchs_on_maps_and_in_an_iteration(monkeypatch, capsys):
+    monkeypatch.setattr(batch_norm_times, "SHAPES", ((2, 4, 8, 8),))
+    tiny.shrink_demo(monkeypatch)
+    batch_norm_times.main(["--calls", "1"])
+    rows = cells(capsys.readouterr().out)
+    for dtype in ("float32", "bfloat16"):
+        (forward, both, iteration, discriminator) = [row for row in rows if row[1] == dtype]
+        assert forward[0] == "2 x 4 x 8 x 8, forward" and both[0] == "2 x 4 x 8 x 8, forward and backward"
+        assert iteration[0] == "iteration of both sides" and discriminator[0] == "iteration of the discriminator alone"
+        assert all(float(value) > 0 for row in (forward, both) for value in row[2:])
 
 
 def imported(path):

@@ -61,7 +61,8 @@ class _NarrowBatchNorm(torch.autograd.Function):
         rows = _rows(x)
         # The statistics have the dtype of these two, which a momentum of 0 leaves as they are.
         zeros = weight.new_zeros(2, width * channels)
-        mean, var = (each.view(width, channels) for each in torch.batch_norm_update_stats(rows, *zeros, 0.0))
+        statistics = torch.batch_norm_update_stats(rows, zeros[0], zeros[1], 0.0)
+        mean, var = (each.view(width, channels) for each in statistics)
         # Both means are those of the columns, whose counts are equal.
         mean, columns = mean.mean(0), mean
         var = (var + (columns - mean).square()).mean(0)
