@@ -2,11 +2,13 @@
 
     python docs/compare_training.py digits
     python docs/compare_training.py chest_xray --images 300
+    python docs/compare_training.py digits --data-seed 11 --seeds 0 --precisions bfloat16 --epochs 6
 
 On DigitAnatomy it trains as `simsid demo` does. Every model is scored in float32.
 """
 
 import argparse
+import ast
 import time
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -23,10 +25,10 @@ PRECISIONS: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
 SIGNALS = ("focal_residual", "residual", "memory_distance", "standardized_residual", "discriminator_per_image")
 
 
-def images(source: str, count: int, config: Config) -> tuple[ImageSet, ImageSet, ImageSet]:
+def images(source: str, count: int, config: Config, seed: int = 0) -> tuple[ImageSet, ImageSet, ImageSet]:
     """Return images to train on, normal ones to calibrate with, and labeled ones to measure on."""
     if source == "digits":
-        data = DigitAnatomy(train=count)
+        data = DigitAnatomy(seed=seed, train=count)
         train, val, test = (data.load(split, config.image_size) for split in ("train", "val", "test"))
         return train, val, test
     dataset = open_dataset(source)
@@ -48,6 +50,11 @@ def train(parts: tuple[ImageSet, ImageSet, ImageSet], config: Config, seed: int,
     return [losses, *(f"{area:.3f}" for area in areas), f"{seconds:.0f}"]
 
 
+def changes(pairs: Sequence[str]) -> dict[str, Any]:
+    """Read `name=value` pairs, whose values are Python literals."""
+    return {name: ast.literal_eval(value) for name, _, value in (pair.partition("=") for pair in pairs)}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train with every seed in both precisions and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -56,15 +63,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--images", type=int, default=2000, help="normal images to train on")
     parser.add_argument("--width", type=int, default=8)
+    parser.add_argument("--data-seed", type=int, default=0, help="seed of the digits that are drawn")
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
+    parser.add_argument("--model", nargs="+", default=[], metavar="NAME=VALUE", help="changes of the configuration")
+    parser.add_argument("--training", nargs="+", default=[], metavar="NAME=VALUE", help="changes of the training")
     options = parser.parse_args(arguments)
     digits = options.source == "digits"
     config = Config.digit_anatomy(width=options.width) if digits else Config.simsid(width=options.width)
-    parts = images(options.source, options.images, config)
+    config = config.replace(**changes(options.model))
+    parts = images(options.source, options.images, config, options.data_seed)
     print(f"| seed | precision | student loss by epoch | {' | '.join(f'`{name}`' for name in SIGNALS)} | seconds |")
     print("| --- " * 3 + "| ---: " * (len(SIGNALS) + 1) + "|", flush=True)
     for seed in options.seeds:
-        for precision in PRECISIONS:
-            cells = train(parts, config, seed, epochs=options.epochs, precision=precision)
+        for precision in options.precisions:
+            settings = {"epochs": options.epochs, "precision": precision, **changes(options.training)}
+            cells = train(parts, config, seed, **settings)
             print(f"| {seed} | {precision} | {' | '.join(cells)} |", flush=True)
 
 
