@@ -180,7 +180,7 @@ class Config:
 
         Two items a look-up: of five the network learns to mix a blank cell, so that missing digits go unnoticed. The
         temperature keeps more items in use, which a short training at a high learning rate otherwise abandons. The
-        discriminator is as narrow as the generators: at its usual width it takes a quarter of the training.
+        discriminator is as narrow as the generators: at its usual width it takes a fifth of the training.
         """
         base = cls(image_size=96, patches=3, levels=3, width=8, discriminator_width=4, topk=2, temperature=8.0)
         return base.replace(signal="focal_residual").replace(**changes)
