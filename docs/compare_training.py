@@ -50,9 +50,13 @@ def train(parts: tuple[ImageSet, ImageSet, ImageSet], config: Config, seed: int,
     return [losses, *(f"{area:.3f}" for area in areas), f"{seconds:.0f}"]
 
 
-def changes(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read `name=value` pairs, whose values are Python literals."""
-    return {name: ast.literal_eval(value) for name, _, value in (pair.partition("=") for pair in pairs)}
+def change(text: str) -> tuple[str, Any]:
+    """Read `name=value`, whose value is a Python literal."""
+    name, _, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE with a Python literal, got {text!r}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,18 +69,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--data-seed", type=int, default=0, help="seed of the digits that are drawn")
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
-    parser.add_argument("--model", nargs="+", default=[], metavar="NAME=VALUE", help="changes of the configuration")
-    parser.add_argument("--training", nargs="+", default=[], metavar="NAME=VALUE", help="changes of the training")
+    parser.add_argument(
+        "--model", nargs="+", type=change, default=[], metavar="NAME=VALUE", help="changes of the configuration"
+    )
+    parser.add_argument(
+        "--training", nargs="+", type=change, default=[], metavar="NAME=VALUE", help="changes of the training"
+    )
     options = parser.parse_args(arguments)
     digits = options.source == "digits"
     config = Config.digit_anatomy(width=options.width) if digits else Config.simsid(width=options.width)
-    config = config.replace(**changes(options.model))
+    config = config.replace(**dict(options.model))
     parts = images(options.source, options.images, config, options.data_seed)
     print(f"| seed | precision | student loss by epoch | {' | '.join(f'`{name}`' for name in SIGNALS)} | seconds |")
     print("| --- " * 3 + "| ---: " * (len(SIGNALS) + 1) + "|", flush=True)
     for seed in options.seeds:
         for precision in options.precisions:
-            settings = {"epochs": options.epochs, "precision": precision, **changes(options.training)}
+            settings = {"epochs": options.epochs, "precision": precision, **dict(options.training)}
             cells = train(parts, config, seed, **settings)
             print(f"| {seed} | {precision} | {' | '.join(cells)} |", flush=True)
 

@@ -16,8 +16,8 @@ from simsid.models.signals import SIGNALS
 
 def network():
     model = tiny.model(inpainting="attention").eval()
-    # A memory that answers with more than rounding.
-    nn.init.normal_(model.student.inpainting.memory.items)
+    # A memory that answers with more than rounding, drawn apart from the weights: no rounding changes its look-ups.
+    nn.init.normal_(model.student.inpainting.memory.items, generator=torch.Generator().manual_seed(0))
     return model
 
 
@@ -73,8 +73,7 @@ def test_signals_in_bfloat16_are_those_of_float32_but_for_rounding():
     wide, narrow = (model.freeze(name).signals(batch) for name in ("float32", "bfloat16"))
     assert wide.keys() == narrow.keys() <= SIGNALS.keys()
     for name, values in wide.items():
-        # A look-up may choose other items after rounding: two of the 64 images may move further.
-        assert np.sort(np.abs(values - narrow[name]))[-3] <= 0.02 * np.abs(values).max(), name
+        assert np.abs(values - narrow[name]).max() <= 0.02 * np.abs(values).max(), name
         assert (values != narrow[name]).any(), name
 
 

@@ -59,19 +59,30 @@ class _NarrowBatchNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         width, channels = x.shape[3], x.shape[1]
         rows = _rows(x)
-        # The statistics have the dtype of these two, which a momentum of 0 leaves as they are.
-        zeros = weight.new_zeros(2, width * channels)
-        statistics = torch.batch_norm_update_stats(rows, zeros[0], zeros[1], 0.0)
-        mean, var = (each.view(width, channels) for each in statistics)
-        # Both means are those of the columns, whose counts are equal.
-        mean, columns = mean.mean(0), mean
-        var = (var + (columns - mean).square()).mean(0)
+        # The statistics get the dtype of the running ones, here float32; a momentum of 0 leaves these unchanged.
+        running = weight.new_zeros(2, width * channels)
+        statistics = torch.batch_norm_update_stats(rows, running[0], running[1], 0.0)
+        column_mean, column_var = (each.view(width, channels) for each in statistics)
+        # Every column has as many numbers as the others, so that their plain mean is the channel's.
+        mean = column_mean.mean(0)
+        var = (column_var + (column_mean - mean).square()).mean(0)
         scale, shift, center, spread = (each.repeat(width) for each in (weight, bias, mean, var))
         # Not a view of the kernel's own output: the activation after it works in place.
         y = torch.empty_like(x)
-        saved = [weight.new_empty(0), weight.new_empty(0)]
+        # With given statistics the kernel saves none.
+        unused = [weight.new_empty(0), weight.new_empty(0)]
         torch.ops.aten.native_batch_norm.out(
-            rows, scale, shift, center, spread, False, 0.0, eps, out=_rows(y), save_mean=saved[0], save_invstd=saved[1]
+            rows,
+            scale,
+            shift,
+            center,
+            spread,
+            False,
+            0.0,
+            eps,
+            out=_rows(y),
+            save_mean=unused[0],
+            save_invstd=unused[1],
         )
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
         ctx.mark_non_differentiable(mean, var)
