@@ -8,8 +8,8 @@ from torch import Tensor
 from simsid.kernels.backend import choose_backend
 from simsid.kernels.checks import check_choice, check_integer, check_positive, check_tensor
 from simsid.kernels.handles import Handles
+from simsid.kernels.memory.joint_gradient import space_aware_memory_torch
 from simsid.kernels.memory.plan import refuse
-from simsid.kernels.memory.reference import space_aware_memory_reference
 from simsid.kernels.ranges import named_range
 
 THRESHOLDS = ("inclusive", "exclusive")
@@ -154,5 +154,5 @@ def space_aware_memory(
             chosen = (topk, threshold == "exclusive", similarity == "cosine", float(temperature))
             _handles.keep(signature, tensors, passes(query, memory, *chosen))
         return space_aware_memory_fused(query, memory, *options, return_weights)
-    out, w, index = space_aware_memory_reference(query, memory, *options)
+    out, w, index = space_aware_memory_torch(query, memory, *options)
     return (out, index, w.gather(-1, index)) if return_weights else out

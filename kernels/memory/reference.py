@@ -55,6 +55,41 @@ def normalize(rows: Tensor) -> Tensor:
     return torch.where(zero, 0.0, rows / torch.where(zero, 1.0, square).sqrt())
 
 
+def select(
+    query: Tensor,
+    memory: Tensor,
+    topk: int,
+    threshold: str,
+    noise: Tensor | None,
+    temperature: float,
+    similarity: str = "dot",
+    item_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the items `[L, N, D]`, the probabilities and the weights `[B, L, N]`, and the top-k indices.
+
+    In float32 or wider; autocast must be off. Arguments as of `op.py`, already checked. The weights and the indices
+    have no gradient.
+    """
+    dtype = torch.promote_types(torch.promote_types(query.dtype, memory.dtype), torch.float32)
+    z, M = query.to(dtype), memory.to(dtype)
+    M = M.expand(z.shape[1], -1, -1)
+    if item_mask is not None:
+        M = torch.where(item_mask[..., None], M, 0.0)  # 0 times what is not finite would be NaN
+    cosine = similarity == "cosine"
+    s = torch.einsum("bld,lnd->bln", normalize(z) if cosine else z, normalize(M) if cosine else M)
+    logits = s if noise is None else s + noise.detach().to(dtype)
+    logits = logits / temperature
+    if item_mask is not None:
+        # In a location without any valid item 0 instead: a row of minus infinity would make every gradient NaN.
+        logits = torch.where(item_mask, logits, torch.where(item_mask.any(-1, keepdim=True), -torch.inf, 0.0))
+    p = torch.softmax(logits, dim=-1)
+    if item_mask is not None:
+        p = torch.where(item_mask, p, 0.0)
+    # Detached, and not under no_grad, which lets the tangents of forward mode through.
+    w, index = shrink(logits.detach(), p.detach(), topk, threshold, item_mask)
+    return M, p, w, index
+
+
 def space_aware_memory_reference(
     query: Tensor,
     memory: Tensor,
@@ -70,24 +105,8 @@ def space_aware_memory_reference(
     Returns:
         The output `[B, L, D]`, the weights of all items `[B, L, N]`, and the top-k indices `[B, L, min(k, N)]`.
     """
-    dtype = torch.promote_types(torch.promote_types(query.dtype, memory.dtype), torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        z, M = query.to(dtype), memory.to(dtype)
-        M = M.expand(z.shape[1], -1, -1)
-        if item_mask is not None:
-            M = torch.where(item_mask[..., None], M, 0.0)  # 0 times what is not finite would be NaN
-        cosine = similarity == "cosine"
-        s = torch.einsum("bld,lnd->bln", normalize(z) if cosine else z, normalize(M) if cosine else M)
-        logits = s if noise is None else s + noise.detach().to(dtype)
-        logits = logits / temperature
-        if item_mask is not None:
-            # In a location without any valid item 0 instead: a row of minus infinity would make every gradient NaN.
-            logits = torch.where(item_mask, logits, torch.where(item_mask.any(-1, keepdim=True), -torch.inf, 0.0))
-        p = torch.softmax(logits, dim=-1)
-        if item_mask is not None:
-            p = torch.where(item_mask, p, 0.0)
-        # Detached, and not under no_grad, which lets the tangents of forward mode through.
-        w, index = shrink(logits.detach(), p.detach(), topk, threshold, item_mask)
+        M, p, w, index = select(query, memory, topk, threshold, noise, temperature, similarity, item_mask)
         # Straight-through: adding zeros changes no bit of w, and their gradient is that of p. Unlike a custom
         # autograd.Function this serves torch.compile, torch.func, forward mode and second derivatives alike.
         out = torch.einsum("bln,lnd->bld", w + (p - p.detach()), M)
