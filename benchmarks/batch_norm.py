@@ -44,14 +44,19 @@ def maps(kind: type[nn.BatchNorm2d], shape: Sequence[int], dtype: torch.dtype, c
     return [best(lambda: norm(x), calls), best(lambda: torch.autograd.grad(norm(x), inputs, grad), calls)]
 
 
-def iteration(precision: str, calls: int) -> list[float]:
-    """Return the milliseconds of an iteration of both sides, and of the discriminator alone."""
+def demo_step(precision: str) -> tuple[TrainingStep, torch.Tensor]:
+    """Return the demo's training step and a batch."""
     config = Config.digit_anatomy()
     step = TrainingStep(
         seeded_model("digit_anatomy", config, 0, "cpu").train(),  # type: ignore[arg-type]  # a network
-        short_training(7, precision=precision),
+        short_training(4, digits=True, precision=precision),
     )
-    images = torch.rand(16, 1, config.image_size, config.image_size) * 2 - 1
+    return step, torch.rand(16, 1, config.image_size, config.image_size) * 2 - 1
+
+
+def iteration(precision: str, calls: int) -> list[float]:
+    """Return the milliseconds of an iteration of both sides, and of the discriminator alone."""
+    step, images = demo_step(precision)
     return [best(lambda: step(images, number), calls) for number in (0, 1)]  # noqa: B023 - called at once
 
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import baseline  # noqa: E402
 import batch_norm as batch_norm_times  # noqa: E402
+import joint_gradient as joint_gradient_times  # noqa: E402
 import measure  # noqa: E402
 import profile_cpu  # noqa: E402
 import report  # noqa: E402
@@ -371,6 +372,20 @@ def test_batch_norm_is_timed_beside_pytorchs_on_maps_and_in_an_iteration(monkeyp
         assert forward[0] == "2 x 4 x 8 x 8, forward" and both[0] == "2 x 4 x 8 x 8, forward and backward"
         assert iteration[0] == "iteration of both sides" and discriminator[0] == "iteration of the discriminator alone"
         assert all(float(value) > 0 for row in (forward, both) for value in row[2:])
+
+
+def test_joint_gradient_is_timed_beside_autograd_on_look_ups_and_in_an_iteration(monkeypatch, capsys):
+    monkeypatch.setattr(joint_gradient_times, "SHAPES", {"tiny": (2, 4, 8, 16)})
+    tiny.shrink_demo(monkeypatch)
+    calls, reference = [], joint_gradient_times.space_aware_memory_reference
+    counted = lambda *arguments: calls.append(arguments) or reference(*arguments)  # noqa: E731
+    monkeypatch.setattr(joint_gradient_times, "space_aware_memory_reference", counted)
+    joint_gradient_times.main(["--calls", "1"])
+    (look_up, *iterations) = cells(capsys.readouterr().out)[2:]
+    assert look_up[0] == "tiny: 2 x 4 x 8 x 16" and all(float(value) > 0 for value in look_up[1:])
+    assert [row[0] for row in iterations] == [f"iteration of both sides, {name}" for name in ("float32", "bfloat16")]
+    # The look-up alone three times, and those of two trainings of three iterations each: in-painting and decoders.
+    assert len(calls) > 3 + 2 * 3
 
 
 def imported(path):

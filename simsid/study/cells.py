@@ -154,7 +154,7 @@ def _settings(
     """Return the configurations of a cell's model and of its training, None where nothing is trained."""
     network = is_network(cell)
     config = configuration(cell, images.digits, plan.width if network else None, seed)
-    return config, plan.training(cell, seed, criterion) if network else None
+    return config, plan.training(cell, seed, criterion, images.digits) if network else None
 
 
 def _request(

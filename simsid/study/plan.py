@@ -24,6 +24,9 @@ SHORT_EPOCHS = 50
 """With fewer epochs than this a study trains as `short_training`."""
 
 DIGIT_GEOMETRY: dict[str, object] = {"image_size": 96, "patches": 3, "levels": 3, "signal": "focal_residual"}
+UNAUGMENTED: dict[str, object] = {"translate": 0.0, "scale": 0.0}
+"""Training on DigitAnatomy: each of its grids draws and scales its digits anew, and all have their cells in the same
+places. Moved grids teach places that no grid to be judged has."""
 OF_THE_PAPERS = ("simsid", "squid")
 """Presets of the papers' networks."""
 DIGIT_LOOKUP: dict[str, object] = {"topk": 2, "temperature": 8.0}
@@ -40,23 +43,29 @@ class Plan:
     measured: str = ""
     """What the choice rests on, for the table; empty where nothing was measured."""
 
-    def training(self, cell: Cell, seed: int, criterion: str) -> TrainingConfig:
-        """Return how a cell is trained: as published, or with the rates of a short training."""
+    def training(self, cell: Cell, seed: int, criterion: str, digits: bool) -> TrainingConfig:
+        """Return how a cell is trained: as published, or with the rates of a short training; `digits` on DigitAnatomy.
+
+        DigitAnatomy is never augmented.
+        """
         # In one arithmetic on every machine: a study may go on elsewhere, and its rows are compared.
         changes = {"precision": "float32", **cell.training, "seed": seed, "criterion": criterion}
         if self.epochs < SHORT_EPOCHS:
-            return short_training(self.epochs, **changes)
-        return TrainingConfig(**{"epochs": self.epochs, **changes})  # type: ignore[arg-type]  # checked by the class
+            return short_training(self.epochs, digits, **changes)
+        augmentation = UNAUGMENTED if digits else {}
+        return TrainingConfig(**{"epochs": self.epochs, **augmentation, **changes})  # type: ignore[arg-type]
 
 
-def short_training(epochs: int, **changes: object) -> TrainingConfig:
+def short_training(epochs: int, digits: bool = False, **changes: object) -> TrainingConfig:
     """Return a training of a few epochs: ten times the papers' learning rate, and no weight decay.
 
     Adam scales the decay of a memory item that is never looked up to the size of a full step, and at such a learning
-    rate the in-painting memory's items end at zero.
+    rate the in-painting memory's items end at zero. `digits` are grids of DigitAnatomy, which are not augmented and
+    bear a higher rate yet.
     """
-    short = {"epochs": epochs, "learning_rate": 1e-3, "final_learning_rate": 1e-4, "generator_weight_decay": 0.0}
-    return TrainingConfig(**{**short, **changes})  # type: ignore[arg-type]  # checked by the class
+    augmentation = UNAUGMENTED if digits else {}
+    rates = {"learning_rate": 1.5e-3 if digits else 1e-3, "final_learning_rate": 1e-4, "generator_weight_decay": 0.0}
+    return TrainingConfig(**{"epochs": epochs, **rates, **augmentation, **changes})  # type: ignore[arg-type]  # checked by the class
 
 
 def is_network(cell: Cell) -> bool:
@@ -115,7 +124,7 @@ def choose_plan(minutes: float, cells: Iterable[Cell], seeds: int, images: Study
 
 def _cost(cell: Cell, width: int, images: StudyImages, device: str) -> tuple[float, float, float]:
     """Return measured seconds of a run without its epochs, of an epoch, and of an iteration."""
-    training = short_training(1)
+    training = short_training(1, images.digits)
     config: Config = configuration(cell, images.digits, width)
     model: Any = seeded_model(cell.preset, config, 0, device)
     train = images.train(model.preprocessing)

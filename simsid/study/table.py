@@ -138,11 +138,12 @@ def notes(rows: Sequence[Summary], images: StudyImages, plan: Plan | None) -> li
     lines[0] += f" {where}; {most if fewest == most else f'{fewest} to {most}'} seed{'s' if most > 1 else ''}."
     if plan is not None and any(is_network(row.cell) for row in rows):
         width = "each preset's width" if plan.width is None else f"width {plan.width}"
-        rates = plan.training(rows[0].cell, 0, "auto")
+        rates = plan.training(rows[0].cell, 0, "auto", images.digits)
         epochs = f"{plan.epochs} epoch{'s' if plan.epochs > 1 else ''}"
+        augmented = "" if rates.translate or rates.scale else ", not augmented"
         lines.append(
             f"Networks: {width}, {epochs}, learning rate {rates.learning_rate:g} to "
-            f"{rates.final_learning_rate:g}{', ' + plan.measured if plan.measured else ''}."
+            f"{rates.final_learning_rate:g}{augmented}{', ' + plan.measured if plan.measured else ''}."
         )
     lines.append("AUC: mean and standard deviation over seeds. Interval: DeLong, of the first seed.")
     if not all(math.isnan(row.p_value) for row in rows):

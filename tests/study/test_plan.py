@@ -29,12 +29,21 @@ def test_costs_are_measured_on_a_model_and_its_images(small):
 
 def test_few_epochs_train_at_ten_times_the_papers_rate_and_the_papers_epochs_as_published():
     cell = Cell("a", training={"generator_weight_decay": 0.5})
-    short, published = (Plan(8, epochs).training(cell, 3, "last") for epochs in (49, 200))
+    short, published = (Plan(8, epochs).training(cell, 3, "last", False) for epochs in (49, 200))
     assert (short.learning_rate, short.final_learning_rate) == (1e-3, 1e-4)
     assert (published.learning_rate, published.epochs) == (TrainingConfig().learning_rate, 200)
     for training in (short, published):
         assert (training.seed, training.criterion, training.generator_weight_decay) == (3, "last", 0.5)
-    assert Plan(8, 49).training(Cell("b"), 0, "last").generator_weight_decay == 0
+        assert (training.translate, training.scale) == (0.05, 0.05)
+    assert Plan(8, 49).training(Cell("b"), 0, "last", False).generator_weight_decay == 0
+
+
+@pytest.mark.parametrize(("epochs", "rate"), [(49, 1.5e-3), (200, 1e-4)])
+def test_digits_are_not_augmented_and_few_epochs_of_them_train_at_a_higher_rate(epochs, rate):
+    training = Plan(8, epochs).training(Cell("a"), 0, "last", True)
+    assert (training.translate, training.scale, training.learning_rate) == (0.0, 0.0, rate)
+    augmented = Plan(8, epochs).training(Cell("a", training={"translate": 0.1}), 0, "last", True)
+    assert augmented.translate == 0.1
 
 
 @pytest.mark.parametrize("digits", [True, False], ids=["digits", "radiographs"])

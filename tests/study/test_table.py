@@ -127,7 +127,7 @@ def test_notes_name_data_training_and_what_the_columns_are(digits):
     rows = summaries(STUDY, digits, full_model=FULL, less=LESS)
     said = "\n".join(table.notes(rows, digits, Plan(8, 6, "picked for 5 minutes from 0.1 s an iteration")))
     assert "DigitAnatomy: 4 training images; evaluated on 5 normal and 4 abnormal test images; 3 seeds." in said
-    assert "width 8, 6 epochs, learning rate 0.001 to 0.0001, picked for 5 minutes" in said
+    assert "width 8, 6 epochs, learning rate 0.0015 to 0.0001, not augmented, picked for 5 minutes" in said
     assert "optimistic" in said and "t-test" in said and "paper:" not in said
     assert "learning rate 0.0001 to 2e-05" in "\n".join(table.notes(rows, digits, Plan(32, 200)))
 
