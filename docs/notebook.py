@@ -23,7 +23,7 @@ torch.manual_seed(0)
 # ## Train
 #
 # DigitAnatomy: the digits one to nine in their places are "anatomy". The network sees normal images only. So little
-# training does not make a good detector; `simsid demo` trains for a few minutes.
+# training does not make a good detector; `simsid demo` trains for a minute or two.
 
 # %%
 digits = data.DigitAnatomy(seed=0, train=64, val=20, test_normal=20, test_anomalous=40)
