@@ -1,5 +1,6 @@
 """`simsid demo`: trains, reports and replaces nothing but an earlier demo."""
 
+import json
 import re
 
 import pytest
@@ -26,6 +27,8 @@ def test_demo_trains_prints_every_signal_and_writes_a_report(simsid, tmp_path):
     assert "misordered" in page.lower() and "esearch use only" in page
     assert Model.load(tmp_path / "demo").config.signal == "focal_residual"
     assert len(tiny.metrics(tmp_path / "demo")) == 1
+    training = json.loads((tmp_path / "demo" / "run.json").read_text())["training"]
+    assert training["translate"] == training["scale"] == 0, "grids have their cells in the same places"
 
 
 def test_demo_refuses_a_folder_with_other_files_or_another_run(simsid, tmp_path):
