@@ -5,13 +5,16 @@ import pathlib
 import shlex
 import sys
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from simsid.commands.common import Exclude, Machine, MaybeOutput, refuse_output_among_images
 from simsid.config import TrainingConfig
 from simsid.errors import UsageError
+
+if TYPE_CHECKING:
+    from simsid.study import Cell
 
 NAMES = (
     "components",
@@ -49,11 +52,12 @@ class Study:
     width: int | None = None
     """Width of every network; without it the presets' or the budget's."""
     epochs: int | None = None
-    """Epochs of every network; without it 200 or the budget's. Fewer than 50 train at ten times the learning rate."""
+    """Epochs of every network; without it 200 or the budget's. Fewer than 50 train at a higher learning rate."""
     images: int | None = None
     """Normal training images to use at most; without it every one."""
     only: Annotated[tuple[str, ...], arg(metavar="PATTERN ...")] = ()
-    """Models to run, as patterns of their names in the table, such as no_*. The others stay in the table once run."""
+    """Models to run, as patterns of their names in the table or of their folders, such as no_* or k_1*. The others stay
+    in the table once run."""
     criterion: str = "auto"
     """What chooses a network's epoch, as in simsid train; auto sees normal validation images alone, auc the labels."""
     exclude: Exclude = ()
@@ -68,7 +72,7 @@ class Study:
         device, study = self.machine.prepare(), STUDIES[self.name]
         chosen = study.cells
         if self.only:
-            chosen = tuple(cell for cell in chosen if any(fnmatch.fnmatchcase(cell.label, name) for name in self.only))
+            chosen = tuple(cell for cell in chosen if any(_matches(cell, pattern) for pattern in self.only))
             if not chosen:
                 known = ", ".join(cell.label for cell in study.cells)
                 raise UsageError(f"only must match a model of the study, got {' '.join(self.only)}; they are {known}")
@@ -105,6 +109,11 @@ class Study:
             raise UsageError(f"budget must be a positive number of minutes, got {self.budget:g}")
         if self.budget is not None and (self.width or self.epochs):
             raise UsageError("a budget picks width and epochs; give either --budget, or --width and --epochs")
+
+
+def _matches(cell: "Cell", pattern: str) -> bool:
+    """Return whether a pattern matches a model's name in the table or that of its folder."""
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (cell.label, cell.folder))
 
 
 def _report(line: str) -> None:

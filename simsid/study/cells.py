@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import re
 import statistics
 import time
 from dataclasses import dataclass
@@ -115,7 +114,7 @@ def finished_result(
 
 def cell_folder(folder: pathlib.Path, cell: Cell, seed: int) -> pathlib.Path:
     """Return the run folder of a cell with a seed, below the study's."""
-    return folder / re.sub(r"[^A-Za-z0-9]+", "_", cell.label).strip("_") / f"seed-{seed}"
+    return folder / cell.folder / f"seed-{seed}"
 
 
 def read_result(path: pathlib.Path) -> Result:

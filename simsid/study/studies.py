@@ -1,5 +1,6 @@
 """The table of studies: what each compares, and what the papers report of it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,7 +17,7 @@ class Cell:
     """One row of a study's table: a model, and how it is trained. It becomes one run folder for each seed."""
 
     label: str
-    """Its name in the table, in the figure and of its folder."""
+    """Its name in the table and in the figure."""
     preset: str = "simsid"
     """A name of `simsid.models.presets.PRESETS`."""
     changes: Values = field(default_factory=dict)
@@ -29,6 +30,11 @@ class Cell:
     """Position on the figure's axis; None draws a bar."""
     paper: float | None = None
     """AUC that the study's source reports for ZhangLab's official test set, 0..1; None where it is not known here."""
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder: the label, with `_` for what is not a letter or a digit."""
+        return re.sub(r"[^A-Za-z0-9]+", "_", self.label).strip("_")
 
 
 @dataclass(frozen=True)

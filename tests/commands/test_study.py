@@ -97,6 +97,23 @@ def test_images_of_a_studys_run_are_drawn_again_as_they_were(small, tmp_path, na
     assert sorted(val.labels) == [0] * 4 + [1] * 4
 
 
+@pytest.mark.parametrize(
+    ("pattern", "labels"),
+    [("k = 1", ["k = 1"]), ("k_1", ["k = 1"]), ("k_1*", ["k = 1", "k = 10"]), ("k ? 1", ["k = 1"])],
+)
+def test_a_pattern_matches_the_name_in_the_table_or_that_of_the_folder(simsid, small, monkeypatch, pattern, labels):
+    class Stop(RuntimeError):
+        pass
+
+    def stopped(*arguments):
+        assert [cell.label for cell in arguments[-1]] == labels
+        raise Stop
+
+    monkeypatch.setattr("simsid.study.StudyRun", stopped)
+    with pytest.raises(Stop):
+        simsid("study", "topk", "--only", pattern)
+
+
 def test_the_images_of_a_study_do_not_depend_on_the_models_that_are_run(simsid, small, monkeypatch):
     asked = []
     monkeypatch.setattr("simsid.study.StudyImages", lambda *_, **options: asked.append(options["contaminated"]))
