@@ -178,9 +178,10 @@ class Config:
     def digit_anatomy(cls, **changes: object) -> "Config":
         """DigitAnatomy at a laptop's size: 96 pixels, 3 x 3 patches, 3 levels, width 8, scored by focal residual.
 
-        Two items a look-up: of five the network learns to mix a blank cell, so that missing digits go unnoticed. The
-        temperature keeps more items in use, which a short training at a high learning rate otherwise abandons. The
-        discriminator is as narrow as the generators: at its usual width it takes a fifth of the training.
+        Two items a look-up: where grids are augmented, the network learns to mix a blank cell of five, so that missing
+        digits go unnoticed. The temperature keeps more items in use, which a short training at a high learning rate
+        otherwise abandons. The discriminator is as narrow as the generators: at its usual width it takes a fifth of the
+        training.
         """
         base = cls(image_size=96, patches=3, levels=3, width=8, discriminator_width=4, topk=2, temperature=8.0)
         return base.replace(signal="focal_residual").replace(**changes)
