@@ -42,7 +42,7 @@ def test_a_row_of_every_signal_and_the_verdict(name, tmp_path, capsys):
     tiny.calibrated(tmp_path / "model")
     films = tiny.zhanglab(tmp_path / "films", train=8)
     status = precision.main([str(tmp_path / "model"), str(films), "--precision", name, "--split", "test"])
-    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    head, _, *rows = tiny.cells(capsys.readouterr().out)
     assert head[2] == name and {"residual", "memory_distance", "discriminator_per_image"} <= {row[0] for row in rows}
     limits = [abs(float(row[2]) - float(row[1])) <= 0.002 and float(row[4]) > 0.999 for row in rows]
     assert status == int(not all(limits))

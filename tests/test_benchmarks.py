@@ -18,8 +18,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import baseline  # noqa: E402
-import batch_norm as batch_norm_times  # noqa: E402
-import joint_gradient as joint_gradient_times  # noqa: E402
 import measure  # noqa: E402
 import profile_cpu  # noqa: E402
 import report  # noqa: E402
@@ -60,10 +58,6 @@ def run(*arguments):
     return done.stdout
 
 
-def cells(table):
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
-
-
 @on_cpu
 def test_op_benchmarks_run_with_pytorch_and_triton_alone(tmp_path, capsys):
     results, picture = tmp_path / "speed.json", tmp_path / "speed.png"
@@ -76,7 +70,7 @@ def test_op_benchmarks_run_with_pytorch_and_triton_alone(tmp_path, capsys):
     report.main([str(results), "--plot", str(picture)])
     table = capsys.readouterr().out
     assert f"torch {torch.__version__}" in table and "SDPA with an extra key" in table
-    rows = cells(table)
+    rows = tiny.cells(table)
     assert rows[0] == ["group", "variant", "wall µs", "± %", "GB/s", "speed-up"]
     groups = {tuple(row[:2]): row[2:] for row in rows[2:]}
     for which in ("forward", "backward", "both"):
@@ -247,9 +241,9 @@ def test_report_compares_the_whole_model_with_its_baseline():
         whole("train_step", "simsid", 2.0, 60.0),
     ]
     kernels, models = report.table(rows).split("\n\n")
-    assert cells(kernels)[2:] == [["norm A float32 forward", "batched", "5.00", "1.00x"]]
-    assert cells(models)[0] == ["group", "variant", "ms", "images/s", "peak MB", "speed-up", "memory"]
-    assert cells(models)[2:] == [
+    assert tiny.cells(kernels)[2:] == [["norm A float32 forward", "batched", "5.00", "1.00x"]]
+    assert tiny.cells(models)[0] == ["group", "variant", "ms", "images/s", "peak MB", "speed-up", "memory"]
+    assert tiny.cells(models)[2:] == [
         ["train_step SimSID", "baseline", "8.00", "125", "100", "1.00x", "1.00x"],
         ["train_step SimSID", "simsid", "2.00", "500", "60.0", "4.00x", "0.60x"],
         ["inference SimSID", "eager", "3.00", "333", "", "", ""],
@@ -267,7 +261,7 @@ def test_report_compares_simsid_with_squid_beside_the_papers():
             ("SQUID", "simsid", 2000.0),
         )
     ]
-    assert [row[-1] for row in cells(report.table(rows))[2:]] == ["1.00x", "1.00x", "4.00x", "3.00x"]
+    assert [row[-1] for row in tiny.cells(report.table(rows))[2:]] == ["1.00x", "1.00x", "4.00x", "3.00x"]
     first, second = report.epoch_lines(rows)
     assert "baseline: SimSID 4.00 s against SQUID 6.00 s, 1.50x as fast" in first
     assert "2.00x as fast; in the papers 11.0 s against 28.2 s, 2.56x" in second
@@ -293,7 +287,7 @@ def test_report_judges_the_ops_by_their_targets():
         timed_op(report.ATTENTION, "A", "batched", 90.0),
         timed_op(report.ATTENTION, "A", "fused", 20.0),
     ]
-    judged = {line[0]: line[1:] for line in cells(report.target_table(rows))[2:]}
+    judged = {line[0]: line[1:] for line in tiny.cells(report.target_table(rows))[2:]}
     assert judged == {
         f"{op} B, against loop over locations": ["10.00x (1000.0 µs against 100.0 µs)", "at least 10x", "pass"],
         f"{op} B, against batched": ["2.50x (250.0 µs against 100.0 µs)", "at least 3x", "**miss**"],
@@ -313,7 +307,7 @@ def test_report_judges_the_whole_model_by_its_targets():
         whole("inference", "baseline", 30.0, 500.0),
         whole("inference", "simsid", 2.5, 250.0),
     ]
-    judged = {line[0]: line[1:] for line in cells(report.target_table(rows))[2:]}
+    judged = {line[0]: line[1:] for line in tiny.cells(report.target_table(rows))[2:]}
     assert {name: line[-1] for name, line in judged.items()} == {
         "train_step SimSID, simsid": "pass",
         "train_step SimSID, peak memory": "**miss**",
@@ -359,33 +353,7 @@ def test_profile_finds_convolutions_memories_and_attention_in_both_passes(naive,
         assert seconds.keys() >= {"convolution", "normalization", "memory", "attention", "interpolation", "activation"}
     assert both["memory"] > forward["memory"] and both["attention"] > forward["attention"]
     table = profile_cpu.table({"scoring": forward, "training step": both}, {"scoring": 2, "training step": 2})
-    assert cells(table)[-1][0] == "all" and cells(table)[-1][1] == "100.0"
-
-
-def test_batch_norm_is_timed_beside_pytorchs_on_maps_and_in_an_iteration(monkeypatch, capsys):
-    monkeypatch.setattr(batch_norm_times, "SHAPES", ((2, 4, 8, 8),))
-    tiny.shrink_demo(monkeypatch)
-    batch_norm_times.main(["--calls", "1"])
-    rows = cells(capsys.readouterr().out)
-    for dtype in ("float32", "bfloat16"):
-        (forward, both, iteration, discriminator) = [row for row in rows if row[1] == dtype]
-        assert forward[0] == "2 x 4 x 8 x 8, forward" and both[0] == "2 x 4 x 8 x 8, forward and backward"
-        assert iteration[0] == "iteration of both sides" and discriminator[0] == "iteration of the discriminator alone"
-        assert all(float(value) > 0 for row in (forward, both) for value in row[2:])
-
-
-def test_joint_gradient_is_timed_beside_autograd_on_look_ups_and_in_an_iteration(monkeypatch, capsys):
-    monkeypatch.setattr(joint_gradient_times, "SHAPES", {"tiny": (2, 4, 8, 16)})
-    tiny.shrink_demo(monkeypatch)
-    calls, reference = [], joint_gradient_times.space_aware_memory_reference
-    counted = lambda *arguments: calls.append(arguments) or reference(*arguments)  # noqa: E731
-    monkeypatch.setattr(joint_gradient_times, "space_aware_memory_reference", counted)
-    joint_gradient_times.main(["--calls", "1"])
-    (look_up, *iterations) = cells(capsys.readouterr().out)[2:]
-    assert look_up[0] == "tiny: 2 x 4 x 8 x 16" and all(float(value) > 0 for value in look_up[1:])
-    assert [row[0] for row in iterations] == [f"iteration of both sides, {name}" for name in ("float32", "bfloat16")]
-    # The look-up alone three times, and those of two trainings of three iterations each: in-painting and decoders.
-    assert len(calls) > 3 + 2 * 3
+    assert tiny.cells(table)[-1][0] == "all" and tiny.cells(table)[-1][1] == "100.0"
 
 
 def imported(path):

@@ -155,3 +155,8 @@ def assert_same_run(one, other):
         for epoch in state["history"]["epochs"]:
             del epoch["seconds"]
     assert states[0] == states[1]
+
+
+def cells(table):
+    """Return the cells of each row of a Markdown table, its head and rule included."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]

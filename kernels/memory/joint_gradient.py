@@ -3,8 +3,8 @@
     forward    as the reference, bit for bit
     backward   dw = g M^T;  ds = p (dw - <p, dw>) / temperature;  dz = ds M;  dM = [ds, w]^T [z, g]
 
-Autograd makes the two parts of dM apart, the one of the similarity with D outermost, and adds them across these
-layouts: three passes over the largest tensor of the op, the last of which takes longer than both products.
+Autograd computes the two parts of dM separately, that of the similarity transposed, and adds them: three passes over
+the largest tensor of the op, of which the sum of different strides takes about as long as both products.
 """
 
 from typing import Any

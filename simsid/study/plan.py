@@ -25,8 +25,8 @@ SHORT_EPOCHS = 50
 
 DIGIT_GEOMETRY: dict[str, object] = {"image_size": 96, "patches": 3, "levels": 3, "signal": "focal_residual"}
 UNAUGMENTED: dict[str, object] = {"translate": 0.0, "scale": 0.0}
-"""Training on DigitAnatomy: each of its grids draws and scales its digits anew, and all have their cells in the same
-places. Moved grids teach places that no grid to be judged has."""
+"""Training on DigitAnatomy: each grid has digits and scales of its own, and all grids have their cells in the same
+places. Augmentation would only move the cells, to where no test image has them."""
 OF_THE_PAPERS = ("simsid", "squid")
 """Presets of the papers' networks."""
 DIGIT_LOOKUP: dict[str, object] = {"topk": 2, "temperature": 8.0}
@@ -44,9 +44,9 @@ class Plan:
     """What the choice rests on, for the table; empty where nothing was measured."""
 
     def training(self, cell: Cell, seed: int, criterion: str, digits: bool) -> TrainingConfig:
-        """Return how a cell is trained: as published, or with the rates of a short training; `digits` on DigitAnatomy.
+        """Return how a cell is trained: as published, or with the rates of a short training.
 
-        DigitAnatomy is never augmented.
+        With `digits`, for DigitAnatomy, without augmentation unless the cell asks for it.
         """
         # In one arithmetic on every machine: a study may go on elsewhere, and its rows are compared.
         changes = {"precision": "float32", **cell.training, "seed": seed, "criterion": criterion}
@@ -60,8 +60,8 @@ def short_training(epochs: int, digits: bool = False, **changes: object) -> Trai
     """Return a training of a few epochs: ten times the papers' learning rate, and no weight decay.
 
     Adam scales the decay of a memory item that is never looked up to the size of a full step, and at such a learning
-    rate the in-painting memory's items end at zero. `digits` are grids of DigitAnatomy, which are not augmented and
-    bear a higher rate yet.
+    rate the in-painting memory's items end at zero. With `digits`, for DigitAnatomy, without augmentation and at
+    fifteen times the papers' rate.
     """
     augmentation = UNAUGMENTED if digits else {}
     rates = {"learning_rate": 1.5e-3 if digits else 1e-3, "final_learning_rate": 1e-4, "generator_weight_decay": 0.0}

@@ -33,7 +33,7 @@ def test_comparison_trains_every_seed_in_both_precisions_and_prints_a_row_each(c
     config = {"image_size": 48, "patches": 2, "levels": 2, "heads": 2}
     monkeypatch.setattr(names["Config"], "digit_anatomy", names["Config"].digit_anatomy(**config).replace)
     names["main"](["digits", "--seeds", "0", "1", "--epochs", "2", "--width", "4"])
-    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines())
+    head, _, *rows = tiny.cells(capsys.readouterr().out)
     assert [row[:2] for row in rows] == [[str(seed), name] for seed in (0, 1) for name in names["PRECISIONS"]]
     assert all(len(row) == len(head) and len(row[2].split(", ")) == 2 for row in rows)
     names["main"](["digits", "--epochs", "1", "--width", "4", *CHOICES])
